@@ -1,0 +1,197 @@
+"""What a network IS, as found by the analysis: frozen facts that print, store and compare.
+
+Everything here is data. A plan carries an Anatomy, and with the network's source that is enough to convert it
+again in another process without analysing it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Path = tuple[int | str, ...]
+"""Where a tensor sits in arguments or an output: positions and keys, outermost first. () is the value itself."""
+
+Verdict = Literal["accepted", "restricted", "looped"]
+Placement = Literal["pre", "end", "inner", "spine", "input"]
+"""Where a branch's norm stands: before the branch (pre-norm), at its end, inside it, on the spine after the
+addition (post-norm); `input` when there is none and the branch's input is modulated instead."""
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Axes of a tensor; `channel` counts from the end (-1 is the last), `batch` from the front."""
+
+    batch: int
+    channel: int
+
+
+@dataclass(frozen=True)
+class NormSite:
+    """Where scale and shift act: on the output of `module`, or on its inputs at `arguments`.
+
+    Args:
+        node: the graph node.
+        module: path relative to the layer.
+        features: size of the channel axis.
+        arguments: for placement `input`, the arguments that are modulated; else empty.
+    """
+
+    node: str
+    module: str
+    features: int
+    axes: Axes
+    arguments: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
+class GateSite:
+    """Where the gate acts: on the output of `module` (relative to the layer) at `output`."""
+
+    node: str
+    module: str
+    features: int
+    axes: Axes
+    output: Path = ()
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One residual branch: h + gate * f(norm(h) * (1 + scale) + shift), added at node `addition`."""
+
+    addition: str
+    placement: Placement
+    norm: NormSite
+    gate: GateSite
+
+
+@dataclass(frozen=True)
+class SideInput:
+    """A tensor that a layer receives beside the stream; `shared` when all layers receive the same one."""
+
+    argument: Path
+    shape: tuple[int, ...]
+    dtype: str
+    shared: bool
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of the stack.
+
+    Args:
+        path: module path in the network.
+        type: class name.
+        stream_in: argument that carries the residual stream in.
+        stream_out: where the stream sits in the output.
+        form: container of the output (`tensor`, `tuple:n`, `list:n`, `dict:keys`).
+        parameters, bytes: its own parameters.
+    """
+
+    path: str
+    type: str
+    stream_in: Path
+    stream_out: Path
+    form: str
+    branches: tuple[Branch, ...]
+    side_inputs: tuple[SideInput, ...]
+    parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Head:
+    """The last module before the network's output, where a task meets the features.
+
+    Args:
+        module: path in the network.
+        features: width of its input.
+        outputs: width of its output.
+        output: where its result sits in the network's output.
+        token: index of the one token that is read, or None when tokens are pooled or all read.
+        pooled: whether the head sees one vector an example.
+    """
+
+    module: str
+    features: int
+    outputs: int
+    output: Path
+    token: int | None
+    pooled: bool
+
+
+@dataclass(frozen=True)
+class Part:
+    """Modules outside the stack: the stem before it, the readout after it."""
+
+    modules: tuple[str, ...]
+    parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Input:
+    """An argument of the network's forward, as the analysis fed it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Check:
+    """One proof by numbers: what was compared, the largest difference, over how many cases."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """A network that can be cut.
+
+    Args:
+        verdict: `accepted` whole, `restricted` to some of its repeated layers, or `looped` (same weights again).
+        network: class name.
+        stack: path of the module that holds the layers.
+        calls: how often each layer is called in one forward pass.
+        width: size of the stream's channel axis.
+        streams: how many tensors are carried from layer to layer.
+        post_norm: whether norms stand on the spine, so that no gate makes a layer the identity.
+        left_out: layers of the same container that are not part of the stack.
+        tied: groups of parameter names that are one tensor.
+    """
+
+    verdict: Verdict
+    network: str
+    stack: str
+    layers: tuple[Layer, ...]
+    calls: int
+    width: int
+    streams: int
+    stream_shape: tuple[int, ...]
+    axes: Axes
+    post_norm: bool
+    stem: Part
+    readout: Part
+    head: Head | None
+    inputs: tuple[Input, ...]
+    tied: tuple[tuple[str, ...], ...]
+    left_out: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    proof: tuple[Check, ...] = ()
+
+    @property
+    def depth(self) -> int:
+        return len(self.layers)
+
+    def layer_paths(self) -> tuple[str, ...]:
+        return tuple(layer.path for layer in self.layers)
+
+    def layer_of(self, key: str) -> int | None:
+        """Index of the layer that a parameter or module path belongs to, None for the periphery."""
+        for index, layer in enumerate(self.layers):
+            if key == layer.path or key.startswith(layer.path + "."):
+                return index
+        return None

@@ -1,0 +1,1 @@
+"""The mathematics of noise: distributions, intervals, preconditioning, sampling. Needs torch only."""

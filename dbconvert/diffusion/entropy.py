@@ -1,0 +1,95 @@
+"""The `auto` noise rule: a noise distribution fitted to a table of discrete targets.
+
+F(sigma) = H(y | y + sigma eps) / H(y) is the share of the label's entropy that is still open at noise sigma,
+under nearest-embedding decoding with the label frequencies as prior. F rises from 0 to 1 and serves as a CDF:
+levels are drawn from it, and equal steps of it give every block the same information to resolve. The masked
+form's equal decrements of alpha are the same rule.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dbconvert.diffusion.distributions import Tabulated, interpolate
+from dbconvert.errors import DBConvertError
+
+OPEN_AT_MIN, OPEN_AT_MAX = 0.005, 0.995
+GRID_POINTS = 96
+DRAWS = 2048
+DIGITS = 6
+"""Fits are rounded to this many significant digits, so that block jobs on other machines agree on them."""
+
+
+@dataclass(frozen=True)
+class EntropyFit:
+    """A fitted distribution, the scale of its targets and the entropy (nats) it resolves."""
+
+    distribution: Tabulated
+    sigma_data: float
+    entropy: float
+
+
+def rms_deviation(table: Tensor, frequencies: Tensor) -> float:
+    """Root mean square deviation of the targets from their mean, a coordinate. table [K, d], frequencies [K]."""
+    prior = frequencies.double() / frequencies.double().sum()
+    centred = table.double() - prior @ table.double()
+    return math.sqrt(float(prior @ centred.square().mean(1)))
+
+
+def posterior_entropy(table: Tensor, frequencies: Tensor, log_sigma: Tensor, *, draws: int, seed: int) -> Tensor:
+    """H(y | y + sigma eps) in nats on a grid of ln sigma, by Monte Carlo. Returns [len(log_sigma)], float64."""
+    table, prior = table.detach().cpu().double(), frequencies.cpu().double() / float(frequencies.sum())
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.multinomial(prior, draws, replacement=True, generator=generator)
+    eps = torch.randn(draws, table.shape[1], generator=generator, dtype=torch.float64)
+    # z . e / sigma^2 with z = y + sigma eps, so that the two products are made once for the whole grid.
+    clean, noise = table[labels] @ table.T, eps @ table.T
+    energy = clean - 0.5 * table.square().sum(1)
+    entropies = []
+    for sigma in log_sigma.double().exp():
+        log_posterior = (energy / sigma**2 + noise / sigma + prior.log()).log_softmax(1)
+        entropies.append(-(log_posterior.exp() * log_posterior.clamp(min=-1e3)).sum(1).mean())
+    return torch.stack(entropies)
+
+
+def fit_entropy(table: Tensor, frequencies: Tensor, *, seed: int = 0) -> EntropyFit:
+    """Fits F(sigma) to a table of targets.
+
+    Args:
+        table: [K, d], as it is used in training (normalised).
+        frequencies: [K], counts or probabilities of the labels; labels of frequency 0 are left out.
+        seed: of the Monte Carlo draws.
+
+    Raises:
+        DBConvertError: fewer than two labels occur, so that there is nothing to resolve.
+    """
+    present = frequencies > 0
+    if int(present.sum()) < 2:
+        raise DBConvertError(
+            f"noise `auto` needs at least two labels that occur, found {int(present.sum())}",
+            hint="look at the labels of the training data, or use --noise edm",
+        )
+    table, frequencies = table.detach()[present], frequencies[present]
+    log_sigma = torch.linspace(math.log(1e-3), math.log(1e2), GRID_POINTS, dtype=torch.float64)
+    entropy = posterior_entropy(table, frequencies, log_sigma, draws=DRAWS, seed=seed)
+    still_open = entropy.cummax(0).values
+    still_open = still_open / still_open[-1]
+    rising = still_open + torch.arange(GRID_POINTS).double() * 1e-12
+    ends = interpolate(torch.tensor([OPEN_AT_MIN, OPEN_AT_MAX]).double(), rising, log_sigma).exp()
+    rounded = Tabulated(
+        log_sigma=tuple(significant(v) for v in log_sigma.tolist()),
+        mass=tuple(significant(v) for v in still_open.tolist()),
+        sigma_min=significant(float(ends[0])),
+        sigma_max=significant(float(ends[1])),
+    )
+    prior = frequencies.double() / float(frequencies.sum())
+    label_entropy = float(-(prior * prior.log()).sum())
+    return EntropyFit(rounded, significant(rms_deviation(table, frequencies)), significant(label_entropy))
+
+
+def significant(value: float) -> float:
+    return float(f"{value:.{DIGITS}g}")

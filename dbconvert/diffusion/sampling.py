@@ -1,0 +1,42 @@
+"""From noise to a prediction: grids of levels and the Euler step (EDM, algorithm 1 without churn)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dbconvert.diffusion.distributions import NoiseDistribution
+from dbconvert.errors import UsageError
+
+Grid = Literal["quantiles", "karras"]
+KARRAS_RHO = 7
+
+
+def sigma_grid(distribution: NoiseDistribution, evaluations: int, grid: Grid = "quantiles") -> list[float]:
+    """Descending levels of N network evaluations: N - 1 Euler moves and a readout at sigma_min.
+
+    `quantiles` spaces them equally in the distribution's mass; `karras` is EDM's eq. 5 with rho = 7.
+    """
+    if evaluations < 1:
+        raise UsageError(f"{evaluations} sampling steps: at least one is needed")
+    low, high = distribution.sigma_min, distribution.sigma_max
+    if evaluations == 1:
+        return [high]
+    shares = torch.linspace(1, 0, evaluations, dtype=torch.float64)
+    if grid == "quantiles":
+        inner = distribution.icdf(shares[1:-1]).tolist()
+    else:
+        roots = low ** (1 / KARRAS_RHO) + shares[1:-1] * (high ** (1 / KARRAS_RHO) - low ** (1 / KARRAS_RHO))
+        inner = (roots**KARRAS_RHO).tolist()
+    return [high, *inner, low]
+
+
+def euler_step(z: Tensor, denoised: Tensor, sigma: float, sigma_next: float) -> Tensor:
+    """z + (sigma_next - sigma) (z - D) / sigma, which is a z + (1 - a) D with a = sigma_next / sigma.
+
+    The paper prints the opposite sign in its Eq. (3)-(5); that form adds noise.
+    """
+    keep = sigma_next / sigma
+    return keep * z + (1 - keep) * denoised

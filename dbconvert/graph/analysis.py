@@ -1,0 +1,162 @@
+"""From a network and an example input to its Anatomy, or to a refusal that names the node."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dbconvert.anatomy import Anatomy, Input, Verdict
+from dbconvert.errors import Refused
+from dbconvert.graph import ops
+from dbconvert.graph.diagnosis import changing_stages, why_no_stack
+from dbconvert.graph.evidence import Evidence
+from dbconvert.graph.layers import layer_calls, read_layers
+from dbconvert.graph.parts import find_head, stem_and_readout
+from dbconvert.graph.spine import find_spines
+from dbconvert.graph.stack import Stack, choose_stack, find_stacks, refuse_decisions
+from dbconvert.graph.tape import Recording, record
+
+Inputs = dict[str, Any]
+"""Arguments of the network's forward by name."""
+
+
+def analyse(model: nn.Module, inputs: Inputs, *, stack: str | None = None) -> Anatomy:
+    """Finds the residual stack of a network and everything needed to cut it.
+
+    Args:
+        model: any module; it is put into eval mode for the recording and back afterwards.
+        inputs: arguments of its forward, batch first, at least one example.
+        stack: path of the module that holds the layers, when there are several.
+
+    Raises:
+        Refused: the network cannot be cut; the error names the node and the reason.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        evidence = gather(model, inputs)
+        return read(evidence, inputs, stack)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def gather(model: nn.Module, inputs: Inputs) -> Evidence:
+    recording = record(model, (), inputs)
+    return Evidence(model, recording, find_spines(recording, model), record_grown(model, inputs))
+
+
+def record_grown(model: nn.Module, inputs: Inputs) -> Recording | None:
+    """A recording with one more example; None if the network is built for one batch size."""
+    try:
+        return record(model, (), grow_batch(inputs))
+    except (RuntimeError, ValueError, IndexError, AssertionError):
+        return None
+
+
+def grow_batch(inputs: Inputs) -> Inputs:
+    """The same inputs with the first example repeated once more."""
+    batch = next((v.shape[0] for v in inputs.values() if isinstance(v, Tensor) and v.dim()), 0)
+
+    def grow(value: Any) -> Any:
+        batched = isinstance(value, Tensor) and value.dim() and value.shape[0] == batch
+        return torch.cat([value, value[:1]]) if batched else value
+
+    return {name: grow(value) for name, value in inputs.items()}
+
+
+def read(evidence: Evidence, inputs: Inputs, wanted: str | None) -> Anatomy:
+    model, recording = evidence.model, evidence.recording
+    stacks = find_stacks(recording, evidence.spines)
+    if not stacks:
+        raise why_no_stack(evidence)
+    chosen = choose_stack(stacks, wanted, model)
+    changing = changing_stages(evidence, chosen)
+    if changing is not None and wanted is None:
+        raise changing
+    paths = tuple(path for path, _ in chosen.layers)
+    refuse_decisions(recording, paths)
+    first = chosen.layers[0][1][0].node
+    channel = evidence.channel_axis(chosen.layers[0][1][0].source)
+    width = first.meta["shape"][channel]
+    try:
+        layers = read_layers(chosen, evidence, width)
+    except Refused as refusal:
+        refusal.facts = {"stack": chosen.container, "layers": len(paths), "width": width, "calls": chosen.calls}
+        raise
+    calls = layer_calls(chosen, evidence)
+    end = dict(calls[-1].outputs)[layers[-1].stream_out]
+    stem, readout = stem_and_readout(evidence, calls, end)
+    return Anatomy(
+        verdict=verdict(chosen, restricted=changing is not None),
+        network=type(model).__name__,
+        stack=chosen.container,
+        layers=layers,
+        calls=chosen.calls,
+        width=width,
+        streams=1,
+        stream_shape=first.meta["shape"],
+        axes=evidence.axes(first, width),
+        post_norm=any(branch.placement == "spine" for layer in layers for branch in layer.branches),
+        stem=stem,
+        readout=readout,
+        head=find_head(evidence, end),
+        inputs=named_inputs(inputs),
+        tied=tied_parameters(model),
+        left_out=chosen.left_out,
+        notes=notes(chosen, evidence),
+    )
+
+
+def verdict(stack: Stack, *, restricted: bool) -> Verdict:
+    if stack.calls > 1:
+        return "looped"
+    return "restricted" if restricted or stack.left_out else "accepted"
+
+
+def named_inputs(inputs: Inputs) -> tuple[Input, ...]:
+    return tuple(
+        Input(name, tuple(value.shape), str(value.dtype).removeprefix("torch."))
+        for name, value in inputs.items()
+        if isinstance(value, Tensor)
+    )
+
+
+def tied_parameters(model: nn.Module) -> tuple[tuple[str, ...], ...]:
+    """Groups of names under which one parameter is registered more than once."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return tuple(tuple(group) for group in names.values() if len(group) > 1)
+
+
+def notes(stack: Stack, evidence: Evidence) -> tuple[str, ...]:
+    found = []
+    if evidence.grown is None:
+        found.append("the network runs one batch size only, so the batch axis is taken to be the first")
+    if stack.left_out:
+        found.append(f"not part of the stack: {', '.join(stack.left_out)}")
+    classes = {type(evidence.model.get_submodule(path)).__name__ for path, _ in stack.layers}
+    if len(classes) > 1:
+        found.append(f"layers of different classes: {', '.join(sorted(classes))}")
+    return tuple(found)
+
+
+def forward_arguments(model: nn.Module, values: tuple[Any, ...]) -> Inputs:
+    """Positional example inputs under the names that the network's forward gives them."""
+    names = [
+        name
+        for name, parameter in inspect.signature(model.forward).parameters.items()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.POSITIONAL_ONLY)
+    ]
+    if len(values) > len(names):
+        raise Refused(
+            f"{len(values)} example inputs for a forward that takes {len(names)} arguments",
+            node=type(model).__name__,
+            kind="example-inputs",
+            hint="return one value for each argument of forward from example_inputs(), or a dict by name",
+        )
+    return dict(zip(names, values, strict=False))

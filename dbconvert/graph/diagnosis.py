@@ -1,0 +1,111 @@
+"""Why there is nothing to cut: the refusals of a network without a residual stack."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from torch import fx, nn
+
+from dbconvert.errors import Refused
+from dbconvert.graph import ops
+from dbconvert.graph.evidence import Evidence
+from dbconvert.graph.stack import Stack
+from dbconvert.graph.tape import ModuleCall, describe
+
+Shape = tuple[int, ...]
+
+
+def repeated_siblings(evidence: Evidence) -> list[list[ModuleCall]]:
+    """Called modules of one class under one parent, in call order; the group with most parameters first."""
+    groups: dict[tuple[str, type], dict[str, ModuleCall]] = defaultdict(dict)
+    for call in evidence.recording.calls:
+        module = evidence.model.get_submodule(call.path)
+        if call.path and any(True for _ in module.children()) and any(True for _ in module.parameters()):
+            groups[call.path.rpartition(".")[0], type(module)].setdefault(call.path, call)
+    repeated = [list(group.values()) for group in groups.values() if len(group) > 1]
+    return sorted(repeated, key=lambda calls: -weight(calls, evidence.model))
+
+
+def weight(calls: list[ModuleCall], model: nn.Module) -> int:
+    return sum(p.numel() for call in calls for p in model.get_submodule(call.path).parameters())
+
+
+def stream_of(call: ModuleCall) -> tuple[fx.Node, fx.Node] | None:
+    """The first floating tensor in and the first out of a call."""
+    entering = [n for _, n in call.inputs if ops.is_floating(n)]
+    leaving = [n for _, n in call.outputs if ops.is_floating(n)]
+    return (entering[0], leaving[0]) if entering and leaving else None
+
+
+def change_of_shape(calls: list[ModuleCall]) -> tuple[ModuleCall, Shape, Shape] | None:
+    """The first module of a group whose output has another shape than its input."""
+    for call in calls:
+        stream = stream_of(call)
+        if stream is not None and stream[0].meta["shape"] != stream[1].meta["shape"]:
+            return call, stream[0].meta["shape"], stream[1].meta["shape"]
+    return None
+
+
+def why_no_stack(evidence: Evidence) -> Refused:
+    """The most telling reason why no stack of residual layers was found."""
+    groups = repeated_siblings(evidence)
+    for calls in groups:
+        changed = change_of_shape(calls)
+        if changed is not None:
+            return dimensions_change(*changed, alternatives="")
+    if groups:
+        return not_residual(groups[0], evidence)
+    if evidence.spines.adds:
+        add = next(iter(evidence.spines.adds.values()))
+        return Refused(
+            "there are residual additions, but no module repeats along them",
+            node=describe(add.node),
+            kind="functional",
+            hint="write the repeated part as a module and keep the layers in an nn.ModuleList",
+        )
+    return Refused(
+        "the network has no stack of repeated layers",
+        node=type(evidence.model).__name__,
+        kind="no-stack",
+        hint="conversion needs at least two residual layers of equal width that follow each other",
+    )
+
+
+def dimensions_change(call: ModuleCall, before: Shape, after: Shape, *, alternatives: str) -> Refused:
+    made = stream_of(call)
+    return Refused(
+        f"dimensions change: {call.path} maps {list(before)} to {list(after)}, and every block must keep the shape",
+        node=describe(made[1]) if made else call.path,
+        kind="dimensions",
+        hint=f"convert a part that keeps it: {alternatives}" if alternatives else "",
+    )
+
+
+def not_residual(calls: list[ModuleCall], evidence: Evidence) -> Refused:
+    """A layer that keeps the shape, but whose output is not its input plus something."""
+    call = calls[0]
+    stream = stream_of(call)
+    end = ops.origin(stream[1], evidence.model) if stream else None
+    facts: dict[str, object] = {"stack": call.path.rpartition(".")[0], "layers": len(calls)}
+    return Refused(
+        f"{call.path} is not residual: its output is not its input plus something computed from it",
+        node=describe(end) if end is not None else call.path,
+        kind="not-residual",
+        hint="blocks start from the stem's output, which only layers of the form x + f(x) can refine",
+        facts=facts,
+    )
+
+
+def changing_stages(evidence: Evidence, stack: Stack) -> Refused | None:
+    """Stages that change the shape and hold more than the stack found: then the stack is only a part.
+
+    A U-Net or a pyramid has small residual stacks inside; converting one of them is a choice of the user's.
+    """
+    for calls in repeated_siblings(evidence):
+        changed = change_of_shape(calls)
+        if changed is None:
+            continue
+        inside = sum(p.numel() for path, _ in stack.layers for p in evidence.model.get_submodule(path).parameters())
+        if weight(calls, evidence.model) > inside:
+            return dimensions_change(*changed, alternatives=f"--stack {stack.container}")
+    return None

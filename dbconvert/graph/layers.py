@@ -1,0 +1,172 @@
+"""The boundary of each layer: what carries the stream in and out, what else enters, and what must not."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from dbconvert.anatomy import Layer, Path, SideInput
+from dbconvert.errors import Refused
+from dbconvert.graph import ops, sites
+from dbconvert.graph.evidence import Evidence
+from dbconvert.graph.spine import ResidualAdd
+from dbconvert.graph.stack import Stack, call_of
+from dbconvert.graph.tape import ModuleCall, describe
+
+FORMS = ("tensor", "tuple", "list", "dict")
+
+
+def layer_calls(stack: Stack, evidence: Evidence) -> list[ModuleCall]:
+    """The call of each layer, in order.
+
+    Raises:
+        Refused: a layer is never called, or its residual addition happens outside of its call.
+    """
+    found = []
+    for path, additions in stack.layers:
+        order = call_of(additions[0], path)
+        if order is None:
+            raise Refused(
+                f"the residual addition of {path} is written outside of it, so that the layer cannot be run alone",
+                node=describe(additions[0].node),
+                kind="functional",
+                hint="make each layer one module whose forward contains its additions",
+            )
+        found.append(evidence.recording.calls[order])
+    return found
+
+
+def read_layers(stack: Stack, evidence: Evidence, width: int) -> tuple[Layer, ...]:
+    """The facts of every layer of a stack.
+
+    Raises:
+        Refused: with the node at fault, for anything that running a layer alone would break.
+    """
+    calls = layer_calls(stack, evidence)
+    refuse_shared_parts(calls, evidence)
+    layers, previous = [], None
+    for (path, additions), call in zip(stack.layers, calls, strict=True):
+        stream_in, entering = entry(call, additions[0], evidence)
+        stream_out, leaving, after_last = exit_(call, additions[-1], evidence)
+        if previous is not None:
+            refuse_glue(previous, entering, path, evidence)
+        previous = leaving
+        run = sites.LayerRun(call, additions, after_last, width)
+        module = evidence.model.get_submodule(path)
+        parameters = list(module.parameters())
+        layers.append(
+            Layer(
+                path=path,
+                type=type(module).__name__,
+                stream_in=stream_in,
+                stream_out=stream_out,
+                form=call.form,
+                branches=sites.branches(run, evidence),
+                side_inputs=side_inputs(call, entering, calls, evidence),
+                parameters=sum(p.numel() for p in parameters),
+                bytes=sum(p.numel() * p.element_size() for p in parameters),
+            )
+        )
+    return tuple(layers)
+
+
+def entry(call: ModuleCall, add: ResidualAdd, evidence: Evidence) -> tuple[Path, fx.Node]:
+    """The argument that carries the stream into a layer."""
+    for path, node in call.inputs:
+        if evidence.spines.look_through(node)[0] is add.source and ops.size(node) == ops.size(add.node):
+            return path, node
+    raise Refused(
+        f"the residual stream does not enter {call.path} as an argument",
+        node=describe(add.node),
+        kind="deferred-residual",
+        hint="give each layer the full stream and let it return the sum",
+    )
+
+
+def exit_(call: ModuleCall, add: ResidualAdd, evidence: Evidence) -> tuple[Path, fx.Node, tuple[fx.Node, ...]]:
+    """Where a layer's output holds the stream, its node, and the norms it passed since the last addition."""
+    if call.form.partition(":")[0] not in FORMS:
+        raise Refused(
+            f"{call.path} returns a {call.form}, which a skipped layer cannot imitate",
+            node=call.path,
+            kind="output-form",
+            hint="return a tensor, a tuple, a list or a dict",
+        )
+    for path, node in call.outputs:
+        source, passed = evidence.spines.look_through(node)
+        if source is add.node and len(path) <= 1:
+            return path, node, passed
+    raise Refused(
+        f"{call.path} does not hand on the sum of its last residual addition",
+        node=describe(add.node),
+        kind="deferred-residual",
+        hint="let each layer return the full stream",
+    )
+
+
+def refuse_glue(leaving: fx.Node, entering: fx.Node, path: str, evidence: Evidence) -> None:
+    """Between two layers the stream must stay as it is: skipped layers would repeat whatever happens there."""
+    node: fx.Node | None = entering
+    while node is not None:
+        if node is leaving:
+            return
+        changed_by_module = node.op == "call_module"
+        node = None if changed_by_module else ops.unchanged(node, evidence.model)
+    raise Refused(
+        f"the stream is changed before it enters {path}, outside of any layer",
+        node=describe(entering),
+        kind="glue",
+        hint="move that computation into the layer",
+    )
+
+
+def side_inputs(
+    call: ModuleCall, stream: fx.Node, calls: list[ModuleCall], evidence: Evidence
+) -> tuple[SideInput, ...]:
+    """Tensors that enter a layer beside the stream; none may come out of another layer."""
+    found = []
+    for path, node in call.inputs:
+        if node is stream:
+            continue
+        refuse_layer_made(call, path, node, calls)
+        given = [dict(c.inputs).get(path) for c in calls]
+        shared = all(other is node for other in given)
+        dtype = str(node.meta["dtype"]).removeprefix("torch.")
+        found.append(SideInput(path, node.meta["shape"], dtype, shared))
+    return tuple(found)
+
+
+def refuse_layer_made(call: ModuleCall, path: Path, node: fx.Node, calls: list[ModuleCall]) -> None:
+    makers = [c for c in calls if c.order in node.meta["calls"] and c.order != call.order]
+    if makers:
+        argument = ".".join(map(str, path))
+        floating = ops.is_floating(node)
+        several = floating and node.meta["shape"] and len(makers) == 1 and carried_by_all(path, calls)
+        raise Refused(
+            f"argument {argument} of {call.path} is made inside {makers[0].path}"
+            + (": the layers carry more than one stream" if several else ", which a block without that layer lacks"),
+            node=describe(node),
+            kind="several-streams" if several else "layer-made-input",
+            hint="compute it before the first layer and give it to every layer",
+        )
+
+
+def carried_by_all(path: Path, calls: list[ModuleCall]) -> bool:
+    """Whether every layer after the first receives at `path` something that the layer before it made."""
+    for before, call in zip(calls, calls[1:], strict=False):
+        node = dict(call.inputs).get(path)
+        if node is None or before.order not in node.meta["calls"]:
+            return False
+    return True
+
+
+def refuse_shared_parts(calls: list[ModuleCall], evidence: Evidence) -> None:
+    """A part of a layer that also runs outside of it would be missing where the layer is skipped."""
+    for layer in calls:
+        for call in evidence.recording.calls:
+            if call.path.startswith(layer.path + ".") and layer.path not in call.scope:
+                raise Refused(
+                    f"{call.path} is part of a layer but is also used outside of it",
+                    node=call.path,
+                    kind="shared-part",
+                    hint="give the outside its own module",
+                )

@@ -1,0 +1,140 @@
+"""What single graph nodes do, as far as a residual stream is concerned."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+ADDITIONS = {"add", "iadd", "radd", "add_"}
+RESHAPES = {
+    "clone", "contiguous", "expand", "flatten", "movedim", "permute", "reshape", "squeeze", "transpose", "swapaxes",
+    "unflatten", "unsqueeze", "view", "view_as", "reshape_as", "getattr", "t",
+}  # fmt: skip
+CASTS = {"to", "type", "type_as", "float", "half", "bfloat16", "double", "requires_grad_", "detach"}
+DROPOUTS = {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout"}
+TRANSPOSED_ATTRIBUTES = {"T", "mT", "H", "mH", "data"}
+NORM_FUNCTIONS = {"layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm"}
+ACTIVATIONS = {"relu", "gelu", "silu", "leaky_relu", "elu", "mish", "hardswish", "relu_", "tanh", "sigmoid"}
+NORM_MODULES = (
+    nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm,
+)  # fmt: skip
+DROPOUT_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.Identity)
+
+
+def function_name(node: fx.Node) -> str:
+    if node.op != "call_function":
+        return ""
+    name = getattr(node.target, "__name__", "")
+    return name.strip("_") if name.startswith("__") else name
+
+
+def module_of(node: fx.Node, model: nn.Module) -> nn.Module | None:
+    return model.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def operands(node: fx.Node) -> list[fx.Node]:
+    """The tensors that an addition adds (its first two arguments, where both are nodes)."""
+    found = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, fx.Node)]
+    return found[:2]
+
+
+def is_addition(node: fx.Node) -> bool:
+    """A sum of two tensors, unscaled."""
+    if function_name(node) not in ADDITIONS or node.kwargs.get("alpha", 1) != 1:
+        return False
+    return len(operands(node)) == 2 and is_floating(node)
+
+
+def is_floating(node: fx.Node) -> bool:
+    dtype = node.meta.get("dtype")
+    return dtype is not None and dtype.is_floating_point
+
+
+def size(node: fx.Node) -> int:
+    shape = node.meta.get("shape")
+    return -1 if shape is None else int(torch.Size(shape).numel())
+
+
+def first(node: fx.Node) -> fx.Node | None:
+    """The node's first argument, if that is a node."""
+    candidates = (*node.args, *node.kwargs.values())
+    return candidates[0] if candidates and isinstance(candidates[0], fx.Node) else None
+
+
+def unchanged(node: fx.Node, model: nn.Module) -> fx.Node | None:
+    """The node whose numbers this one hands on (cast, view, dropout in eval), or None if it makes new ones."""
+    source = first(node)
+    if source is None:
+        return None
+    if node.op == "call_module":
+        return source if isinstance(module_of(node, model), DROPOUT_MODULES) or is_drop_path(node, model) else None
+    name = function_name(node)
+    if name == "getattr" and node.args[1] not in TRANSPOSED_ATTRIBUTES:
+        return None
+    if node.target is operator.getitem and node.meta.get("shape") is not None and source.meta.get("shape") is None:
+        return None  # an item of a tuple: its producer decides
+    passes = name in RESHAPES | CASTS | DROPOUTS
+    return source if passes and size(source) == size(node) else None
+
+
+def is_drop_path(node: fx.Node, model: nn.Module) -> bool:
+    """A module without weights that in eval mode hands its input back, as stochastic depth does."""
+    module = module_of(node, model)
+    if module is None or any(True for _ in module.children()) or any(True for _ in module.parameters()):
+        return False
+    return "drop" in type(module).__name__.lower()
+
+
+def origin(node: fx.Node, model: nn.Module) -> fx.Node:
+    """The node that first made these numbers."""
+    while (source := unchanged(node, model)) is not None:
+        node = source
+    return node
+
+
+def is_norm_module(module: nn.Module | None) -> bool:
+    """A normalisation: one of torch's, or a childless module with vector weights that ignores its input's scale."""
+    if module is None:
+        return False
+    if isinstance(module, NORM_MODULES):
+        return True
+    parameters = list(module.parameters())
+    if any(True for _ in module.children()) or not parameters or any(p.dim() != 1 for p in parameters):
+        return False
+    return ignores_scale(module, parameters[0])
+
+
+def ignores_scale(module: nn.Module, like: torch.Tensor) -> bool:
+    """f(3x) = f(x) on random numbers; weights on the meta device are read by name, since they hold no numbers."""
+    if like.device.type == "meta" or type(like).__name__ == "FakeTensor":
+        return "norm" in type(module).__name__.lower()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 5, like.shape[0], generator=generator).to(like.device, like.dtype)
+    try:
+        with torch.no_grad():
+            once, thrice = module(x), module(3 * x)
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        return False
+    comparable = isinstance(once, torch.Tensor) and isinstance(thrice, torch.Tensor) and once.shape == x.shape
+    return comparable and torch.allclose(once, thrice, rtol=1e-2, atol=1e-2)
+
+
+def is_norm(node: fx.Node, model: nn.Module) -> bool:
+    return is_norm_module(module_of(node, model)) or function_name(node) in NORM_FUNCTIONS
+
+
+def is_activation(node: fx.Node, model: nn.Module) -> bool:
+    module = module_of(node, model)
+    if module is not None:
+        return type(module).__module__ == "torch.nn.modules.activation" and not any(True for _ in module.parameters())
+    return function_name(node) in ACTIVATIONS
+
+
+def flat_nodes(value: Any) -> list[fx.Node]:
+    """The nodes in nested arguments."""
+    found: list[fx.Node] = []
+    fx.map_arg(value, lambda node: found.append(node))
+    return found

@@ -1,0 +1,101 @@
+"""What surrounds the stack: the stem that makes the stream, the readout that uses it, and the head at its end."""
+
+from __future__ import annotations
+
+from torch import fx, nn
+
+from dbconvert.anatomy import Head, Part
+from dbconvert.graph import ops
+from dbconvert.graph.evidence import Evidence
+from dbconvert.graph.tape import ModuleCall
+
+
+def stem_and_readout(evidence: Evidence, calls: list[ModuleCall], end: fx.Node) -> tuple[Part, Part]:
+    """Modules outside the layers: the readout is what depends on the stack's result, the stem is the rest."""
+    reach, model = evidence.spines.reach, evidence.model
+    layer_paths = {call.path for call in calls}
+    readout: dict[str, None] = {}
+    for node in evidence.recording.graph.nodes:
+        if not reach.is_ancestor(end, node):
+            continue
+        for user in (node, *(n for n in node.all_input_nodes if n.op == "get_attr")):
+            if user.op in ("call_module", "get_attr") and not str(user.target).startswith("_constant"):
+                readout[owner_path(user, model)] = None
+    outside = [name for name, _ in model.named_parameters() if not lies_in(name, layer_paths)]
+    stem: dict[str, None] = {}
+    for name in outside:
+        owner = name.rpartition(".")[0]
+        if owner not in readout:
+            stem[owner] = None
+    after = [path for path in readout if not lies_in(path, layer_paths)]
+    return part(list(stem), model), part(after, model)
+
+
+def lies_in(path: str, parents: set[str]) -> bool:
+    return any(path == parent or path.startswith(parent + ".") for parent in parents)
+
+
+def owner_path(node: fx.Node, model: nn.Module) -> str:
+    target = str(node.target)
+    return target if node.op == "call_module" else target.rpartition(".")[0]
+
+
+def part(paths: list[str], model: nn.Module) -> Part:
+    """Modules and the parameters directly in them; modules without weights are left out."""
+    weights = {}
+    kept = []
+    for path in paths:
+        own = list(model.get_submodule(path).parameters(recurse=False))
+        if own:
+            kept.append(path)
+        weights.update({id(p): p for p in own})
+    parameters = list(weights.values())
+    total = sum(p.numel() for p in parameters)
+    return Part(tuple(kept), total, sum(p.numel() * p.element_size() for p in parameters))
+
+
+def find_head(evidence: Evidence, end: fx.Node) -> Head | None:
+    """The linear module whose result is the network's first floating output, and how it reads the stack.
+
+    None when the output is not the plain result of one module, as in networks that return features.
+    """
+    for output, node in evidence.recording.outputs:
+        if not ops.is_floating(node) or not evidence.spines.reach.is_ancestor(end, node):
+            continue
+        made = ops.origin(node, evidence.model)
+        module = ops.module_of(made, evidence.model)
+        if not isinstance(module, nn.Linear) or len(calls_once(evidence, str(made.target))) != 1:
+            return None
+        features = ops.first(made)
+        if features is None:
+            return None
+        token, pooled = how_read(features, end, evidence)
+        return Head(str(made.target), module.in_features, module.out_features, output, token, pooled)
+    return None
+
+
+def calls_once(evidence: Evidence, path: str) -> list[ModuleCall]:
+    return evidence.recording.calls_of(path)
+
+
+def how_read(features: fx.Node, end: fx.Node, evidence: Evidence) -> tuple[int | None, bool]:
+    """(token, pooled): which position of the stream the head's input comes from, and whether it is one vector."""
+    rank = len(features.meta["shape"])
+    pooled = rank < len(end.meta["shape"])
+    token = None
+    for node in evidence.spines.reach.between(end, [features]):
+        if ops.function_name(node) in ("getitem", "select") and node.meta.get("shape") is not None:
+            index = picked(node)
+            if index is not None and node.meta["shape"] and len(node.meta["shape"]) == rank:
+                token = index
+    return (token, True) if pooled else (None, False)
+
+
+def picked(node: fx.Node) -> int | None:
+    """The index i of x[:, i], x[:, i, ...] or x.select(1, i)."""
+    if ops.function_name(node) == "select":
+        return node.args[2] if node.args[1] == 1 and isinstance(node.args[2], int) else None
+    index = node.args[1]
+    if isinstance(index, tuple) and len(index) >= 2 and index[0] == slice(None) and isinstance(index[1], int):
+        return index[1]
+    return None

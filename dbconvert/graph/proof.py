@@ -1,0 +1,256 @@
+"""The proof by numbers: what the graph says is tried on the network itself.
+
+Names and Jacobians prove nothing here. What decides: with all modulation at zero and gates at one the converted
+network IS the original, to the last bit; with gates at zero a pre-norm layer is the identity, to the last bit;
+blocks run one after the other are the whole stack; and every scale, shift and gate reaches the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dbconvert.anatomy import Anatomy, Check
+from dbconvert.errors import Refused
+from dbconvert.graph.analysis import Inputs, grow_batch
+from dbconvert.graph.inject import PREFIX, Run, eject, inject, item, look_up
+from dbconvert.graph.tape import tensors
+
+WIDTH = 8
+SHORTER = 3
+Outputs = list[Tensor]
+
+
+def prove(model: nn.Module, anatomy: Anatomy, inputs: Inputs) -> Anatomy:
+    """Converts `model`, compares it with the original, and restores it.
+
+    Returns the anatomy with the checks that were made.
+
+    Raises:
+        Refused: a check fails; the error names it.
+    """
+    with unchanged_state(model), no_fast_paths():
+        model.eval()
+        cases = variants(model, inputs)
+        references = {name: run_case(model, case, train=name == TRAIN) for name, case in cases.items()}
+        run = inject(model, anatomy, blocks=1, width=WIDTH, start="original")
+        try:
+            checks = [
+                equals_original(model, run, cases, references),
+                blocks_chain(model, run, anatomy, inputs),
+                sites_reach_output(model, run, anatomy, inputs),
+            ]
+            if not anatomy.post_norm:
+                checks.append(gates_silence(model, run, anatomy, inputs))
+        finally:
+            eject(model)
+    for check in checks:
+        if not check.passed:
+            raise Refused(
+                f"the proof by numbers failed: {check.name}",
+                node=check.detail,
+                kind="proof",
+                hint="please report the network: its graph looked convertible",
+            )
+    return replace(anatomy, proof=tuple(checks))
+
+
+# -- the checks -----------------------------------------------------------------------------------------------
+
+
+def equals_original(
+    model: nn.Module, run: Run, cases: dict[str, Inputs], references: dict[str, Outputs]
+) -> Check:
+    """With modulation at zero the converted network gives the original's outputs, whatever the condition."""
+    differing = []
+    for name, case in cases.items():
+        run.condition = condition_for(case)
+        outputs = run_case(model, case, train=name == TRAIN)
+        same = [torch.equal(a, b) for a, b in zip(outputs, references[name], strict=True)]
+        if not all(same):
+            differing.append(name)
+    run.reset()
+    detail = f"differs at: {', '.join(differing)}" if differing else f"at: {', '.join(cases)}"
+    return Check("converted network equals the original to the last bit", not differing, detail)
+
+
+def blocks_chain(model: nn.Module, run: Run, anatomy: Anatomy, inputs: Inputs) -> Check:
+    """Blocks run one after the other, each in its own forward pass of the network, are the whole stack."""
+    name = "blocks run one after the other equal the whole stack"
+    if anatomy.calls > 1:
+        return Check(name, True, "not asked of a looped stack")
+    whole = stream_after(model, run, anatomy, inputs, None, None)
+    cut = max(1, anatomy.depth // 2)
+    stream = stream_after(model, run, anatomy, inputs, range(cut), None)
+    stream = stream_after(model, run, anatomy, inputs, range(cut, anatomy.depth), stream)
+    same = torch.equal(stream, whole)
+    return Check(name, same, f"layers 0-{cut - 1}, then {cut}-{anatomy.depth - 1}")
+
+
+def gates_silence(model: nn.Module, run: Run, anatomy: Anatomy, inputs: Inputs) -> Check:
+    """With gates at zero every pre-norm layer hands its stream on unchanged."""
+    loud: list[str] = []
+    hooks = []
+    for layer in anatomy.layers:
+        module = model.get_submodule(layer.path)
+
+        def compare(_: nn.Module, args: Any, kwargs: Any, out: Any, layer: Any = layer) -> None:
+            if not torch.equal(look_up(args, kwargs, layer.stream_in), item(out, layer.stream_out)):
+                loud.append(layer.path)
+
+        hooks.append(module.register_forward_hook(compare, with_kwargs=True))
+    for modulation in modulations(model):
+        modulation.gate_offset = 0.0
+    run.condition = condition_for(inputs)
+    try:
+        run_case(model, inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for modulation in modulations(model):
+            modulation.gate_offset = 1.0
+        run.reset()
+    detail = f"not the identity: {', '.join(loud)}" if loud else f"all {anatomy.depth} layers"
+    return Check("with gates at zero every layer is the identity", not loud, detail)
+
+
+def sites_reach_output(model: nn.Module, run: Run, anatomy: Anatomy, inputs: Inputs) -> Check:
+    """Every scale, shift and gate has a gradient: no site is bypassed by a fused path."""
+    run.condition = condition_for(inputs)
+    with awake(model), torch.enable_grad():
+        outputs = [o for _, o in tensors(model(**inputs)) if o.is_floating_point() and o.requires_grad]
+        sum((random_like(o) * o).sum() for o in outputs).backward()  # type: ignore[union-attr]
+    run.reset()
+    silent = []
+    for layer, modulation in zip(anatomy.layers, modulations(model), strict=True):
+        grad = modulation.linear.bias.grad
+        if grad is None or not parts_alive(grad, modulation):
+            silent.append(layer.path)
+    model.zero_grad(set_to_none=True)
+    detail = f"no gradient in: {', '.join(silent)}" if silent else "gradients of all scales, shifts and gates"
+    return Check("every site reaches the output", not silent, detail)
+
+
+def parts_alive(grad: Tensor, modulation: Any) -> bool:
+    sizes = [size for features in modulation.norms for size in (features, features)] + list(modulation.gates)
+    return all(bool(part.abs().sum() > 0) for part in grad.split(sizes))
+
+
+# -- running the network --------------------------------------------------------------------------------------
+
+TRAIN = "train mode"
+
+
+def variants(model: nn.Module, inputs: Inputs) -> dict[str, Inputs]:
+    """The example input, a larger batch and a shorter sequence where the network takes them, and train mode."""
+    cases = {"the example input": inputs, "another batch size": grow_batch(inputs), "another length": shorten(inputs)}
+    usable = {name: case for name, case in cases.items() if case is not None and runs(model, case)}
+    return {**usable, TRAIN: inputs}
+
+
+def shorten(inputs: Inputs) -> Inputs | None:
+    """Token inputs, integer [B, S], cut by a few positions; None if there are none."""
+    tokens = [v for v in inputs.values() if is_tokens(v)]
+    if not tokens or tokens[0].shape[1] <= SHORTER:
+        return None
+    return {name: v[:, :-SHORTER] if is_tokens(v) else v for name, v in inputs.items()}
+
+
+def is_tokens(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 2 and not value.is_floating_point()
+
+
+def runs(model: nn.Module, case: Inputs) -> bool:
+    try:
+        run_case(model, case)
+    except (RuntimeError, ValueError, IndexError, AssertionError):
+        return False
+    return True
+
+
+def run_case(model: nn.Module, case: Inputs, *, train: bool = False) -> Outputs:
+    """Outputs of one forward pass, with the random numbers of train mode fixed."""
+    model.train(train)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        outputs = [output for _, output in tensors(model(**case))]
+    model.eval()
+    return outputs
+
+
+def stream_after(
+    model: nn.Module, run: Run, anatomy: Anatomy, inputs: Inputs, active: range | None, stream: Tensor | None
+) -> Tensor:
+    """The stream that leaves the stack when `active` layers run, on their own input or on a given one."""
+    entry: Callable[[Tensor], Tensor] | None = None if stream is None else lambda _: stream
+    run.active, run.entry, run.keep = active, entry, True
+    run_case(model, inputs)
+    leaving = run.leaving
+    run.reset()
+    if leaving is None:
+        raise Refused("the stack was not reached", node=anatomy.stack, kind="proof")
+    return leaving
+
+
+def condition_for(inputs: Inputs) -> Tensor:
+    batch = next(v.shape[0] for v in inputs.values() if isinstance(v, Tensor))
+    return torch.randn(batch, WIDTH, generator=torch.Generator().manual_seed(batch))
+
+
+def random_like(value: Tensor) -> Tensor:
+    return torch.randn(value.shape, generator=torch.Generator().manual_seed(0)).to(value)
+
+
+def modulations(model: nn.Module) -> list[Any]:
+    return list(getattr(model, PREFIX).modulation.values())
+
+
+@contextmanager
+def unchanged_state(model: nn.Module) -> Iterator[None]:
+    """Modes, buffers (train-mode batch norms move theirs) and gradients are put back."""
+    modes = {module: module.training for module in model.modules()}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])
+        for name, parameter in model.named_parameters():
+            parameter.grad = gradients[name]
+
+
+@contextmanager
+def awake(model: nn.Module) -> Iterator[None]:
+    """Weights that are zero throughout (zero-initialised projections and heads) block gradients: random meanwhile."""
+    zeros = [p for p in model.parameters() if p.is_floating_point() and not p.any()]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in zeros:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter in zeros:
+                parameter.zero_()
+
+
+@contextmanager
+def no_fast_paths() -> Iterator[None]:
+    """torch's fused attention reads weights past the modules that hold them; it is off on both sides."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+

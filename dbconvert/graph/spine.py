@@ -1,0 +1,133 @@
+"""The residual stream, found by dominance.
+
+A sum is a residual addition if and only if exactly one of its terms is an ancestor of every other term: that
+term is the stream, the others are branches computed from it. Chains of such sums are residual streams. No
+container, class name or call boundary is needed, and nothing is assumed about what a branch does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import fx, nn
+
+from dbconvert.graph import ops
+from dbconvert.graph.reach import Reach
+from dbconvert.graph.tape import Recording
+
+EXPANSIONS = 4
+"""How deep nested sums, a + (b + c), are opened to find the stream among their terms."""
+
+
+@dataclass(frozen=True)
+class ResidualAdd:
+    """stream_out = stream_in + sum of branches.
+
+    Args:
+        node: the addition.
+        source: the node that made the numbers of the stream before it.
+        branches: the other terms.
+        on_spine: normalisations and activations between `source` and this addition, nearest first (post-norm).
+    """
+
+    node: fx.Node
+    source: fx.Node
+    branches: tuple[fx.Node, ...]
+    on_spine: tuple[fx.Node, ...] = ()
+
+
+@dataclass
+class Spines:
+    """All residual additions of a recording, and how they chain."""
+
+    model: nn.Module
+    reach: Reach
+    adds: dict[fx.Node, ResidualAdd] = field(default_factory=dict)
+    length: dict[fx.Node, int] = field(default_factory=dict)
+
+    def chain(self, end: fx.Node) -> list[ResidualAdd]:
+        """The additions that lead to `end`, first to last."""
+        found = []
+        while end in self.adds:
+            found.append(self.adds[end])
+            end = self.adds[end].source
+        return found[::-1]
+
+    def chains(self) -> list[list[ResidualAdd]]:
+        """Every chain that no other addition continues, longest first; of equals the one that ends last."""
+        continued = {add.source for add in self.adds.values()}
+        ends = [node for node in reversed(self.adds) if node not in continued]
+        ends.sort(key=lambda node: -self.length[node])
+        return [self.chain(end) for end in ends]
+
+    def look_through(self, node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]]:
+        """The node that made the stream's numbers, past casts, views and what sits on the spine after an addition."""
+        passed: list[fx.Node] = []
+        while True:
+            node = ops.origin(node, self.model)
+            if node in self.adds:
+                return node, tuple(passed)
+            before = ops.first(node)
+            on_spine = ops.is_norm(node, self.model) or ops.is_activation(node, self.model)
+            if before is None or not on_spine or self.after_addition(before) is None:
+                return node, tuple(passed)
+            passed.append(node)
+            node = before
+
+    def after_addition(self, node: fx.Node) -> fx.Node | None:
+        """The residual addition whose result `node` still is, past casts, norms and activations; else None."""
+        while True:
+            node = ops.origin(node, self.model)
+            if node in self.adds:
+                return node
+            before = ops.first(node)
+            if before is None or not (ops.is_norm(node, self.model) or ops.is_activation(node, self.model)):
+                return None
+            node = before
+
+
+def find_spines(recording: Recording, model: nn.Module) -> Spines:
+    spines = Spines(model, Reach(recording.graph))
+    for node in spines.reach.nodes:
+        if ops.is_addition(node) and (add := residual(node, spines)) is not None:
+            spines.adds[node] = add
+            spines.length[node] = 1 + spines.length.get(add.source, 0)
+    return spines
+
+
+def residual(node: fx.Node, spines: Spines) -> ResidualAdd | None:
+    """`node` as a residual addition, or None if no term, or more than one, dominates the others."""
+    terms = ops.operands(node)
+    for _ in range(EXPANSIONS):
+        streams = [t for t in terms if dominates(t, terms, spines)]
+        if streams:
+            break
+        opened = [part for t in terms for part in open_sum(t, spines)]
+        if len(opened) == len(terms):
+            return None
+        terms = opened
+    if len(streams) != 1:
+        return None
+    source, on_spine = spines.look_through(streams[0])
+    branches = [part for t in terms if t is not streams[0] for part in all_terms(t, spines)]
+    if ops.size(source) != ops.size(node) or any(ops.size(b) != ops.size(node) for b in branches):
+        return None
+    return ResidualAdd(node, source, tuple(branches), on_spine)
+
+
+def dominates(term: fx.Node, terms: list[fx.Node], spines: Spines) -> bool:
+    source, _ = spines.look_through(term)
+    return all(t is term or spines.reach.is_ancestor(source, t) for t in terms)
+
+
+def open_sum(term: fx.Node, spines: Spines) -> list[fx.Node]:
+    inner = ops.origin(term, spines.model)
+    return ops.operands(inner) if ops.is_addition(inner) else [term]
+
+
+def all_terms(term: fx.Node, spines: Spines) -> list[fx.Node]:
+    """A branch that is itself a plain sum, attn + mlp, taken apart; a residual sum inside a branch stays whole."""
+    inner = ops.origin(term, spines.model)
+    if not ops.is_addition(inner) or inner in spines.adds:
+        return [term]
+    return [part for operand in ops.operands(inner) for part in all_terms(operand, spines)]
