@@ -6,8 +6,9 @@ again in another process without analysing it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
+
+from dbconvert.schema import record
 
 Path = tuple[int | str, ...]
 """Where a tensor sits in arguments or an output: positions and keys, outermost first. () is the value itself."""
@@ -18,7 +19,7 @@ Placement = Literal["pre", "end", "inner", "spine", "input"]
 addition (post-norm); `input` when there is none and the branch's input is modulated instead."""
 
 
-@dataclass(frozen=True)
+@record
 class Axes:
     """Axes of a tensor; `channel` counts from the end (-1 is the last), `batch` from the front."""
 
@@ -26,7 +27,7 @@ class Axes:
     channel: int
 
 
-@dataclass(frozen=True)
+@record
 class NormSite:
     """Where scale and shift act: on the output of `module`, or on its inputs at `arguments`.
 
@@ -44,7 +45,7 @@ class NormSite:
     arguments: tuple[Path, ...] = ()
 
 
-@dataclass(frozen=True)
+@record
 class GateSite:
     """Where the gate acts: on the output of `module` (relative to the layer) at `output`."""
 
@@ -55,7 +56,7 @@ class GateSite:
     output: Path = ()
 
 
-@dataclass(frozen=True)
+@record
 class Branch:
     """One residual branch: h + gate * f(norm(h) * (1 + scale) + shift), added at node `addition`."""
 
@@ -65,7 +66,7 @@ class Branch:
     gate: GateSite
 
 
-@dataclass(frozen=True)
+@record
 class SideInput:
     """A tensor that a layer receives beside the stream; `shared` when all layers receive the same one."""
 
@@ -75,7 +76,7 @@ class SideInput:
     shared: bool
 
 
-@dataclass(frozen=True)
+@record
 class Layer:
     """One layer of the stack.
 
@@ -99,7 +100,7 @@ class Layer:
     bytes: int
 
 
-@dataclass(frozen=True)
+@record
 class Head:
     """The last module before the network's output, where a task meets the features.
 
@@ -120,7 +121,7 @@ class Head:
     pooled: bool
 
 
-@dataclass(frozen=True)
+@record
 class Part:
     """Modules outside the stack: the stem before it, the readout after it."""
 
@@ -129,7 +130,7 @@ class Part:
     bytes: int
 
 
-@dataclass(frozen=True)
+@record
 class Input:
     """An argument of the network's forward, as the analysis fed it."""
 
@@ -138,7 +139,7 @@ class Input:
     dtype: str
 
 
-@dataclass(frozen=True)
+@record
 class Check:
     """One proof by numbers: what was compared, the largest difference, over how many cases."""
 
@@ -147,7 +148,7 @@ class Check:
     detail: str
 
 
-@dataclass(frozen=True)
+@record
 class Anatomy:
     """A network that can be cut.
 

@@ -1,0 +1,204 @@
+"""What is DECIDED about a conversion: blocks, noise, target, conditioning. Frozen; plan.json is this.
+
+A plan and the network's source are enough to convert the network again in another process.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from dbconvert.anatomy import Anatomy
+from dbconvert.conditioning.modulation import Start
+from dbconvert.diffusion.distributions import LogNormal, NoiseDistribution, Tabulated
+from dbconvert.diffusion.intervals import Intervals, Partition
+from dbconvert.errors import DBConvertError, UsageError
+from dbconvert.schema import identity, parse, read_json, record
+
+SCHEMA_VERSION = 1
+Rule = Literal["auto", "edm"]
+
+
+@record
+class SourceRef:
+    """Where a network comes from.
+
+    Args:
+        kind: `model_file` or `transformers`.
+        name: the function, class or module in the file, or the architecture's class.
+        location: what the user gave; for people only.
+        files: the files that make it up, relative to their folder, the main one first.
+        sha256: of their names and contents, or of the configuration.
+        config: a Transformers configuration, which makes the source travel with the plan.
+    """
+
+    kind: Literal["model_file", "transformers"]
+    name: str
+    location: str
+    files: tuple[str, ...]
+    sha256: str
+    config: dict[str, Any] | None = None
+
+
+@record
+class NoiseRule:
+    """How noise levels are chosen; None leaves a figure to the rule.
+
+    Args:
+        rule: `auto` fits the distribution to the target table (LAB rule: posterior entropy); `edm` is the log-normal.
+    """
+
+    rule: Rule
+    partition: Partition = "equal-mass"
+    overlap: float = 0.05
+    p_mean: float | None = None
+    p_std: float | None = None
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+    sigma_data: float | None = None
+
+
+@record
+class NoiseFit:
+    """The noise that training and sampling use: noise.json.
+
+    Args:
+        basis: what it was fitted to, in words.
+        boundaries: B + 1 ascending levels.
+        log_sigma, mass: the fitted CDF (`auto`), empty for `edm`.
+        p_mean, p_std: of the log-normal (`edm`).
+        entropy: of the labels in nats (`auto`).
+    """
+
+    rule: Rule
+    basis: str
+    boundaries: tuple[float, ...]
+    overlap: float
+    sigma_data: float
+    log_sigma: tuple[float, ...] = ()
+    mass: tuple[float, ...] = ()
+    p_mean: float | None = None
+    p_std: float | None = None
+    entropy: float | None = None
+
+    def distribution(self) -> NoiseDistribution:
+        low, high = self.boundaries[0], self.boundaries[-1]
+        if self.rule == "auto":
+            return Tabulated(self.log_sigma, self.mass, low, high)
+        if self.p_mean is None or self.p_std is None:
+            raise DBConvertError("an `edm` noise fit needs p_mean and p_std", hint="split the network again")
+        return LogNormal(self.p_mean, self.p_std, low, high)
+
+    def intervals(self) -> Intervals:
+        return Intervals(self.distribution(), self.boundaries, self.overlap)
+
+    @property
+    def identity(self) -> str:
+        return identity(self)
+
+
+@record
+class Target:
+    """What the noisy target is and where it enters.
+
+    Args:
+        classes: rows of the target table.
+        width: its columns, the width of the stream.
+        placement: `token` puts the noisy target in the place of one token, `add` adds it to every position.
+        token: index of that token.
+    """
+
+    classes: int
+    width: int
+    placement: Literal["token", "add"]
+    token: int | None = None
+
+
+@record
+class Plan:
+    """A conversion, decided.
+
+    Args:
+        versions: of the libraries that wrote it.
+        blocks: (first, last) layer of each block, both included; block 0 takes the highest noise.
+        preview: the noise as far as it is known at the split (for `auto` without data: uniform labels).
+        weights: what the weights are: `random, seed N` or the file they came from.
+        files: SHA-256 of each weights file of the package.
+    """
+
+    schema_version: int
+    versions: dict[str, str]
+    source: SourceRef
+    anatomy: Anatomy
+    blocks: tuple[tuple[int, int], ...]
+    start: Start
+    condition_width: int
+    task: str | None
+    target: Target | None
+    noise: NoiseRule
+    preview: NoiseFit
+    weights: str
+    pretrained: bool
+    files: dict[str, str]
+
+    @property
+    def identity(self) -> str:
+        """Two packages with one identity are one split: same cut, same source, same weights."""
+        return identity(self)
+
+    def layers_of(self, block: int) -> range:
+        first, last = self.blocks[block]
+        return range(first, last + 1)
+
+    def block_of_key(self, key: str) -> int | None:
+        """The block that owns a parameter of the original network, None for the periphery."""
+        layer = self.anatomy.layer_of(key)
+        if layer is None:
+            return None
+        return next(b for b in range(len(self.blocks)) if layer in self.layers_of(b))
+
+
+def cut(depth: int, *, blocks: int | None = None, sizes: tuple[int, ...] | None = None) -> tuple[tuple[int, int], ...]:
+    """(first, last) of contiguous blocks over `depth` layers; sizes differ by at most one unless they are given.
+
+    Raises:
+        UsageError: more blocks than layers, or sizes that do not add up to the depth.
+    """
+    if sizes is None:
+        count = blocks if blocks is not None else 1
+        if count < 1:
+            raise UsageError(f"{count} blocks: at least one is needed", hint="--blocks 1 trains the whole network")
+        if count > depth:
+            raise UsageError(
+                f"{count} blocks cannot be cut from {depth} layers", hint=f"choose --blocks between 1 and {depth}"
+            )
+        small, larger = divmod(depth, count)
+        sizes = tuple(small + (b < larger) for b in range(count))
+    if any(size < 1 for size in sizes) or sum(sizes) != depth:
+        raise UsageError(
+            f"layers {','.join(map(str, sizes))} add up to {sum(sizes)}, but the stack has {depth}",
+            hint="every layer belongs to exactly one block, and every block has at least one",
+        )
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    return tuple((end - size, end - 1) for size, end in zip(sizes, ends, strict=True))
+
+
+def read_plan(path: Path) -> Plan:
+    return parse_plan(read_json(path), file=str(path))
+
+
+def parse_plan(data: Any, *, file: str) -> Plan:
+    """A plan from JSON.
+
+    Raises:
+        DBConvertError: it was written by a newer version.
+        UsageError: it is not a plan.
+    """
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise DBConvertError(
+            f"this plan has schema version {version}, and this dbconvert reads up to {SCHEMA_VERSION}",
+            where=file,
+            hint="update dbconvert: pip install -U dbconvert",
+        )
+    return parse(Plan, data, file=file)

@@ -1,0 +1,244 @@
+"""Recipes: strict YAML that says what to train, on what, and how. Dotted keys override single values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from dbconvert.conditioning.modulation import Start
+from dbconvert.diffusion.intervals import Partition
+from dbconvert.errors import UsageError
+from dbconvert.plan import NoiseRule, Rule
+from dbconvert.schema import Count, Key, Positive, PositiveFloat, Share, parse, read_yaml, record, to_data
+
+Method = Literal["blocks", "end-to-end", "shallow"]
+
+
+@record
+class SplitOptions:
+    """How a source is cut, where the recipe starts from a source and not from a package."""
+
+    blocks: Positive | None = None
+    layers: tuple[int, ...] | None = None
+    layers_per_block: Positive | None = None
+    stack: str | None = None
+    start: Start | None = None
+    condition_width: Positive | None = None
+
+
+@record
+class NoiseOptions:
+    """See `plan.NoiseRule`; `rule: null` is `auto` for discrete targets and `edm` for continuous ones."""
+
+    rule: Rule | None = None
+    partition: Partition = "equal-mass"
+    overlap: float = 0.05
+    p_mean: float | None = None
+    p_std: float | None = None
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+    sigma_data: float | None = None
+
+    def resolve(self, rule: Rule) -> NoiseRule:
+        return NoiseRule(**{**to_data(self), "rule": rule})
+
+
+@record
+class ImageOptions:
+    """How pictures become tensors: resized to `size`, scaled to [0, 1], augmented, then (x - mean) / std."""
+
+    size: Positive | None = None
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+
+
+@record
+class RandAugment:
+    """RandAugment (Cubuk et al. 2020): `operations` random ones a picture, of magnitude 0 to 30."""
+
+    operations: Positive = 2
+    magnitude: Count = 9
+
+
+@record
+class DataOptions:
+    """Where examples come from.
+
+    Args:
+        source: a built-in name, a hub id, a local folder, a parquet file, or `file.py:function`, which returns a
+            map-style dataset of dicts for a part's name.
+        train, validation, test: names of the parts.
+        input, label: names of the columns; `input: null` takes the network's own argument name, or the only
+            column that is not the label.
+        flip: mirror half of the training pictures.
+        workers: processes that load batches.
+    """
+
+    source: str | None = None
+    train: str = "train"
+    validation: str | None = "validation"
+    test: str | None = "test"
+    input: str | None = None
+    label: str = "label"
+    image: ImageOptions | None = None
+    flip: bool = False
+    randaugment: RandAugment | None = None
+    workers: Count = 0
+
+
+@record
+class OptimizerOptions:
+    """Of every block (and of the shared periphery); `final` is the last learning rate as a share of `lr`."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: PositiveFloat = 1e-3
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: Share = 0.05
+    final: Share = 0.0
+
+
+@record
+class TrainOptions:
+    """The training itself.
+
+    Args:
+        method: `blocks`, or a baseline on the same network: `end-to-end`, or `shallow`, which trains only the
+            first block's layers, end-to-end, for B times the steps.
+        steps: updates a block; or `epochs` over the training data a block.
+        batch: examples an update, over all processes.
+        order: which block is next: `random`, or `rotate`, `steps_per_turn` at a time.
+        periphery: `shared` trains stem, target table and readout with every block; `frozen-target` freezes a
+            unit-norm table and gives each block its own stem and readout, so that blocks are independent.
+        weight: `none` is the plain loss, `edm` multiplies it by w(sigma).
+        checkpoint_every: in updates of the whole run; 0 writes none.
+    """
+
+    method: Method = "blocks"
+    steps: Positive | None = None
+    epochs: Positive | None = None
+    batch: Positive = 128
+    order: Literal["random", "rotate"] = "random"
+    steps_per_turn: Positive = 1
+    periphery: Literal["shared", "frozen-target"] = "shared"
+    weight: Literal["none", "edm"] = "none"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    accumulate: Positive = 1
+    clip: PositiveFloat | None = 1.0
+    checkpoint_every: Count = 500
+    cpu: bool = False
+
+
+@record
+class EvalOptions:
+    """When and how to evaluate; `steps: null` samples with B + 1 network evaluations."""
+
+    every: Count = 0
+    batch: Positive = 256
+    draws: Count = 8
+    steps: Positive | None = None
+    sigmas: Count = 8
+
+
+@record
+class LogOptions:
+    """Metrics go to metrics.jsonl every `every` updates, and to the trackers named."""
+
+    every: Positive = 10
+    trackers: tuple[Literal["wandb", "tensorboard"], ...] = ()
+    project: str = "dbconvert"
+
+
+@record
+class Recipe:
+    """Everything a training run needs. Paths are relative to the recipe's file."""
+
+    source: str | None = None
+    package: str | None = None
+    weights: str | None = None
+    task: str | None = None
+    split: SplitOptions = SplitOptions()
+    noise: NoiseOptions = NoiseOptions()
+    data: DataOptions = DataOptions()
+    optimizer: OptimizerOptions = OptimizerOptions()
+    train: TrainOptions = TrainOptions()
+    eval: EvalOptions = EvalOptions()
+    log: LogOptions = LogOptions()
+    seed: int = 0
+
+
+DECIDED = ("source", "weights", "split", "noise")
+"""Keys that a package has settled: they are refused in its recipe and on the command line."""
+
+
+def read_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
+    """A recipe with `key=value` overrides applied.
+
+    Raises:
+        UsageError: an unknown key, a value of the wrong kind, an override that is not `key=value`.
+    """
+    data, places = read_yaml(path)
+    given = parse_overrides(overrides)
+    merged = merge(data, given)
+    places.update({key: "the command line" for key in keys(given)})
+    recipe = parse(Recipe, merged, file=str(path), places=places)
+    check(recipe, merged, str(path))
+    return recipe
+
+
+def check(recipe: Recipe, data: Mapping[str, Any], file: str) -> None:
+    """What single values cannot say: keys that contradict each other."""
+    if (recipe.source is None) == (recipe.package is None):
+        raise UsageError("a recipe names either a source or a package", where=file)
+    settled = [key for key in DECIDED if recipe.package is not None and key in data]
+    if settled:
+        raise UsageError(
+            f"{settled[0]} was decided when the package was made",
+            where=file,
+            hint="split the source again with other options",
+        )
+    if recipe.train.steps is not None and recipe.train.epochs is not None:
+        raise UsageError("train.steps and train.epochs are both given", where=file, hint="give one of them")
+    if recipe.train.batch % recipe.train.accumulate:
+        raise UsageError(
+            f"train.batch {recipe.train.batch} is not a multiple of train.accumulate {recipe.train.accumulate}",
+            where=file,
+        )
+
+
+def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
+    """{"train": {"steps": 3}} from ["train.steps=3"]; values are YAML."""
+    nested: dict[str, Any] = {}
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise UsageError(f"{text!r} is not an override", hint="write it as key=value, e.g. train.steps=300")
+        place = nested
+        *parents, last = key.split(".")
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        try:
+            place[last] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UsageError(f"the value of {key} is not YAML: {value!r}") from None
+    return nested
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = merge(below or {}, value) if isinstance(value, dict) and isinstance(below or {}, dict) else value
+    return merged
+
+
+def keys(nested: Mapping[str, Any], path: Key = ()) -> Iterator[Key]:
+    """The path of every key in nested mappings, parents too."""
+    for key, value in nested.items():
+        yield (*path, key)
+        if isinstance(value, dict):
+            yield from keys(value, (*path, key))

@@ -1,0 +1,68 @@
+"""Which kind of source a user's word is."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from dbconvert.errors import DBConvertError, UsageError
+from dbconvert.plan import SourceRef
+from dbconvert.sources.base import Source
+from dbconvert.sources.model_file import ModelFile
+from dbconvert.sources.python_files import sha256_files
+from dbconvert.sources.transformers_source import TransformersSource
+
+HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
+
+
+def open_source(text: str) -> Source:
+    """`model.py`, `model.py:name`, a folder with config.json, or a hub id.
+
+    Raises:
+        UsageError: it is none of these.
+        DBConvertError: it is, but cannot be opened.
+    """
+    file, _, name = text.partition(".py:")
+    if name:
+        return ModelFile(Path(file + ".py"), name)
+    path = Path(text)
+    if text.endswith(".py"):
+        return ModelFile(path)
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return TransformersSource.open(text)
+        raise UsageError(f"{text} holds no config.json", hint="give a model.py, or a Transformers folder")
+    if path.exists():
+        raise UsageError(f"{text} is not a source", hint="give a model.py, a Transformers folder or a hub id")
+    if HUB_ID.match(text) and text.count("/") == 1:
+        return TransformersSource.open(text)
+    raise UsageError(f"{text} does not exist", hint="give a model.py, model.py:name, a Transformers folder or a hub id")
+
+
+def reopen_source(ref: SourceRef, folders: list[Path]) -> Source:
+    """The source that a plan names, from the first of `folders` that holds exactly its files.
+
+    A Transformers source is rebuilt from the plan itself. Code is only ever run from a file whose content matches
+    the plan's SHA-256.
+
+    Raises:
+        DBConvertError: no folder holds the files, or their content has changed.
+    """
+    if ref.kind == "transformers":
+        return TransformersSource.from_config(ref.config or {}, ref.name)
+    changed = []
+    for folder in folders:
+        if all((folder / file).is_file() for file in ref.files):
+            if sha256_files(folder, ref.files) == ref.sha256:
+                return ModelFile(folder / ref.files[0], ref.name)
+            changed.append(folder / ref.files[0])
+    if changed:
+        raise DBConvertError(
+            f"{changed[0]} is not the file that was split: its content has changed",
+            hint="give the original with source=..., or split again",
+        )
+    raise DBConvertError(
+        f"the network's source {ref.files[0]} is missing",
+        where=", ".join(str(folder) for folder in folders),
+        hint=f"give it with source=PATH (it was {ref.location})",
+    )

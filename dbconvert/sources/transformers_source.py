@@ -1,0 +1,165 @@
+"""A Transformers network: a folder with config.json, a hub id, or a configuration out of a plan."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dbconvert.errors import DBConvertError
+from dbconvert.plan import SourceRef
+from dbconvert.schema import identity
+from dbconvert.sources.base import Source
+
+BATCH, TOKENS = 2, 16
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+
+
+class TransformersSource(Source):
+    """A Transformers architecture, with its trained weights where there are any.
+
+    Args:
+        location: folder or hub id; None when the configuration came out of a plan.
+        config: a PretrainedConfig.
+    """
+
+    def __init__(self, location: str | None, config: Any, name: str) -> None:
+        self.location = location
+        self.config = config
+        self.cls = architecture(name)
+        content = plain_config(config)
+        self.ref = SourceRef(
+            kind="transformers",
+            name=name,
+            location=location or "",
+            files=("config.json",),
+            sha256=identity({"architecture": name, "config": content}),
+            config=content,
+        )
+
+    @classmethod
+    def open(cls, location: str) -> TransformersSource:
+        """From a folder or a hub id.
+
+        Raises:
+            DBConvertError: there is no such configuration, or its architecture is not part of Transformers.
+        """
+        import transformers
+
+        with quiet():
+            try:
+                config = transformers.AutoConfig.from_pretrained(location)
+            except (OSError, ValueError, KeyError) as error:
+                reason = str(error).strip().split("\n", 1)[0]
+                raise DBConvertError(
+                    f"cannot read a Transformers configuration from {location}",
+                    why=reason,
+                    hint="give a folder with config.json, a hub id, or a model.py",
+                ) from None
+        names = getattr(config, "architectures", None) or []
+        if not names:
+            raise DBConvertError(
+                f"the configuration of {location} names no architecture",
+                hint='add e.g. "architectures": ["ViTForImageClassification"] to config.json',
+            )
+        return cls(location, config, names[0])
+
+    @classmethod
+    def from_config(cls, content: dict[str, Any], name: str) -> TransformersSource:
+        """From the configuration that a plan carries; no file is read and no code executed."""
+        import transformers
+
+        fields = {k: v for k, v in content.items() if k != "model_type"}
+        return cls(None, transformers.AutoConfig.for_model(content["model_type"], **fields), name)
+
+    def build(self) -> nn.Module:
+        with quiet():
+            model: nn.Module = self.cls(self.config)
+        if hasattr(model.config, "use_cache"):
+            model.config.use_cache = False  # type: ignore[union-attr]  # a cache would hide keys and values from the tape
+        return model.float()
+
+    def load_weights(self, model: nn.Module) -> str | None:
+        if self.location is None or not self.has_weights():
+            return None
+        with quiet():
+            trained = self.cls.from_pretrained(self.location, config=self.config, dtype=torch.float32)
+        model.load_state_dict(trained.state_dict())
+        return self.location
+
+    def has_weights(self) -> bool:
+        folder = Path(self.location or "")
+        if folder.is_dir():
+            return any((folder / name).exists() for name in WEIGHT_FILES)
+        from huggingface_hub import file_exists
+
+        return any(file_exists(str(self.location), name) for name in WEIGHT_FILES)
+
+    def example_inputs(self, model: nn.Module) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(0)
+        name = getattr(model, "main_input_name", "input_ids")
+        text = self.config.get_text_config() if hasattr(self.config, "get_text_config") else self.config
+        if name == "input_ids":
+            limit = getattr(text, "max_position_embeddings", None) or TOKENS
+            shape = (BATCH, min(TOKENS, limit))
+            inputs = {name: torch.randint(0, text.vocab_size, shape, generator=generator)}
+            if getattr(self.config, "is_encoder_decoder", False):
+                inputs["decoder_input_ids"] = inputs[name].clone()
+            return inputs
+        if name == "pixel_values":
+            vision = getattr(self.config, "vision_config", self.config)
+            size = getattr(vision, "image_size", 224)
+            height, width = size if isinstance(size, (tuple, list)) else (size, size)
+            channels = getattr(vision, "num_channels", 3)
+            return {name: torch.randn(BATCH, channels, height, width, generator=generator)}
+        raise DBConvertError(
+            f"no example input is known for {name}",
+            where=self.ref.name,
+            hint="write a model.py with build_model() and example_inputs() around it",
+        )
+
+    def copy_to(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({**(self.ref.config or {}), "architectures": [self.ref.name]}, indent=2)
+        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def architecture(name: str) -> Any:
+    import transformers
+
+    cls = getattr(transformers, name, None)
+    if cls is None:
+        raise DBConvertError(
+            f"the installed Transformers {transformers.__version__} has no {name}",
+            hint="update Transformers, or write a model.py that builds the network; remote code is not run",
+        )
+    return cls
+
+
+def plain_config(config: Any) -> dict[str, Any]:
+    """The configuration as JSON data, without what depends on this machine."""
+    content = json.loads(config.to_json_string(use_diff=True))
+    for key in ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures"):
+        content.pop(key, None)
+    return {"model_type": config.model_type, **content}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Transformers' own progress bars and remarks are off meanwhile."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
