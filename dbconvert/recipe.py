@@ -126,7 +126,7 @@ class TrainOptions:
     steps_per_turn: Positive = 1
     periphery: Literal["shared", "frozen-target"] = "shared"
     weight: Literal["none", "edm"] = "none"
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["fp32", "bf16"] = "fp32"
     accumulate: Positive = 1
     clip: PositiveFloat | None = 1.0
     checkpoint_every: Count = 500

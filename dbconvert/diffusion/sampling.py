@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dbconvert.diffusion.distributions import NoiseDistribution
+from dbconvert.diffusion.intervals import Intervals
 from dbconvert.errors import UsageError
 
 Grid = Literal["quantiles", "karras"]
@@ -31,6 +32,13 @@ def sigma_grid(distribution: NoiseDistribution, evaluations: int, grid: Grid = "
         roots = low ** (1 / KARRAS_RHO) + shares[1:-1] * (high ** (1 / KARRAS_RHO) - low ** (1 / KARRAS_RHO))
         inner = (roots**KARRAS_RHO).tolist()
     return [high, *inner, low]
+
+
+def levels(intervals: Intervals, evaluations: int | None = None) -> list[float]:
+    """Levels to sample at: by default the B + 1 boundaries, so that every block runs, the last one as readout too."""
+    if evaluations is None:
+        return list(reversed(intervals.boundaries))
+    return sigma_grid(intervals.distribution, evaluations)
 
 
 def euler_step(z: Tensor, denoised: Tensor, sigma: float, sigma_next: float) -> Tensor:

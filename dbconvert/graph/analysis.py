@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -144,19 +143,3 @@ def notes(stack: Stack, evidence: Evidence) -> tuple[str, ...]:
         found.append(f"layers of different classes: {', '.join(sorted(classes))}")
     return tuple(found)
 
-
-def forward_arguments(model: nn.Module, values: tuple[Any, ...]) -> Inputs:
-    """Positional example inputs under the names that the network's forward gives them."""
-    names = [
-        name
-        for name, parameter in inspect.signature(model.forward).parameters.items()
-        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.POSITIONAL_ONLY)
-    ]
-    if len(values) > len(names):
-        raise Refused(
-            f"{len(values)} example inputs for a forward that takes {len(names)} arguments",
-            node=type(model).__name__,
-            kind="example-inputs",
-            hint="return one value for each argument of forward from example_inputs(), or a dict by name",
-        )
-    return dict(zip(names, values, strict=False))

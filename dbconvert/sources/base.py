@@ -14,7 +14,10 @@ from dbconvert.plan import SourceRef
 class Source(ABC):
     """A place a network comes from."""
 
-    ref: SourceRef
+    @property
+    @abstractmethod
+    def ref(self) -> SourceRef:
+        """What a plan keeps of it."""
 
     @abstractmethod
     def build(self) -> nn.Module:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import shutil
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -36,19 +38,25 @@ class ModelFile(Source):
         self.path = path
         self.module = load_file(path)
         self.entry_name, self.entry = find_entry(self.module, name, path)
-        self.build()  # imports may hide inside functions: the neighbours are complete only afterwards
-        files = tuple(str(file) for file in imported_neighbours(path))
-        self.ref = SourceRef(
+        self.built = False
+
+    @cached_property
+    def ref(self) -> SourceRef:
+        if not self.built:
+            self.build()  # imports may hide inside functions: the neighbours are complete only afterwards
+        files = tuple(str(file) for file in imported_neighbours(self.path))
+        return SourceRef(
             kind="model_file",
             name=self.entry_name,
-            location=str(path),
+            location=str(self.path),
             files=files,
-            sha256=sha256_files(path.parent, files),
+            sha256=sha256_files(self.path.parent, files),
         )
 
     def build(self) -> nn.Module:
+        self.built = True
         if isinstance(self.entry, nn.Module):
-            return self.entry
+            return copy.deepcopy(self.entry)
         with neighbours_importable(self.path.resolve().parent), explained(self.path):
             model = self.entry()
         if not isinstance(model, nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,17 @@ class TransformersSource(Source):
         self.location = location
         self.config = config
         self.cls = architecture(name)
-        content = plain_config(config)
-        self.ref = SourceRef(
+        self.name = name
+
+    @cached_property
+    def ref(self) -> SourceRef:
+        content = plain_config(self.config)
+        return SourceRef(
             kind="transformers",
-            name=name,
-            location=location or "",
+            name=self.name,
+            location=self.location or "",
             files=("config.json",),
-            sha256=identity({"architecture": name, "config": content}),
+            sha256=identity({"architecture": self.name, "config": content}),
             config=content,
         )
 
@@ -119,13 +124,13 @@ class TransformersSource(Source):
             return {name: torch.randn(BATCH, channels, height, width, generator=generator)}
         raise DBConvertError(
             f"no example input is known for {name}",
-            where=self.ref.name,
+            where=self.name,
             hint="write a model.py with build_model() and example_inputs() around it",
         )
 
     def copy_to(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({**(self.ref.config or {}), "architectures": [self.ref.name]}, indent=2)
+        text = json.dumps({**(self.ref.config or {}), "architectures": [self.name]}, indent=2)
         (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 
 

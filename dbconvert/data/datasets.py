@@ -1,0 +1,92 @@
+"""Opening a data source: a built-in name, a hub id, a folder, parquet, or a function in a Python file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dbconvert.data.digits import PARTS, Digits
+from dbconvert.errors import DBConvertError, UsageError
+from dbconvert.recipe import DataOptions
+from dbconvert.sources.python_files import explained, load_file, neighbours_importable
+
+BUILT_IN = ("digits",)
+
+
+def open_part(options: DataOptions, part: str, base: Path) -> Any:
+    """A map-style dataset of dicts.
+
+    Args:
+        part: name of the part in the source, e.g. `train` or `train[:90%]`.
+        base: folder that relative paths start from.
+
+    Raises:
+        UsageError: no source is given, or it is of no known kind.
+        DBConvertError: it cannot be read.
+    """
+    source = options.source
+    if source is None:
+        raise UsageError("no data is given", hint="add data.source=NAME: digits, a hub id, a folder, parquet, file.py:function")
+    if source == "digits":
+        return built_in(source, part)
+    if ".py:" in source:
+        return from_function(source, part, base)
+    path = base / source
+    if path.exists():
+        return from_disk(path, part)
+    if source.count("/") == 1 and not source.endswith(".parquet"):
+        return from_library(source, {}, part)
+    raise UsageError(
+        f"data source {source} does not exist",
+        hint=f"give a built-in name ({', '.join(BUILT_IN)}), a hub id, a folder, a parquet file, or file.py:function",
+    )
+
+
+def built_in(name: str, part: str) -> Any:
+    if part not in PARTS:
+        raise UsageError(f"{name} has no part {part}", hint=f"parts: {', '.join(PARTS)}")
+    return Digits(part)
+
+
+def from_function(source: str, part: str, base: Path) -> Any:
+    file, _, name = source.partition(".py:")
+    path = (base / (file + ".py")).resolve()
+    module = load_file(path)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise UsageError(f"{path.name} has no function {name}")
+    with neighbours_importable(path.parent), explained(path):
+        dataset = function(part)
+    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        raise DBConvertError(
+            f"{name}({part!r}) in {path.name} returned a {type(dataset).__name__}, not a map-style dataset",
+            hint="return something with __len__ and __getitem__(index) -> dict",
+        )
+    return dataset
+
+
+def from_disk(path: Path, part: str) -> Any:
+    if path.is_file():
+        if path.suffix != ".parquet":
+            raise UsageError(f"{path} is not a parquet file", hint="use file.py:function for other formats")
+        return from_library("parquet", {"data_files": {part.partition("[")[0]: str(path)}}, part)
+    if any(path.rglob("*.parquet")):
+        return from_library(str(path), {}, part)
+    return from_library("imagefolder", {"data_dir": str(path)}, part)
+
+
+def from_library(name: str, options: dict[str, Any], part: str) -> Any:
+    """Through the `datasets` library."""
+    try:
+        import datasets
+    except ImportError:
+        raise DBConvertError(
+            f"data source {name} needs the `datasets` library", hint="pip install 'dbconvert[data]'"
+        ) from None
+    datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(name, split=part, **options)
+    except Exception as error:  # the library raises many kinds, all meaning that it cannot be read
+        reason = str(error).strip().split("\n", 1)[0]
+        where = options.get("data_dir") or next(iter(options.get("data_files", {}).values()), name)
+        raise DBConvertError(f"cannot read part {part} of {where}", why=reason) from None

@@ -1,0 +1,116 @@
+"""Building converted networks from a plan and its source."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+
+from dbconvert.engine.network import OWN, BlockwiseNetwork, check_keys
+from dbconvert.errors import DBConvertError
+from dbconvert.graph.cut import strip
+from dbconvert.graph.inject import PREFIX, Run, inject
+from dbconvert.plan import Plan
+from dbconvert.sources.base import Source
+from dbconvert.tasks.base import Task
+from dbconvert.tasks.registry import named, reasons
+
+
+def task_of(plan: Plan, name: str | None = None) -> Task:
+    """The plan's task.
+
+    Raises:
+        DBConvertError: none was decided.
+    """
+    chosen = plan.task or name
+    if chosen is None or plan.target is None:
+        raise DBConvertError(
+            "no task was decided for this network", why=reasons(plan.anatomy), hint="split it again with --task NAME"
+        )
+    return named(chosen)(plan.anatomy, plan.target)
+
+
+def converted(model: nn.Module, plan: Plan, task: Task | None, *, seed: int = 0) -> Run:
+    """Injects what the plan says into a fresh network; `seed` is that of new parameters."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        run = inject(
+            model, plan.anatomy, blocks=len(plan.blocks), width=plan.condition_width, start=plan.start
+        )
+        if task is not None:
+            task.register(model.get_submodule(PREFIX), blocks=len(plan.blocks), width=plan.condition_width, seed=seed)
+    return run
+
+
+def whole_network(plan: Plan, source: Source) -> BlockwiseNetwork:
+    """All blocks in memory, with untrained weights: the caller loads them."""
+    task = task_of(plan)
+    model = source.build().float()
+    run = converted(model, plan, task)
+    return BlockwiseNetwork(model, run, task, plan, tuple(range(len(plan.blocks))), "shared")
+
+
+def single_block(plan: Plan, source: Source, block: int, tensors: Mapping[str, Tensor]) -> BlockwiseNetwork:
+    """One block alone: built without weights, then only its own tensors and a stem and readout are filled in.
+
+    Args:
+        tensors: of the block and the periphery, by key.
+
+    Raises:
+        DBConvertError: they do not fit.
+    """
+    task = task_of(plan)
+    with init_empty_weights():
+        model = source.build()
+        run = converted(model, plan, task)
+    strip(model, plan.anatomy, plan.layers_of(block))
+    drop_other_blocks(model, task, block, len(plan.blocks))
+    network = BlockwiseNetwork(model, run, task, plan, (block,), "single")
+    fill(network, tensors)
+    return network
+
+
+def drop_other_blocks(model: nn.Module, task: Task, block: int, blocks: int) -> None:
+    conditioning = model.get_submodule(PREFIX)
+    for parts in conditioning.children():
+        for name in [n for n, _ in parts.named_children()] if isinstance(parts, nn.ModuleDict) else []:
+            is_block = parts is not conditioning.get_submodule("modulation") and name != str(block)
+            if is_block:
+                del parts[name]
+
+
+def fill(network: BlockwiseNetwork, tensors: Mapping[str, Tensor]) -> None:
+    """Puts real tensors in the place of a network's empty parameters, and ties again what is tied."""
+    wanted = network.model.state_dict(keep_vars=True)
+    tied = {name for group in network.plan.anatomy.tied for name in group[1:]}
+    wanted = {key: value for key, value in wanted.items() if key not in tied}
+    check_keys(tensors, wanted, "the package's weights")
+    for key in wanted:
+        owner, _, name = key.rpartition(".")
+        module = network.model.get_submodule(owner)
+        tensor = tensors[key].clone()
+        if name in module._parameters:
+            module._parameters[name] = nn.Parameter(tensor.float() if tensor.is_floating_point() else tensor)
+        else:
+            module._buffers[name] = tensor
+    for first, *others in network.plan.anatomy.tied:
+        for other in others:
+            tie(network.model, first, other)
+    empty = [name for name, p in network.model.named_parameters() if p.device.type == "meta"]
+    if empty:
+        raise DBConvertError(f"no weights for {', '.join(empty[:4])}", where="the package's weights")
+
+
+def tie(model: nn.Module, first: str, other: str) -> None:
+    """Registers the parameter `first` under the name `other` as well, where both modules are there."""
+    modules = dict(model.named_modules())
+    (a, name_a), (b, name_b) = (key.rpartition(".")[::2] for key in (first, other))
+    if a in modules and b in modules:
+        modules[b]._parameters[name_b] = modules[a]._parameters[name_a]
+
+
+def with_own_peripheries(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether weights come from blocks that each have their own stem and readout."""
+    return any(key.startswith(OWN + ".") for key in tensors)

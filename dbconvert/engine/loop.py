@@ -1,0 +1,266 @@
+"""The training loop: one update is one block, one forward and one backward pass through its layers."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from dbconvert.data.batches import OrderedBatches, block_order, derive, load_batches, seed_all
+from dbconvert.data.examples import LABEL, Batch, Examples
+from dbconvert.data.images import augmentation, normalise
+from dbconvert.diffusion.intervals import Intervals, stratified
+from dbconvert.diffusion.preconditioning import Preconditioning
+from dbconvert.engine.evaluate import Metrics, evaluate_blocks, evaluate_plain
+from dbconvert.engine.network import BlockwiseNetwork, Inputs
+from dbconvert.engine.runs import CHECKPOINTS, METRICS, append
+from dbconvert.engine.state import load_state, newest_state, save_state, truncate_metrics
+from dbconvert.engine.units import Unit
+from dbconvert.errors import DBConvertError
+from dbconvert.events import Advance, Reporter, Stage
+from dbconvert.recipe import Recipe
+
+BASELINE = 0
+"""The one `block` of a baseline's order."""
+
+
+@dataclass
+class Job:
+    """What a loop works on.
+
+    Args:
+        layers: for a baseline, the layers that run unconditioned; None trains blocks.
+        units: by block; a baseline has one.
+        periphery: the unit that every block trains too, None where blocks have their own.
+        steps: updates a block.
+    """
+
+    network: BlockwiseNetwork
+    intervals: Intervals
+    layers: range | None
+    units: dict[int, Unit]
+    periphery: Unit | None
+    steps: int
+    examples: Examples
+    validation: Examples | None
+    recipe: Recipe
+    folder: Path
+
+    def all_units(self) -> list[Unit]:
+        return [*self.units.values(), *([self.periphery] if self.periphery else [])]
+
+
+class Loop:
+    """Trains a job from its newest state, or from the beginning, to its end."""
+
+    def __init__(self, job: Job, accelerator: Accelerator, report: Reporter) -> None:
+        self.job = job
+        self.accelerator = accelerator
+        self.report = report
+        self.recipe = job.recipe
+        self.metrics_path = job.folder / METRICS
+        self.augment = augmentation(self.recipe.data)
+        train = self.recipe.train
+        self.order = block_order(list(job.units), job.steps, train.order, train.steps_per_turn, self.recipe.seed)
+        self.model = self.prepare()
+        self.updates = 0
+
+    def prepare(self) -> nn.Module:
+        """Moves the network and the optimisers to where accelerate wants them."""
+        units = self.job.all_units()
+        model, *optimizers = self.accelerator.prepare(self.job.network, *(unit.optimizer for unit in units))
+        for unit, optimizer in zip(units, optimizers, strict=True):
+            unit.optimizer = optimizer
+        prepared: nn.Module = model
+        return prepared
+
+    # -- the whole run ------------------------------------------------------------------------------------
+
+    def run(self) -> Metrics:
+        """Trains to the end and returns the last evaluation."""
+        self.resume()
+        every = self.recipe.train.checkpoint_every
+        self.report(Stage("training", len(self.order)))
+        self.report(Advance(self.updates))
+        self.started, self.counted = time.perf_counter(), 0
+        for block, batch in zip(self.order[self.updates :], self.loaded(), strict=True):
+            loss = self.update(block, batch)
+            self.updates += 1
+            self.report(Advance(1, {"loss": loss}))
+            if self.recipe.eval.every and self.updates % self.recipe.eval.every == 0:
+                self.evaluate()
+            if every and self.updates % every == 0 and self.updates < len(self.order):
+                self.save()
+        return self.evaluate()
+
+    def resume(self) -> None:
+        state = newest_state(self.job.folder / CHECKPOINTS)
+        if state is None:
+            truncate_metrics(self.metrics_path, 0)
+            return
+        loaded = load_state(state, self.job.network, self.job.all_units())
+        self.updates = loaded.updates
+        truncate_metrics(self.metrics_path, loaded.metrics_bytes)
+
+    def save(self) -> None:
+        if self.accelerator.is_main_process:
+            size = self.metrics_path.stat().st_size if self.metrics_path.exists() else 0
+            folder = self.job.folder / CHECKPOINTS
+            save_state(folder, self.job.network, self.job.all_units(), self.updates, size)
+        self.accelerator.wait_for_everyone()
+
+    def loaded(self) -> Iterator[Batch]:
+        """Batches in order; random transforms of the user's own dataset are seeded by the update."""
+        sampler = OrderedBatches(
+            len(self.job.examples),
+            self.recipe.train.batch,
+            self.order,
+            self.recipe.seed,
+            start=self.updates,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+        )
+        batches = iter(load_batches(self.job.examples, sampler, self.recipe.data.workers))
+        for block in self.order[self.updates :]:
+            done = self.job.units[block].done
+            seed_all(derive(self.recipe.seed, "load", block, done, self.accelerator.process_index))
+            yield next(batches)
+
+    # -- one update ---------------------------------------------------------------------------------------
+
+    def update(self, block: int, batch: Batch) -> float:
+        """One update of a block (and of the shared periphery); returns its mean unweighted loss."""
+        unit = self.job.units[block]
+        units = [unit, *([self.job.periphery] if self.job.periphery else [])]
+        seed_all(derive(self.recipe.seed, "update", block, unit.done, self.accelerator.process_index))
+        for active in units:
+            active.prepare_update()
+        self.job.network.train()
+        inputs, labels = self.to_device(batch)
+        sigma = self.draw_sigma(block, len(labels))
+        losses = self.backward(block, inputs, labels, sigma)
+        loss = float(losses.mean())
+        if not torch.isfinite(losses).all():
+            raise self.not_finite(block, unit, losses, sigma)
+        norm = self.clip(units)
+        rate = unit.learning_rate()
+        for active in units:
+            active.optimizer.step()
+            active.finish_update()
+        self.counted += len(labels) * self.accelerator.num_processes
+        if (self.updates + 1) % self.recipe.log.every == 0:
+            self.log(unit, {"block": block, "loss": loss, "lr": rate, "grad_norm": norm})
+        return loss
+
+    def to_device(self, batch: Batch) -> tuple[Inputs, Tensor]:
+        device = self.accelerator.device
+        moved = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+        labels = moved.pop(LABEL)
+        image = self.recipe.data.image
+        pictures = {name: value for name, value in moved.items() if value.dim() == 4}
+        for name, value in pictures.items():
+            moved[name] = normalise(self.augment(value), image)
+        return moved, labels
+
+    def draw_sigma(self, block: int, count: int) -> Tensor:
+        if self.job.layers is not None:
+            return torch.zeros(count, device=self.accelerator.device)
+        return self.job.intervals.draw(block, stratified(count)).to(self.accelerator.device)
+
+    def backward(self, block: int, inputs: Inputs, labels: Tensor, sigma: Tensor) -> Tensor:
+        """Accumulates the gradients of a batch, a part at a time; returns its unweighted losses [N]."""
+        parts = self.recipe.train.accumulate
+        losses = []
+        for part, chosen in enumerate(torch.arange(len(labels)).chunk(parts)):
+            here = {name: value[chosen] for name, value in inputs.items()}
+            with self.accelerator.no_sync(self.model) if part + 1 < parts else nullcontext():
+                loss = self.losses(block, here, labels[chosen], sigma[chosen])
+                weighted = loss * self.weight(sigma[chosen])
+                self.accelerator.backward(weighted.sum() / len(labels))
+            losses.append(loss.detach())
+        return torch.cat(losses)
+
+    def losses(self, block: int, inputs: Inputs, labels: Tensor, sigma: Tensor) -> Tensor:
+        network = self.job.network
+        if self.job.layers is not None:
+            output = self.model(None, inputs, labels, sigma, None, layers=self.job.layers)
+        else:
+            eps = torch.randn(len(labels), network.task.target.width, device=labels.device)
+            output = self.model(block, inputs, labels, sigma, eps)
+        return network.task.losses(output, labels)
+
+    def weight(self, sigma: Tensor) -> Tensor:
+        if self.recipe.train.weight == "none" or self.job.layers is not None:
+            return torch.ones_like(sigma)
+        return Preconditioning(self.job.network.sigma_data).weight(sigma)
+
+    def clip(self, units: list[Unit]) -> float | None:
+        if self.recipe.train.clip is None:
+            return None
+        parameters = [p for unit in units for p in unit.parameters.values()]
+        norm = self.accelerator.clip_grad_norm_(parameters, self.recipe.train.clip)
+        return None if norm is None else float(norm)
+
+    def not_finite(self, block: int, unit: Unit, losses: Tensor, sigma: Tensor) -> DBConvertError:
+        bad = sigma[~torch.isfinite(losses)]
+        levels = "" if self.job.layers is not None else f", sigma {float(bad.min()):.4g} to {float(bad.max()):.4g}"
+        return DBConvertError(
+            f"the loss is not finite for {len(bad)} of {len(losses)} examples",
+            where=f"{unit.name}, its update {unit.done + 1}, update {self.updates + 1} of the run{levels}",
+            hint="lower optimizer.lr, clip gradients with train.clip, or look at those examples; "
+            f"the last whole state is in {self.job.folder / CHECKPOINTS}",
+        )
+
+    # -- figures ------------------------------------------------------------------------------------------
+
+    def log(self, unit: Unit, values: dict[str, float | int | None]) -> None:
+        elapsed = time.perf_counter() - self.started
+        line = {
+            "update": self.updates + 1,
+            "unit_update": unit.done,
+            **values,
+            "examples_per_second": round(self.counted / elapsed, 1),
+            "memory_mb": round(memory_mb(self.accelerator.device), 1),
+        }
+        self.started, self.counted = time.perf_counter(), 0
+        self.write(line, {f"{unit.name}/{k}": v for k, v in values.items() if k != "block" and v is not None})
+
+    def evaluate(self) -> Metrics:
+        """Figures on the validation part, none without one."""
+        job = self.job
+        if job.validation is None:
+            return {}
+        device, image, options = self.accelerator.device, self.recipe.data.image, self.recipe.eval
+        if job.layers is not None:
+            layers = job.layers
+            found = evaluate_plain(
+                lambda inputs: job.network.plain(inputs, layers), job.network, job.validation, options, image, device
+            )
+        else:
+            found = evaluate_blocks(
+                job.network, job.intervals, job.validation, options, image, device, self.recipe.seed
+            )
+        rounded = {name: round(value, 6) for name, value in found.items()}
+        self.write({"update": self.updates, "eval": rounded}, {f"eval/{k}": v for k, v in found.items()})
+        return found
+
+    def write(self, line: dict[str, object], tracked: dict[str, float]) -> None:
+        if self.accelerator.is_main_process:
+            append(self.metrics_path, line)
+        self.accelerator.log(tracked, step=self.updates)
+
+
+def memory_mb(device: torch.device) -> float:
+    """Peak memory: of the device, or of the process where that is the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

@@ -1,0 +1,207 @@
+"""A converted network that runs one block at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dbconvert.diffusion.preconditioning import Preconditioning
+from dbconvert.errors import DBConvertError
+from dbconvert.graph.inject import PREFIX, Conditioning, Run
+from dbconvert.plan import Plan
+from dbconvert.tasks.base import Corruption, Task, leaf
+
+Inputs = dict[str, Tensor]
+Periphery = Literal["shared", "own", "single"]
+"""`shared`: one stem and readout for all blocks; `own`: each block has its own; `single`: only one block is
+there, and the network's stem and readout are that block's."""
+
+OWN = f"{PREFIX}.periphery"
+
+
+class OwnPeriphery(nn.Module):
+    """One block's stem and readout: parameters and buffers under the network's names, with / for the dots."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            if isinstance(tensor, nn.Parameter):
+                self.register_parameter(name.replace(".", "/"), nn.Parameter(tensor.detach().clone()))
+            else:
+                self.register_buffer(name.replace(".", "/"), tensor.detach().clone())
+
+    def tensors(self) -> dict[str, Tensor]:
+        own = {**self._parameters, **self._buffers}
+        return {name.replace("/", "."): tensor for name, tensor in own.items() if tensor is not None}
+
+
+class BlockwiseNetwork(nn.Module):
+    """Wraps a converted network.
+
+    Args:
+        model: the network, injected.
+        run: the handle that steers it.
+        task: what x, y, z and the readout are; None while none is decided, when it can be written but not run.
+        sigma_data: scale of the targets; set again when the noise is fitted.
+        present: the blocks that are in memory.
+    """
+
+    def __init__(
+        self, model: nn.Module, run: Run, task: Task | None, plan: Plan, present: tuple[int, ...], periphery: Periphery
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.run = run
+        self.decided_task = task
+        self.plan = plan
+        self.present = present
+        self.periphery = periphery
+        self.sigma_data = plan.preview.sigma_data
+
+    @property
+    def conditioning(self) -> Conditioning:
+        conditioning: Conditioning = self.model.get_submodule(PREFIX)  # type: ignore[assignment]
+        return conditioning
+
+    @property
+    def task(self) -> Task:
+        if self.decided_task is None:
+            raise DBConvertError("no task was decided for this network", hint="name one with --task")
+        return self.decided_task
+
+    # -- running ------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        block: int | None,
+        inputs: Inputs,
+        labels: Tensor,
+        sigma: Tensor,
+        eps: Tensor | None,
+        layers: range | None = None,
+    ) -> Tensor:
+        """One training pass: corrupts the targets of `labels` and lets `block` denoise them.
+
+        Args:
+            block: None runs `layers` unconditioned, for the baselines.
+            inputs: arguments of the network, batch of N.
+            labels: [N]. sigma: [N]. eps: [N, d].
+
+        Returns:
+            the network's output, e.g. logits [N, K].
+        """
+        if block is None or eps is None:
+            return self.plain(inputs, layers)
+        z = self.task.clean(self.conditioning, labels) + sigma[:, None] * eps
+        return self.denoise(block, inputs, z, sigma)
+
+    def denoise(self, block: int, inputs: Inputs, z: Tensor, sigma: Tensor) -> Tensor:
+        """The output of one block for noisy targets z [N, d] at levels sigma [N]."""
+        if block not in self.present:
+            raise DBConvertError(f"block {block} is not in memory", why=f"only blocks {list(self.present)} are")
+        scaling = Preconditioning(self.sigma_data)
+        condition = self.conditioning.embedder[str(block)](scaling.c_noise(sigma))
+        corruption = Corruption(z, sigma, condition, scaling)
+        self.run.reset()
+        self.run.active = self.plan.layers_of(block)
+        self.run.condition = condition
+        self.run.entry = self.task.entry(corruption)
+        self.run.exit = self.task.exit(self.conditioning, block, corruption)
+        return self.output(self.call(block, inputs))
+
+    def plain(self, inputs: Inputs, layers: range | None = None) -> Tensor:
+        """The output of the unconditioned network: all layers, or only some of them."""
+        self.run.reset()
+        self.run.active = layers
+        return self.output(self.model(**inputs))
+
+    def call(self, block: int, inputs: Inputs) -> Any:
+        if self.periphery != "own":
+            return self.model(**inputs)
+        own = self.conditioning.get_submodule(f"periphery.{block}").tensors()  # type: ignore[operator]
+        return torch.func.functional_call(self.model, own, args=(), kwargs=inputs)
+
+    def output(self, value: Any) -> Tensor:
+        head = self.plan.anatomy.head
+        if head is None:
+            raise DBConvertError("the network has no head to read")
+        return leaf(value, head.output)
+
+    # -- weights ------------------------------------------------------------------------------------------
+
+    def owner(self, key: str) -> int | None:
+        """The block that a key of the network's state belongs to, None for the periphery."""
+        if not key.startswith(PREFIX + "."):
+            return self.plan.block_of_key(key)
+        part, _, rest = key[len(PREFIX) + 1 :].partition(".")
+        if part in ("embedder", "periphery"):
+            return int(rest.split(".")[0])
+        if part == "modulation":
+            layer = int(rest.split(".")[0])
+            return next(b for b in range(len(self.plan.blocks)) if layer in self.plan.layers_of(b))
+        return self.task.block_of(f"{part}.{rest}")
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything worth saving, by key; of tied parameters the first name only.
+
+        A single block's stem and readout are named as its own, so that blocks can be put together.
+        """
+        tied = {name for group in self.plan.anatomy.tied for name in group[1:]}
+        state = {k: v for k, v in self.model.state_dict(keep_vars=True).items() if k not in tied}
+        if self.periphery == "own":
+            return {k: v for k, v in state.items() if not self.is_template(k)}
+        if self.periphery == "single":
+            return {self.own_key(k) if self.is_template(k) else k: v for k, v in state.items()}
+        return state
+
+    def is_template(self, key: str) -> bool:
+        """Whether a key is the network's own stem or readout, which blocks with their own do not use."""
+        return not key.startswith(PREFIX + ".") and self.plan.block_of_key(key) is None
+
+    def own_key(self, key: str) -> str:
+        return f"{OWN}.{self.present[0]}.{key.replace('.', '/')}"
+
+    def block_tensors(self, block: int) -> dict[str, Tensor]:
+        return {k: v for k, v in self.tensors().items() if self.owner(k) == block}
+
+    def periphery_tensors(self) -> dict[str, Tensor]:
+        return {k: v for k, v in self.tensors().items() if self.owner(k) is None}
+
+    def load(self, tensors: Mapping[str, Tensor], *, where: str) -> None:
+        """Copies tensors into the network; every key it has must be there, and no other.
+
+        Raises:
+            DBConvertError: keys or shapes differ; the message names them.
+        """
+        own = self.tensors()
+        check_keys(tensors, own, where)
+        with torch.no_grad():
+            for key, tensor in own.items():
+                tensor.copy_(tensors[key])
+
+    def give_own_periphery(self) -> None:
+        """Gives every block a copy of the stem and the readout; the network's own become a template."""
+        names = {k: v for k, v in self.tensors().items() if self.is_template(k)}
+        own = nn.ModuleDict({str(b): OwnPeriphery(names) for b in self.present})
+        self.conditioning.add_module("periphery", own)
+        self.periphery = "own"
+
+
+def check_keys(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str) -> None:
+    missing, unknown = sorted(set(wanted) - set(given)), sorted(set(given) - set(wanted))
+    if missing or unknown:
+        parts = [f"missing: {shortened(missing)}"] * bool(missing) + [f"unknown: {shortened(unknown)}"] * bool(unknown)
+        raise DBConvertError("the weights do not fit the network", where=where, why="; ".join(parts))
+    for key, tensor in wanted.items():
+        if tuple(given[key].shape) != tuple(tensor.shape):
+            raise DBConvertError(
+                f"{key} has shape {list(given[key].shape)}, and the network wants {list(tensor.shape)}", where=where
+            )
+
+
+def shortened(names: list[str], most: int = 4) -> str:
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest

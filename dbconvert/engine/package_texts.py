@@ -1,0 +1,85 @@
+"""The files of a package that people read: recipe.yaml, README.md, train.py."""
+
+from __future__ import annotations
+
+from dbconvert.plan import NoiseFit, Plan
+from dbconvert.recipe import DataOptions, Recipe
+from dbconvert.schema import to_data, to_yaml
+from dbconvert.tasks.registry import reasons
+
+EPOCHS = 100
+SECTIONS = ("data", "optimizer", "train", "eval", "log")
+
+
+def package_recipe(plan: Plan, data: DataOptions | None) -> str:
+    """A recipe that is complete but for the data, or complete where data was given."""
+    defaults = to_data(Recipe())
+    content = {"package": ".", "task": plan.task, **{section: defaults[section] for section in SECTIONS}}
+    content["train"]["epochs"] = EPOCHS
+    if data is not None:
+        content["data"] = to_data(data)
+    content["seed"] = 0
+    head = "# How to train this package: dbconvert train THIS_FOLDER [key=value ...]\n"
+    if data is None or data.source is None:
+        head += "# data.source is missing: digits, a hub id, a folder, parquet, or file.py:function.\n"
+    if plan.task is None:
+        head += f"# task is missing: {reasons(plan.anatomy)}\n"
+    return head + to_yaml(content)
+
+
+def train_script() -> str:
+    return '''"""Trains this package: python train.py, or accelerate launch train.py [key=value ...]."""
+
+import sys
+from pathlib import Path
+
+from dbconvert.cli.main import main
+
+if __name__ == "__main__":
+    main(["train", str(Path(__file__).parent), *sys.argv[1:]])
+'''
+
+
+def package_readme(plan: Plan, noise: NoiseFit) -> str:
+    anatomy = plan.anatomy
+    share = noise.intervals().share
+    rows = [
+        f"| {b} | {first}-{last} | {low:.4g} to {high:.4g} | {100 * share(b):.1f} % |"
+        for b, (first, last) in enumerate(plan.blocks)
+        for low, high in [noise.intervals().owned(b)]
+    ]
+    kind = "entropy" if noise.rule == "auto" else "mass"
+    lines = [
+        f"# {anatomy.network} in {len(plan.blocks)} blocks",
+        "",
+        f"Written by dbconvert {plan.versions['dbconvert']} from `{plan.source.location}`"
+        f" (`{plan.source.name}`, SHA-256 `{plan.source.sha256[:12]}`); weights: {plan.weights}.",
+        f"The stack `{anatomy.stack}` has {anatomy.depth} layers of width {anatomy.width}; gates start at"
+        f" `{plan.start}`; the conditioning vector is {plan.condition_width} wide.",
+        "",
+        f"| block | layers | sigma | {kind} |",
+        "| --- | --- | --- | --- |",
+        *rows,
+        "",
+        f"Noise rule `{noise.rule}`: {noise.basis}; sigma_data {noise.sigma_data:.4g}.",
+        "",
+        "![noise intervals](noise.png)",
+        "",
+        "```bash",
+        "dbconvert train . data.source=...            # all blocks; or: accelerate launch train.py",
+        "dbconvert train . --block 0 train.periphery=frozen-target   # one block, an independent job",
+        "dbconvert assemble -o model.safetensors      # the newest complete run",
+        "```",
+        "",
+        "| file | content |",
+        "| --- | --- |",
+        "| plan.json | everything decided, with the SHA-256 of source and weights |",
+        "| recipe.yaml | how to train; every key can be overridden as key=value |",
+        "| weights/ | one safetensors file a block, one for the periphery (stem, target table, readout) |",
+        "| model/ | the network's own source |",
+        "| noise.json | the noise that was fitted (once there is data) |",
+        "| noise.png | the density of noise levels, a band a block |",
+        "| train.py | the same as `dbconvert train .` |",
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,104 @@
+"""The state of training on disk: complete, atomic, and read back to the bit.
+
+A state is a folder with the weights, the optimisers' tensors and state.json. There are no random number states
+and no data position in it, because both are functions of the seed, the block and the update (data/batches.py).
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dbconvert.checkpoint import MARKER, atomic_folder, load_tensors, save_tensors
+from dbconvert.engine.network import BlockwiseNetwork
+from dbconvert.engine.units import Unit
+from dbconvert.errors import DBConvertError
+from dbconvert.schema import parse, read_json, record, to_json
+
+WEIGHTS, OPTIMIZERS, STATE = "weights.safetensors", "optimizers.safetensors", "state.json"
+
+
+@record
+class TrainingState:
+    """state.json: updates of the run and of each unit, and what of the optimisers is not a tensor."""
+
+    updates: int
+    done: dict[str, int]
+    scalars: dict[str, float]
+    metrics_bytes: int
+
+
+def save_state(
+    folder: Path, network: BlockwiseNetwork, units: list[Unit], updates: int, metrics_bytes: int
+) -> None:
+    """Writes checkpoints/update-N and then removes the older ones."""
+    with atomic_folder(folder / f"update-{updates:08d}", force=True) as temporary:
+        save_tensors(temporary / WEIGHTS, network.tensors())
+        tensors, scalars = optimizer_state(units)
+        save_tensors(temporary / OPTIMIZERS, tensors)
+        state = TrainingState(updates, {unit.name: unit.done for unit in units}, scalars, metrics_bytes)
+        (temporary / STATE).write_text(to_json(state), encoding="utf-8")
+    for older in sorted(folder.glob("update-*"))[:-1]:
+        shutil.rmtree(older)
+
+
+def newest_state(folder: Path) -> Path | None:
+    """The newest whole state, None before the first. Left-overs of an interrupted write are removed."""
+    for broken in folder.glob(".*.tmp"):
+        if (broken / MARKER).exists():
+            shutil.rmtree(broken)
+    states = sorted(folder.glob("update-*"))
+    return states[-1] if states else None
+
+
+def load_state(folder: Path, network: BlockwiseNetwork, units: list[Unit]) -> TrainingState:
+    """Puts a saved state into a network and its optimisers."""
+    state = parse(TrainingState, read_json(folder / STATE), file=str(folder / STATE))
+    network.load(load_tensors(folder / WEIGHTS), where=str(folder / WEIGHTS))
+    if set(state.done) != {unit.name for unit in units}:
+        raise DBConvertError(f"{folder} holds {', '.join(state.done)}, not what this run trains")
+    tensors = load_tensors(folder / OPTIMIZERS)
+    for unit in units:
+        unit.done = state.done[unit.name]
+        restore_optimizer(unit, tensors, state.scalars)
+    return state
+
+
+def optimizer_state(units: list[Unit]) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Optimiser state by `unit/parameter/name`: tensors, and plain numbers."""
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, float] = {}
+    for unit in units:
+        for key, parameter in unit.parameters.items():
+            for name, value in unit.optimizer.state.get(parameter, {}).items():
+                place = f"{unit.name}|{key}|{name}"
+                if isinstance(value, Tensor):
+                    tensors[place] = value
+                elif value is not None:
+                    scalars[place] = value
+    return tensors, scalars
+
+
+def restore_optimizer(unit: Unit, tensors: dict[str, Tensor], scalars: dict[str, float]) -> None:
+    found: dict[str, dict[str, Any]] = {}
+    for place, value in [*tensors.items(), *scalars.items()]:
+        name, key, slot = place.split("|")
+        if name == unit.name:
+            found.setdefault(key, {})[slot] = value
+    for key, parameter in unit.parameters.items():
+        if key in found:
+            unit.optimizer.state[parameter] = {
+                slot: value.to(parameter.device if value.dim() else value.device) if isinstance(value, Tensor) else value
+                for slot, value in found[key].items()
+            }
+
+
+def truncate_metrics(path: Path, size: int) -> None:
+    """Forgets what was logged after the state was saved."""
+    if path.exists():
+        with path.open("r+b") as file:
+            file.truncate(size)
+

@@ -1,0 +1,266 @@
+"""train: a recipe or a package in, a run out."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import ProjectConfiguration
+from torch import nn
+
+from dbconvert.checkpoint import save_tensors, write_text
+from dbconvert.data.examples import Examples
+from dbconvert.engine.evaluate import Metrics
+from dbconvert.engine.loop import BASELINE, Job, Loop
+from dbconvert.engine.network import BlockwiseNetwork
+from dbconvert.engine.package import NOISE, NOISE_KEY, PERIPHERY, PLAN, PLAN_KEY, RECIPE, WEIGHTS, Package, block_file
+from dbconvert.engine.prepare import (
+    Origin,
+    build_network,
+    check_block,
+    get_noise,
+    get_package,
+    open_examples,
+    read_origin,
+    settle_task,
+    steps_of,
+    training_examples,
+)
+from dbconvert.engine.runs import (
+    CHECKPOINTS,
+    RunInfo,
+    new_run_folder,
+    newest_unfinished,
+    read_info,
+    start_run,
+    write_info,
+)
+from dbconvert.engine.units import Unit
+from dbconvert.errors import UsageError
+from dbconvert.events import Reporter, silent
+from dbconvert.plan import NoiseFit, Plan
+from dbconvert.recipe import Recipe, read_recipe
+from dbconvert.schema import to_data, to_json, to_yaml
+
+NETWORK_FILE = "network.safetensors"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished run.
+
+    Args:
+        folder: the run.
+        metrics: of the last evaluation; empty without validation data.
+        state_bytes: parameters, gradients and optimiser state by unit.
+    """
+
+    folder: Path
+    metrics: Metrics
+    state_bytes: dict[str, int]
+
+
+def train(
+    target: str,
+    *,
+    overrides: Iterable[str] = (),
+    block: int | None = None,
+    resume: bool = False,
+    out: str | None = None,
+    report: Reporter = silent,
+) -> TrainResult:
+    """Trains a converted network block by block.
+
+    Args:
+        target: a recipe file, a package folder, or the name of a shipped recipe.
+        overrides: `key=value`, dotted keys.
+        block: train this block alone, with nothing of the others in memory.
+        resume: continue the newest unfinished run of the target (or the one named by `out`).
+        out: the run's folder; runs/NAME-NNN by default.
+
+    Raises:
+        UsageError: something in the request is wrong.
+        DBConvertError: training cannot go on; the last whole state stays on disk.
+    """
+    origin = read_origin(target, overrides)
+    recipe = origin.recipe
+    folder = choose_folder(origin, block, resume=resume, out=out)
+    accelerator = make_accelerator(recipe, folder)
+    report = report if accelerator.is_main_process else silent
+    job, package, plan, noise = prepare(origin, folder, block, report)
+    info = RunInfo(
+        status="running",
+        method=recipe.train.method,
+        origin=str(origin.path.parent if origin.path.name == RECIPE else origin.path),
+        package=str(package.folder.resolve()),
+        split=package.plan.identity,
+        noise=noise.identity,
+        blocks=job.network.present,
+        periphery=recipe.train.periphery,
+        updates=sum(unit.total for unit in job.units.values()),
+    )
+    if accelerator.is_main_process:
+        write_head(folder, info, recipe, plan, noise)
+    start_trackers(accelerator, recipe)
+    metrics = Loop(job, accelerator, report).run()
+    accelerator.end_training()
+    if accelerator.is_main_process:
+        finish(folder, info, job)
+    return TrainResult(folder, metrics, {unit.name: unit.state_bytes() for unit in job.all_units()})
+
+
+def prepare(
+    origin: Origin, folder: Path, block: int | None, report: Reporter
+) -> tuple[Job, Package, Plan, NoiseFit]:
+    """Everything a loop needs."""
+    recipe = origin.recipe
+    package = get_package(recipe, folder, report)
+    plan = settle_task(package.plan, recipe)
+    check_block(block, plan, recipe)
+    examples = training_examples(recipe.data, plan)
+    steps = steps_of(recipe, len(examples))
+    network = build_network(package, plan, recipe, block, report)
+    noise = get_noise(package, network, examples, keep=block is not None)
+    validation = open_examples(recipe.data, recipe.data.validation, plan)
+    job = make_job(network, noise, recipe, steps, examples, validation, folder)
+    return job, package, plan, noise
+
+
+def make_job(
+    network: BlockwiseNetwork,
+    noise: NoiseFit,
+    recipe: Recipe,
+    steps: int,
+    examples: Examples,
+    validation: Examples | None,
+    folder: Path,
+) -> Job:
+    blocks = len(network.plan.blocks)
+    layers = baseline_layers(network.plan, recipe)
+    if layers is not None:
+        steps = steps * blocks if recipe.train.method == "shallow" else steps
+        units = {BASELINE: Unit("network", baseline_parameters(network, layers), recipe.optimizer, steps)}
+        periphery = None
+    else:
+        units = {
+            b: Unit(f"block-{b}", trainable(network.block_tensors(b)), recipe.optimizer, steps) for b in network.present
+        }
+        shared = trainable(network.periphery_tensors()) if network.periphery == "shared" else {}
+        periphery = Unit("periphery", shared, recipe.optimizer, steps * blocks) if shared else None
+    freeze_all_but(network, [*units.values(), *([periphery] if periphery else [])])
+    return Job(network, noise.intervals(), layers, units, periphery, steps, examples, validation, recipe, folder)
+
+
+def baseline_layers(plan: Plan, recipe: Recipe) -> range | None:
+    """The layers that a baseline runs: all, or the first block's; None for training in blocks."""
+    if recipe.train.method == "blocks":
+        return None
+    return range(plan.anatomy.depth) if recipe.train.method == "end-to-end" else plan.layers_of(0)
+
+
+def baseline_parameters(network: BlockwiseNetwork, layers: range) -> dict[str, nn.Parameter]:
+    """Parameters of the original network that a baseline trains."""
+    anatomy = network.plan.anatomy
+    originals = {k: v for k, v in network.tensors().items() if not k.startswith("dbconvert.")}
+    return {
+        key: value
+        for key, value in trainable(originals).items()
+        if anatomy.layer_of(key) is None or anatomy.layer_of(key) in layers
+    }
+
+
+def trainable(tensors: dict[str, object]) -> dict[str, nn.Parameter]:
+    return {k: v for k, v in tensors.items() if isinstance(v, nn.Parameter) and v.is_floating_point()}
+
+
+def freeze_all_but(network: BlockwiseNetwork, units: list[Unit]) -> None:
+    trained = {id(p) for unit in units for p in unit.parameters.values()}
+    for parameter in network.parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(id(parameter) in trained)
+
+
+def choose_folder(origin: Origin, block: int | None, *, resume: bool, out: str | None) -> Path:
+    """Where the run lives.
+
+    Raises:
+        UsageError: `out` is occupied, or does not hold the run to resume.
+    """
+    blocks = None if block is None else (block,)
+    if resume:
+        path = origin.path.parent if origin.path.name == RECIPE else origin.path
+        folder = Path(out) if out is not None else newest_unfinished(path, blocks)
+        refuse_other_recipe(folder, origin.recipe)
+        return folder
+    if out is not None:
+        if Path(out).exists():
+            raise UsageError(f"{out} exists already", hint="give another -o, or --resume to continue that run")
+        return Path(out)
+    return new_run_folder(origin.name if block is None else f"{origin.name}-block{block}")
+
+
+def refuse_other_recipe(folder: Path, recipe: Recipe) -> None:
+    """A run is continued with the recipe it began with; how it is logged may change."""
+    if read_info(folder).status == "complete":
+        raise UsageError(f"{folder} is complete", hint="there is nothing to resume")
+    before, now = to_data(read_recipe(folder / RECIPE)), to_data(recipe)
+    changed = [key for key in now if before[key] != now[key] and key != "log"]
+    if changed:
+        raise UsageError(
+            f"{folder} was started with another recipe: {', '.join(changed)} differ", hint="resume with the same one"
+        )
+
+
+def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
+    return Accelerator(
+        cpu=recipe.train.cpu,
+        mixed_precision="bf16" if recipe.train.precision == "bf16" else "no",
+        log_with=list(recipe.log.trackers) or None,
+        project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder)),
+        # A block's update leaves the other blocks' parameters unused.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+
+
+def start_trackers(accelerator: Accelerator, recipe: Recipe) -> None:
+    for name in recipe.log.trackers:
+        if name not in {tracker.value for tracker in accelerator.log_with}:
+            raise UsageError(f"tracker {name} is not installed", hint=f"pip install 'dbconvert[{name}]'")
+    if recipe.log.trackers:
+        accelerator.init_trackers(recipe.log.project, config=flat(to_data(recipe)))
+
+
+def flat(data: dict[str, object], prefix: str = "") -> dict[str, str | int | float | bool]:
+    """Nested options as `section.key`, in kinds that every tracker takes."""
+    found: dict[str, str | int | float | bool] = {}
+    for key, value in data.items():
+        if isinstance(value, dict):
+            found.update(flat(value, f"{prefix}{key}."))
+        else:
+            found[prefix + key] = value if isinstance(value, (str, int, float, bool)) else str(value)
+    return found
+
+
+def write_head(folder: Path, info: RunInfo, recipe: Recipe, plan: Plan, noise: NoiseFit) -> None:
+    start_run(folder, info)
+    write_text(folder / RECIPE, to_yaml(recipe))
+    write_text(folder / PLAN, to_json(plan))
+    write_text(folder / NOISE, to_json(noise))
+
+
+def finish(folder: Path, info: RunInfo, job: Job) -> None:
+    """Writes the trained weights, marks the run complete and removes the states."""
+    import shutil
+
+    network = job.network
+    metadata = {PLAN_KEY: info.split, NOISE_KEY: info.noise or ""}
+    parts = {NETWORK_FILE: network.tensors()}
+    if job.layers is None:
+        parts = {block_file(b): network.block_tensors(b) for b in network.present}
+        parts[PERIPHERY] = network.periphery_tensors()
+    files = {name: save_tensors(folder / WEIGHTS / name, tensors, metadata) for name, tensors in parts.items()}
+    write_info(folder, replace(info, status="complete", files=files))
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)

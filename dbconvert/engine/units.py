@@ -1,0 +1,85 @@
+"""What has an optimiser of its own: a block, or the periphery that all blocks share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from dbconvert.recipe import OptimizerOptions
+
+
+@dataclass
+class Unit:
+    """Parameters that are updated together.
+
+    A unit is all that has to be on the training device while it trains; others may live elsewhere.
+
+    Args:
+        name: `block-0`, `periphery`, or `network` for a baseline.
+        parameters: by key, all trainable.
+        total: updates it will get.
+        done: updates it has had.
+    """
+
+    name: str
+    parameters: dict[str, nn.Parameter]
+    options: OptimizerOptions
+    total: int
+    done: int = 0
+    optimizer: Optimizer = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.optimizer = make_optimizer(self.parameters, self.options)
+
+    def learning_rate(self) -> float:
+        return self.options.lr * schedule(self.done, self.total, self.options)
+
+    def prepare_update(self) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+
+    def finish_update(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        self.done += 1
+
+    def state_bytes(self) -> int:
+        """Parameters, gradients and optimiser state as they are held after an update."""
+        parameters = sum(p.numel() * p.element_size() for p in self.parameters.values())
+        state = sum(
+            tensor.numel() * tensor.element_size()
+            for values in self.optimizer.state.values()
+            for tensor in values.values()
+            if isinstance(tensor, torch.Tensor)
+        )
+        return 2 * parameters + state
+
+
+def make_optimizer(parameters: Mapping[str, nn.Parameter], options: OptimizerOptions) -> Optimizer:
+    """Vectors (norms, biases) are not decayed, as is usual."""
+    matrices = [p for p in parameters.values() if p.dim() > 1]
+    vectors = [p for p in parameters.values() if p.dim() <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": options.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if options.name == "sgd":
+        return torch.optim.SGD(groups, lr=options.lr, momentum=options.betas[0])
+    return torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, fused=True)
+
+
+def schedule(done: int, total: int, options: OptimizerOptions) -> float:
+    """The learning rate of update `done` (from 0) as a share of its peak: a linear warm-up, then the decay."""
+    warmup = int(options.warmup * total)
+    if done < warmup:
+        return (done + 1) / warmup
+    if options.schedule == "constant":
+        return 1.0
+    progress = (done - warmup) / max(1, total - warmup)
+    left = 0.5 * (1 + math.cos(math.pi * progress)) if options.schedule == "cosine" else 1 - progress
+    return options.final + (1 - options.final) * left

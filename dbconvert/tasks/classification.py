@@ -1,0 +1,114 @@
+"""One label an example: y is the label's embedding, which enters as a noisy token or is added to the stream."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dbconvert.anatomy import Anatomy
+from dbconvert.conditioning.modulation import fit
+from dbconvert.plan import Rule, Target
+from dbconvert.tasks.base import Change, Corruption, Task
+
+
+class Classification(Task):
+    """Networks that map an input to one vector of class scores, with a linear head on features of the stream's width.
+
+    Parameters it adds: `target.weight` [K, d], used L2-normalised so that embeddings cannot collapse, and for each
+    block a linear from the conditioning to the shift and scale of the features before the head.
+    """
+
+    name = "classification"
+    rule: Rule = "auto"
+
+    @staticmethod
+    def refusal(anatomy: Anatomy) -> str | None:
+        head = anatomy.head
+        if head is None:
+            return "the network's output is not the result of one linear head"
+        if not head.pooled:
+            return "the head reads every position, not one vector an example"
+        if head.features != anatomy.width:
+            return f"the head reads {head.features} features, the stream has {anatomy.width}"
+        if head.outputs < 2:
+            return "the head has a single output"
+        return None
+
+    @staticmethod
+    def decide(anatomy: Anatomy) -> Target:
+        head = anatomy.head
+        assert head is not None
+        if head.token is not None and len(anatomy.stream_shape) == 3:
+            return Target(head.outputs, anatomy.width, "token", head.token)
+        return Target(head.outputs, anatomy.width, "add")
+
+    def register(self, conditioning: nn.Module, *, blocks: int, width: int, seed: int) -> None:
+        table = nn.Embedding(self.target.classes, self.target.width)
+        generator = torch.Generator().manual_seed(seed)
+        if table.weight.device.type != "meta":
+            random = torch.randn(table.weight.shape, generator=generator)
+            table.weight.data.copy_(F.normalize(random, dim=-1))
+        readout = {str(b): nn.Linear(width, 2 * self.target.width) for b in range(blocks)}
+        for linear in readout.values():
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        conditioning.add_module("target", table)
+        conditioning.add_module("readout", nn.ModuleDict(readout))
+
+    def block_of(self, key: str) -> int | None:
+        part, _, rest = key.partition(".")
+        return int(rest.split(".")[0]) if part == "readout" else None
+
+    def table(self, conditioning: nn.Module) -> Tensor:
+        weight: Tensor = conditioning.get_parameter("target.weight")
+        return F.normalize(weight.float(), dim=-1)
+
+    def entry(self, corruption: Corruption) -> Change:
+        scaled = corruption.z * corruption.scaling.c_in(corruption.sigma)[:, None]
+        axes = self.anatomy.axes
+
+        def enter(stream: Tensor) -> Tensor:
+            arriving = fit(scaled, stream, axes)
+            if self.target.placement == "token":
+                arriving = arriving * self.token_mask(stream)
+            return stream + arriving
+
+        return enter
+
+    def token_mask(self, stream: Tensor) -> Tensor:
+        """1 at the target's token, 0 elsewhere, along the axis that is neither batch nor channel."""
+        axes = self.anatomy.axes
+        axis = next(i for i in range(stream.dim()) if i not in (axes.batch, axes.channel + stream.dim()))
+        shape = [1] * stream.dim()
+        shape[axis] = stream.shape[axis]
+        place = torch.arange(stream.shape[axis], device=stream.device) == self.target.token
+        return place.view(shape).to(stream.dtype)
+
+    def exit(self, conditioning: nn.Module, block: int, corruption: Corruption) -> Change:
+        scaling, sigma = corruption.scaling, corruption.sigma[:, None]
+        shift, scale = conditioning.get_submodule(f"readout.{block}")(corruption.condition).chunk(2, -1)
+        # Over sigma_data, so that the head sees features of the scale it knows at every noise level.
+        skip = scaling.c_skip(sigma) * corruption.z / scaling.sigma_data
+        out = scaling.c_out(sigma) / scaling.sigma_data
+
+        def leave(features: Tensor) -> Tensor:
+            denoised = skip.to(features.dtype) + out.to(features.dtype) * features
+            return denoised * (1 + scale.to(features.dtype)) + shift.to(features.dtype)
+
+        return leave
+
+    def clean(self, conditioning: nn.Module, labels: Tensor) -> Tensor:
+        return self.table(conditioning)[labels]
+
+    def denoised(self, conditioning: nn.Module, output: Tensor) -> Tensor:
+        return output.float().softmax(-1) @ self.table(conditioning)
+
+    def losses(self, output: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(output.float(), labels, reduction="none")
+
+    def correct(self, output: Tensor, labels: Tensor) -> Tensor:
+        return output.argmax(-1) == labels
+
+    def average(self, outputs: list[Tensor]) -> Tensor:
+        return torch.stack([output.float().softmax(-1) for output in outputs]).mean(0)

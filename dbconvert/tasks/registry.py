@@ -1,0 +1,42 @@
+"""All tasks. A network's task is the only one that accepts it, or the one that is asked for."""
+
+from __future__ import annotations
+
+from dbconvert.anatomy import Anatomy
+from dbconvert.errors import UsageError
+from dbconvert.tasks.base import Task
+from dbconvert.tasks.classification import Classification
+
+TASKS: tuple[type[Task], ...] = (Classification,)
+
+
+def accepting(anatomy: Anatomy) -> list[type[Task]]:
+    return [task for task in TASKS if task.refusal(anatomy) is None]
+
+
+def reasons(anatomy: Anatomy) -> str:
+    """Every task and why it does not accept the network, for messages."""
+    return "; ".join(f"{task.name}: {task.refusal(anatomy) or 'accepts'}" for task in TASKS)
+
+
+def choose_task(anatomy: Anatomy, name: str | None) -> type[Task] | None:
+    """The task asked for, or the only one that accepts the network; None when none or several do.
+
+    Raises:
+        UsageError: the task asked for does not exist or does not accept the network.
+    """
+    if name is None:
+        found = accepting(anatomy)
+        return found[0] if len(found) == 1 else None
+    task = named(name)
+    refusal = task.refusal(anatomy)
+    if refusal is not None:
+        raise UsageError(f"task {name} does not fit this network: {refusal}")
+    return task
+
+
+def named(name: str) -> type[Task]:
+    for task in TASKS:
+        if task.name == name:
+            return task
+    raise UsageError(f"there is no task {name}", hint=f"tasks: {', '.join(task.name for task in TASKS)}")
