@@ -123,7 +123,9 @@ class Plan:
         blocks: (first, last) layer of each block, both included; block 0 takes the highest noise.
         preview: the noise as far as it is known at the split (for `auto` without data: uniform labels).
         weights: what the weights are: `random, seed N` or the file they came from.
+        pretrained: whether they were trained before.
         files: SHA-256 of each weights file of the package.
+        shapes: shape of every tensor in them.
     """
 
     schema_version: int
@@ -140,6 +142,7 @@ class Plan:
     weights: str
     pretrained: bool
     files: dict[str, str]
+    shapes: dict[str, tuple[int, ...]]
 
     @property
     def identity(self) -> str:

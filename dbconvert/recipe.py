@@ -186,16 +186,16 @@ def read_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     merged = merge(data, given)
     places.update({key: "the command line" for key in keys(given)})
     recipe = parse(Recipe, merged, file=str(path), places=places)
-    check(recipe, merged, str(path))
+    check(recipe, str(path))
     return recipe
 
 
-def check(recipe: Recipe, data: Mapping[str, Any], file: str) -> None:
+def check(recipe: Recipe, file: str) -> None:
     """What single values cannot say: keys that contradict each other."""
     if (recipe.source is None) == (recipe.package is None):
         raise UsageError("a recipe names either a source or a package", where=file)
-    settled = [key for key in DECIDED if recipe.package is not None and key in data]
-    if settled:
+    settled = [key for key in DECIDED if getattr(recipe, key) != getattr(Recipe(), key)]
+    if recipe.package is not None and settled:
         raise UsageError(
             f"{settled[0]} was decided when the package was made",
             where=file,

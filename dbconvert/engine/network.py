@@ -162,7 +162,7 @@ class BlockwiseNetwork(nn.Module):
         return not key.startswith(PREFIX + ".") and self.plan.block_of_key(key) is None
 
     def own_key(self, key: str) -> str:
-        return f"{OWN}.{self.present[0]}.{key.replace('.', '/')}"
+        return own_key(self.present[0], key)
 
     def block_tensors(self, block: int) -> dict[str, Tensor]:
         return {k: v for k, v in self.tensors().items() if self.owner(k) == block}
@@ -188,6 +188,11 @@ class BlockwiseNetwork(nn.Module):
         own = nn.ModuleDict({str(b): OwnPeriphery(names) for b in self.present})
         self.conditioning.add_module("periphery", own)
         self.periphery = "own"
+
+
+def own_key(block: int, key: str) -> str:
+    """Name of a block's own copy of a stem or readout tensor."""
+    return f"{OWN}.{block}.{key.replace('.', '/')}"
 
 
 def check_keys(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str) -> None:

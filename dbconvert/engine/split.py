@@ -148,7 +148,7 @@ def split(
     network = convert_whole(opened, plan, chosen, seed)
     if data is not None and data.source is not None and plan.task is not None:
         fit = fit_to_data(network, data, base)
-    plan = replace(plan, preview=fit)
+    plan = replace(plan, preview=fit, shapes={k: tuple(v.shape) for k, v in network.tensors().items()})
     warnings = tuple(cautions(plan))
     for warning in warnings:
         report(Note(warning, warning=True))
@@ -235,6 +235,7 @@ def decide(
         weights=opened.weights,
         pretrained=opened.pretrained,
         files={},
+        shapes={},
     )
     return plan, fit
 

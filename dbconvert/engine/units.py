@@ -34,6 +34,8 @@ class Unit:
     optimizer: Optimizer = field(init=False)
 
     def __post_init__(self) -> None:
+        # One order, however the network registers them: norms are summed alike in single and joint runs.
+        self.parameters = dict(sorted(self.parameters.items()))
         self.optimizer = make_optimizer(self.parameters, self.options)
 
     def learning_rate(self) -> float:

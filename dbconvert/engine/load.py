@@ -1,0 +1,155 @@
+"""load: a checkpoint or a run back into a network that runs block by block."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dbconvert.checkpoint import INDEX_SUFFIX, load_checkpoint
+from dbconvert.data.images import normalise
+from dbconvert.diffusion.intervals import Intervals
+from dbconvert.engine.assemble import DATA_KEY, source_folder
+from dbconvert.engine.convert import single_block, whole_network, with_own_peripheries
+from dbconvert.engine.infer import Begin, sample
+from dbconvert.engine.network import BlockwiseNetwork
+from dbconvert.engine.package import MODEL, NOISE, NOISE_KEY, PERIPHERY, PLAN, PLAN_KEY, RECIPE, WEIGHTS, block_file, read_noise
+from dbconvert.engine.runs import RUN, RunInfo, read_info
+from dbconvert.engine.train import NETWORK_FILE, baseline_layers
+from dbconvert.errors import DBConvertError, UsageError
+from dbconvert.plan import NoiseFit, Plan, parse_plan, read_plan
+from dbconvert.recipe import DataOptions, Recipe, read_recipe
+from dbconvert.schema import parse
+from dbconvert.sources.base import Source
+from dbconvert.sources.resolve import reopen_source
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A trained network, ready to predict.
+
+    Calling it samples from z = 0 and returns the network's output, e.g. logits [N, K]. Every evaluation runs one
+    block.
+
+    Args:
+        data: what its training data looked like; pictures are normalised accordingly.
+        layers: for a baseline, the layers that run; None for blocks.
+    """
+
+    network: BlockwiseNetwork
+    noise: NoiseFit
+    data: DataOptions
+    layers: range | None = None
+
+    @property
+    def intervals(self) -> Intervals:
+        return self.noise.intervals()
+
+    @torch.no_grad()
+    def __call__(
+        self, inputs: Tensor | Mapping[str, Tensor], *, steps: int | None = None, begin: Begin = "zero"
+    ) -> Tensor:
+        """The prediction for a batch.
+
+        Args:
+            inputs: the network's first argument, or its arguments by name; pictures in [0, 1].
+            steps: network evaluations, B + 1 by default.
+            begin: from z = 0, or from a draw of noise.
+        """
+        name = self.network.plan.anatomy.inputs[0].name
+        named = dict(inputs) if isinstance(inputs, Mapping) else {name: inputs}
+        ready = {k: normalise(v, self.data.image) if v.dim() == 4 else v for k, v in named.items()}
+        if self.layers is not None:
+            return self.network.plain(ready, self.layers)
+        return sample(self.network, self.intervals, ready, steps=steps, begin=begin)[-1]
+
+
+def load(path: str | Path, source: str | Path | None = None) -> Loaded:
+    """Rebuilds a trained network.
+
+    Args:
+        path: a checkpoint that `assemble` wrote, or a run.
+        source: the network's Python file, or its folder, where it does not lie beside the checkpoint. Code is only
+            run from a file whose content matches the plan; nothing in the metadata is executed.
+
+    Raises:
+        UsageError: `path` is neither.
+        DBConvertError: it is damaged, or the source is missing or changed.
+    """
+    path = Path(path)
+    extra = [] if source is None else [Path(source) if Path(source).is_dir() else Path(source).parent]
+    loaded = load_run(path, extra) if path.is_dir() else load_file(path, extra)
+    loaded.network.eval()
+    return loaded
+
+
+def load_file(path: Path, extra: list[Path]) -> Loaded:
+    if not path.is_file() and path.with_name(path.name + INDEX_SUFFIX).is_file():
+        path = path.with_name(path.name + INDEX_SUFFIX)
+    tensors, metadata = load_checkpoint(path)
+    if PLAN_KEY not in metadata:
+        raise UsageError(f"{path} carries no plan", hint="give a checkpoint that dbconvert assemble wrote, or a run")
+    plan = parse_plan(read_metadata_json(metadata, PLAN_KEY, path), file=f"the plan in {path}")
+    noise = parse(NoiseFit, read_metadata_json(metadata, NOISE_KEY, path), file=f"the noise in {path}")
+    data = parse(DataOptions, read_metadata_json(metadata, DATA_KEY, path), file=f"the data options in {path}")
+    folders = [*extra, source_folder(path), path.parent / MODEL, path.parent]
+    return Loaded(filled(plan, reopen_source(plan.source, folders), noise, tensors, path), noise, data)
+
+
+def read_metadata_json(metadata: Mapping[str, str], key: str, path: Path) -> object:
+    try:
+        return json.loads(metadata[key])
+    except (KeyError, json.JSONDecodeError):
+        raise DBConvertError(f"the metadata {key} of {path} is missing or damaged", hint="assemble it again") from None
+
+
+def load_run(folder: Path, extra: list[Path]) -> Loaded:
+    if not (folder / RUN).is_file():
+        raise UsageError(f"{folder} is neither a checkpoint nor a run")
+    info, recipe, plan, noise = read_run(folder)
+    source = reopen_source(plan.source, [*extra, Path(info.package) / MODEL])
+    if info.method != "blocks":
+        tensors, _ = load_checkpoint(folder / WEIGHTS / NETWORK_FILE)
+        return Loaded(filled(plan, source, noise, tensors, folder), noise, recipe.data, baseline_layers(plan, recipe))
+    tensors = {}
+    for name in [*map(block_file, info.blocks), PERIPHERY]:
+        tensors.update(load_checkpoint(folder / WEIGHTS / name)[0])
+    if len(info.blocks) < len(plan.blocks):
+        network = lone_block(plan, source, info.blocks[0], noise, tensors)
+    else:
+        network = filled(plan, source, noise, tensors, folder)
+    return Loaded(network, noise, recipe.data)
+
+
+def read_run(folder: Path) -> tuple[RunInfo, Recipe, Plan, NoiseFit]:
+    info = read_info(folder)
+    if info.status != "complete":
+        raise DBConvertError(f"{folder} is not complete", hint=f"dbconvert train {info.origin} --resume -o {folder}")
+    noise = read_noise(folder / NOISE)
+    if noise is None:
+        raise DBConvertError(f"{folder / NOISE} is missing")
+    return info, read_recipe(folder / RECIPE), read_plan(folder / PLAN), noise
+
+
+def filled(plan: Plan, source: Source, noise: NoiseFit, tensors: dict[str, Tensor], path: Path) -> BlockwiseNetwork:
+    network = whole_network(plan, source)
+    if with_own_peripheries(tensors):
+        network.give_own_periphery()
+    network.load(tensors, where=str(path))
+    network.sigma_data = noise.sigma_data
+    return network
+
+
+def lone_block(
+    plan: Plan, source: Source, block: int, noise: NoiseFit, tensors: dict[str, Tensor]
+) -> BlockwiseNetwork:
+    """A single block's network, its own stem and readout in the network's places."""
+    prefix = f"dbconvert.periphery.{block}."
+    named = {k.removeprefix(prefix).replace("/", ".") if k.startswith(prefix) else k: v for k, v in tensors.items()}
+    network = single_block(plan, source, block, named)
+    network.sigma_data = noise.sigma_data
+    return network
