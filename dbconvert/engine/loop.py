@@ -19,7 +19,7 @@ from dbconvert.data.examples import LABEL, Batch, Examples
 from dbconvert.data.images import augmentation, normalise
 from dbconvert.diffusion.intervals import Intervals, stratified
 from dbconvert.diffusion.preconditioning import Preconditioning
-from dbconvert.engine.evaluate import Metrics, evaluate_blocks, evaluate_plain
+from dbconvert.engine.metrics import Metrics, evaluate_blocks, evaluate_plain
 from dbconvert.engine.network import BlockwiseNetwork, Inputs
 from dbconvert.engine.runs import CHECKPOINTS, METRICS, append
 from dbconvert.engine.state import load_state, newest_state, save_state, truncate_metrics

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,8 +14,9 @@ from torch import nn
 
 from dbconvert.checkpoint import save_tensors, write_text
 from dbconvert.data.examples import Examples
-from dbconvert.engine.evaluate import Metrics
 from dbconvert.engine.loop import BASELINE, Job, Loop
+from dbconvert.engine.memory import MemoryReport, measure
+from dbconvert.engine.metrics import Metrics
 from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.engine.package import NOISE, NOISE_KEY, PERIPHERY, PLAN, PLAN_KEY, RECIPE, WEIGHTS, Package, block_file
 from dbconvert.engine.prepare import (
@@ -55,12 +57,12 @@ class TrainResult:
     Args:
         folder: the run.
         metrics: of the last evaluation; empty without validation data.
-        state_bytes: parameters, gradients and optimiser state by unit.
+        memory: what an update holds.
     """
 
     folder: Path
     metrics: Metrics
-    state_bytes: dict[str, int]
+    memory: MemoryReport
 
 
 def train(
@@ -90,7 +92,7 @@ def train(
     folder = choose_folder(origin, block, resume=resume, out=out)
     accelerator = make_accelerator(recipe, folder)
     report = report if accelerator.is_main_process else silent
-    job, package, plan, noise = prepare(origin, folder, block, report)
+    job, package, plan, noise = prepare(origin, folder, block, report, keep_noise=block is not None)
     info = RunInfo(
         status="running",
         method=recipe.train.method,
@@ -105,17 +107,39 @@ def train(
     if accelerator.is_main_process:
         write_head(folder, info, recipe, plan, noise)
     start_trackers(accelerator, recipe)
+    memory = measure(job)
     metrics = Loop(job, accelerator, report).run()
     accelerator.end_training()
     if accelerator.is_main_process:
         finish(folder, info, job)
-    return TrainResult(folder, metrics, {unit.name: unit.state_bytes() for unit in job.all_units()})
+    return TrainResult(folder, metrics, memory)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What a run would do: the answer to --dry-run."""
+
+    plan: Plan
+    noise: NoiseFit
+    method: str
+    steps: int
+    memory: MemoryReport
+
+
+def outline(
+    target: str, *, overrides: Iterable[str] = (), block: int | None = None, report: Reporter = silent
+) -> Outline:
+    """Prepares a run as `train` would, measures one forward pass a unit, and writes nothing."""
+    origin = read_origin(target, overrides)
+    with tempfile.TemporaryDirectory() as folder:
+        job, _, plan, noise = prepare(origin, Path(folder), block, report, keep_noise=False)
+        return Outline(plan, noise, origin.recipe.train.method, job.steps, measure(job))
 
 
 def prepare(
-    origin: Origin, folder: Path, block: int | None, report: Reporter
+    origin: Origin, folder: Path, block: int | None, report: Reporter, *, keep_noise: bool
 ) -> tuple[Job, Package, Plan, NoiseFit]:
-    """Everything a loop needs."""
+    """Everything a loop needs; `keep_noise` leaves a fit made here in the package, for the jobs of other blocks."""
     recipe = origin.recipe
     package = get_package(recipe, folder, report)
     plan = settle_task(package.plan, recipe)
@@ -123,7 +147,7 @@ def prepare(
     examples = training_examples(recipe.data, plan)
     steps = steps_of(recipe, len(examples))
     network = build_network(package, plan, recipe, block, report)
-    noise = get_noise(package, network, examples, keep=block is not None)
+    noise = get_noise(package, network, examples, keep=keep_noise)
     validation = open_examples(recipe.data, recipe.data.validation, plan)
     job = make_job(network, noise, recipe, steps, examples, validation, folder)
     return job, package, plan, noise

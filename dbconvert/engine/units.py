@@ -49,17 +49,6 @@ class Unit:
         self.optimizer.zero_grad(set_to_none=True)
         self.done += 1
 
-    def state_bytes(self) -> int:
-        """Parameters, gradients and optimiser state as they are held after an update."""
-        parameters = sum(p.numel() * p.element_size() for p in self.parameters.values())
-        state = sum(
-            tensor.numel() * tensor.element_size()
-            for values in self.optimizer.state.values()
-            for tensor in values.values()
-            if isinstance(tensor, torch.Tensor)
-        )
-        return 2 * parameters + state
-
 
 def make_optimizer(parameters: Mapping[str, nn.Parameter], options: OptimizerOptions) -> Optimizer:
     """Vectors (norms, biases) are not decayed, as is usual."""

@@ -1,0 +1,34 @@
+"""dbconvert: converts a residual network into DiffusionBlocks form and trains it one block at a time.
+
+The public API is the command line's verbs: `inspect`, `split`, `train`, `assemble`, `evaluate` and `load`. They
+are imported when first used, so that `import dbconvert` is quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dbconvert.engine.assemble import assemble
+    from dbconvert.engine.evaluate import evaluate
+    from dbconvert.engine.load import load
+    from dbconvert.engine.split import inspect, split
+    from dbconvert.engine.train import train
+
+__all__ = ["assemble", "evaluate", "inspect", "load", "split", "train"]
+
+_HOMES = {
+    "assemble": "dbconvert.engine.assemble",
+    "evaluate": "dbconvert.engine.evaluate",
+    "inspect": "dbconvert.engine.split",
+    "load": "dbconvert.engine.load",
+    "split": "dbconvert.engine.split",
+    "train": "dbconvert.engine.train",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module dbconvert has no attribute {name}")

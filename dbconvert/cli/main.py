@@ -1,0 +1,259 @@
+"""dbconvert's commands. Each reads its options, calls one function, and renders the result.
+
+torch and the engine are imported inside the commands, so that --help is quick.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from dbconvert.errors import DBConvertError, Refused, UsageError
+
+app = typer.Typer(
+    name="dbconvert",
+    help="Converts a residual network into DiffusionBlocks form and trains it one block at a time.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+SOURCE = Annotated[str, typer.Argument(help="model.py, model.py:name, a folder with a Transformers config.json, or a hub id")]
+STACK = Annotated[Optional[str], typer.Option(help="Path of the module that holds the layers, when there are several.")]
+WEIGHTS = Annotated[Optional[str], typer.Option(help="Trained weights: safetensors, or a state_dict.")]
+SEED = Annotated[int, typer.Option(help="Seed of the random initialisation.")]
+JSON = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+FORCE = Annotated[bool, typer.Option("--force", help="Replace what is there, if dbconvert wrote it.")]
+OVERRIDES = Annotated[Optional[list[str]], typer.Argument(help="key=value: override a key of the recipe.", metavar="[KEY=VALUE]...")]
+
+
+@app.command()
+def inspect(source: SOURCE, stack: STACK = None, weights: WEIGHTS = None, seed: SEED = 0, as_json: JSON = False) -> None:
+    """Show what the analysis sees: stack, proof, branches, stem, readout; or why it refuses."""
+    from dbconvert.cli import render
+    from dbconvert.engine.split import inspect as run
+
+    try:
+        with render.progress() as report:
+            anatomy = run(source, stack=stack, weights=weights, seed=seed, report=report)
+    except Refused as refusal:
+        if as_json:
+            emit(render.refusal_json(refusal))
+        raise
+    emit(render.anatomy_json(anatomy)) if as_json else render.show_anatomy(anatomy)
+
+
+@app.command()
+def split(
+    source: SOURCE,
+    blocks: Annotated[Optional[int], typer.Option(help="How many blocks; 3 by default.")] = None,
+    layers: Annotated[Optional[str], typer.Option(help="Layers of each block, e.g. 4,4,4.")] = None,
+    layers_per_block: Annotated[Optional[int], typer.Option(help="Layers of every block but the last.")] = None,
+    stack: STACK = None,
+    task: Annotated[Optional[str], typer.Option(help="What the network is for; inferred when only one fits.")] = None,
+    data: Annotated[Optional[str], typer.Option(help="digits, a hub id, a folder, parquet, or file.py:function.")] = None,
+    weights: WEIGHTS = None,
+    noise: Annotated[Optional[str], typer.Option(help="auto or edm.")] = None,
+    p_mean: Annotated[Optional[float], typer.Option(help="Mean of ln sigma (edm).")] = None,
+    p_std: Annotated[Optional[float], typer.Option(help="Standard deviation of ln sigma (edm).")] = None,
+    sigma_min: Annotated[Optional[float], typer.Option(help="Lowest noise level.")] = None,
+    sigma_max: Annotated[Optional[float], typer.Option(help="Highest noise level.")] = None,
+    sigma_data: Annotated[Optional[float], typer.Option(help="Scale of the targets.")] = None,
+    partition: Annotated[str, typer.Option(help="equal-mass or uniform.")] = "equal-mass",
+    overlap: Annotated[float, typer.Option(help="How far a block's training interval reaches into its neighbours.")] = 0.05,
+    condition_width: Annotated[Optional[int], typer.Option(help="Width of the conditioning vector.")] = None,
+    start: Annotated[Optional[str], typer.Option(help="original or zero.")] = None,
+    out: Annotated[Optional[str], typer.Option("--out", "-o", help="Folder to write.")] = None,
+    seed: SEED = 0,
+    force: FORCE = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Decide and show, write nothing.")] = False,
+    as_json: JSON = False,
+) -> None:
+    """Cut a network into blocks and write a package that trains."""
+    from dbconvert.cli import render
+    from dbconvert.engine.split import split as run
+    from dbconvert.recipe import DataOptions, NoiseOptions, SplitOptions
+    from dbconvert.schema import parse
+
+    options = {
+        "blocks": blocks,
+        "layers": whole_numbers(layers, "--layers"),
+        "layers_per_block": layers_per_block,
+        "stack": stack,
+        "start": start,
+        "condition_width": condition_width,
+    }
+    levels = {
+        "rule": noise,
+        "partition": partition,
+        "overlap": overlap,
+        "p_mean": p_mean,
+        "p_std": p_std,
+        "sigma_min": sigma_min,
+        "sigma_max": sigma_max,
+        "sigma_data": sigma_data,
+    }
+    try:
+        with render.progress() as report:
+            result = run(
+                source,
+                out=out,
+                options=parse(SplitOptions, options, file="the command line"),
+                noise=parse(NoiseOptions, levels, file="the command line"),
+                task=task,
+                data=DataOptions(source=data) if data is not None else None,
+                weights=weights,
+                seed=seed,
+                force=force,
+                dry_run=dry_run,
+                report=report,
+            )
+    except Refused as refusal:
+        if as_json:
+            emit(render.refusal_json(refusal))
+        raise
+    emit(render.split_json(result)) if as_json else render.show_split(result)
+
+
+@app.command()
+def train(
+    target: Annotated[str, typer.Argument(help="A recipe, a package, or the name of a shipped recipe.")],
+    overrides: OVERRIDES = None,
+    block: Annotated[Optional[int], typer.Option(help="Train this block alone.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the newest unfinished run of the target.")] = False,
+    out: Annotated[Optional[str], typer.Option("--out", "-o", help="Folder of the run.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show cut, noise and memory, train nothing.")] = False,
+) -> None:
+    """Train the blocks of a network: all in one run, or one alone."""
+    from dbconvert.cli import render
+    from dbconvert.engine.train import outline
+    from dbconvert.engine.train import train as run
+
+    with render.progress() as report:
+        if dry_run:
+            planned = outline(target, overrides=overrides or [], block=block, report=report)
+        else:
+            result = run(target, overrides=overrides or [], block=block, resume=resume, out=out, report=report)
+    render.show_outline(planned) if dry_run else render.show_run(result)
+
+
+@app.command()
+def assemble(
+    runs: Annotated[Optional[list[str]], typer.Argument(help="Runs; by default the newest complete one.")] = None,
+    out: Annotated[str, typer.Option("--out", "-o", help="Checkpoint to write.")] = "model.safetensors",
+    force: FORCE = False,
+) -> None:
+    """Put trained blocks together into one safetensors checkpoint."""
+    from dbconvert.cli import render
+    from dbconvert.engine.assemble import assemble as run
+
+    with render.progress() as report:
+        path = run(runs or [], out=out, force=force, report=report)
+    render.say(f"wrote {path}")
+
+
+@app.command(name="eval")
+def evaluate(
+    target: Annotated[str, typer.Argument(help="A run or a checkpoint.")],
+    overrides: OVERRIDES = None,
+    part: Annotated[Optional[str], typer.Option(help="Part of the data; test by default.")] = None,
+    model: Annotated[Optional[str], typer.Option(help="The network's model.py, where it is not beside the checkpoint.")] = None,
+    seed: SEED = 0,
+    as_json: JSON = False,
+) -> None:
+    """Evaluate a run or a checkpoint: from z = 0, over noise draws, block by block."""
+    from dbconvert.cli import render
+    from dbconvert.engine.evaluate import evaluate as run
+
+    with render.progress() as report:
+        result = run(target, part=part, model=model, overrides=overrides or [], seed=seed, report=report)
+    emit(render.evaluation_json(result)) if as_json else render.show_evaluation(result)
+
+
+@app.command()
+def demo(
+    seed: SEED = 0,
+    out: Annotated[Optional[str], typer.Option("--out", "-o", help="Folder to work in.")] = None,
+    as_json: JSON = False,
+) -> None:
+    """Run the whole path on scikit-learn's digits and compare it with end-to-end training. Takes minutes."""
+    from dbconvert.cli import render
+    from dbconvert.engine.demo import demo as run
+
+    with render.progress() as report:
+        folder, rows = run(seed=seed, out=out, report=report)
+    emit(render.demo_json(folder, rows)) if as_json else render.show_demo(folder, rows)
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show Python's traceback of any failure.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as version_of
+
+        typer.echo(version_of("dbconvert"))
+        raise typer.Exit
+
+
+def emit(data: dict[str, Any]) -> None:
+    typer.echo(json.dumps(data, indent=2))
+
+
+def whole_numbers(text: str | None, option: str) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"{option} {text} is not a list of whole numbers", hint=f"e.g. {option} 4,4,4") from None
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point. Exit codes: 0 done, 1 refused or failed with a message, 2 wrong usage."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments
+    # Taken out here, so that it may stand anywhere on the line.
+    sys.exit(guarded([argument for argument in arguments if argument != "--debug"], debug=debug))
+
+
+def guarded(arguments: list[str], *, debug: bool) -> int:
+    """Runs a command and turns what it raises into a message and an exit code."""
+    try:
+        app(args=arguments, standalone_mode=True, prog_name="dbconvert")
+    except SystemExit as end:
+        return int(end.code or 0) if not isinstance(end.code, str) else 1
+    except DBConvertError as error:
+        if debug:
+            raise
+        complain(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        complain(DBConvertError("interrupted", hint="a training run continues with --resume"))
+        return 1
+    except Exception as error:
+        if debug:
+            raise
+        complain(unexpected(error))
+        return 1
+    return 0
+
+
+def complain(error: DBConvertError) -> None:
+    from dbconvert.cli import render
+
+    render.show_error(error)
+
+
+def unexpected(error: Exception) -> DBConvertError:
+    """A failure that nobody foresaw: still one message."""
+    place = f"{Path(error.__traceback__.tb_frame.f_code.co_filename).name}" if error.__traceback__ else ""
+    return DBConvertError(
+        f"unexpected {type(error).__name__}: {error}", where=place, hint="run again with --debug and report the traceback"
+    )

@@ -1,0 +1,292 @@
+"""Drawing: progress, tables and errors on the terminal, and the JSON forms of results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from dbconvert.errors import DBConvertError, Refused
+from dbconvert.events import Advance, Event, Note, Reporter, Stage
+
+if TYPE_CHECKING:
+    from dbconvert.anatomy import Anatomy, Layer
+    from dbconvert.engine.demo import Row
+    from dbconvert.engine.evaluate import Evaluation
+    from dbconvert.engine.split import SplitResult
+    from dbconvert.engine.train import Outline, TrainResult
+    from dbconvert.plan import NoiseFit, Plan
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def say(text: str) -> None:
+    out.print(escape(text))
+
+
+def show_error(error: DBConvertError) -> None:
+    err.print(f"[bold red]error:[/] {escape(error.message)}")
+    for label, text in (("where", error.where), ("why", error.why), ("try", error.hint)):
+        if text:
+            err.print(f"  [bold]{label}:[/] {escape(text)}")
+
+
+@contextmanager
+def progress() -> Iterator[Reporter]:
+    """Progress bars on stderr, one a stage; notes appear above them."""
+    bars = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[figures]}"),
+        console=err,
+        transient=not err.is_terminal,
+        disable=not err.is_terminal,
+    )
+    current: list[Any] = []
+
+    def report(event: Event) -> None:
+        if isinstance(event, Note):
+            style = "yellow" if event.warning else "bold"
+            prefix = "warning: " if event.warning else ""
+            bars.console.print(f"[{style}]{prefix}{escape(event.text)}[/]")
+        elif isinstance(event, Stage):
+            finish()
+            current[:] = [bars.add_task(event.name, total=event.total, figures="")]
+        elif isinstance(event, Advance) and current:
+            figures = "  ".join(f"{name} {value:.4f}" for name, value in event.values.items())
+            bars.update(current[0], advance=event.steps, **({"figures": figures} if figures else {}))
+
+    def finish() -> None:
+        for task in current:
+            total = bars.tasks[-1].total
+            bars.update(task, total=total or 1, completed=total or 1)
+
+    with bars:
+        yield report
+        finish()
+
+
+# -- inspect ----------------------------------------------------------------------------------------------------
+
+
+def anatomy_json(anatomy: Anatomy) -> dict[str, Any]:
+    from dbconvert.schema import to_data
+
+    return {
+        "verdict": anatomy.verdict,
+        "stack": anatomy.stack,
+        "layers": anatomy.depth,
+        "width": anatomy.width,
+        "streams": anatomy.streams,
+        "reason": None,
+        "calls": anatomy.calls,
+        "anatomy": to_data(anatomy),
+    }
+
+
+def refusal_json(refusal: Refused) -> dict[str, Any]:
+    facts = refusal.facts
+    return {
+        "verdict": "refused",
+        "stack": facts.get("stack"),
+        "layers": facts.get("layers"),
+        "width": facts.get("width"),
+        "streams": facts.get("streams"),
+        "reason": refusal.reason,
+        "calls": facts.get("calls"),
+        "kind": refusal.kind,
+        "node": refusal.node,
+        "hint": refusal.hint or None,
+    }
+
+
+def show_anatomy(anatomy: Anatomy) -> None:
+    colour = {"accepted": "green", "restricted": "yellow", "looped": "yellow"}[anatomy.verdict]
+    looped = f", each called {anatomy.calls} times" if anatomy.calls > 1 else ""
+    out.print(f"[bold {colour}]{anatomy.verdict}[/]  {escape(anatomy.network)}")
+    out.print(
+        f"stack [bold]{escape(anatomy.stack)}[/]: {anatomy.depth} layers{looped}, width {anatomy.width}, "
+        f"{anatomy.streams} stream {list(anatomy.stream_shape)}"
+    )
+    for note in anatomy.notes:
+        out.print(f"[yellow]{escape(note)}[/]")
+    proof = Table("proof", "shown", box=None, pad_edge=False)
+    for check in anatomy.proof:
+        proof.add_row(("[green]yes[/] " if check.passed else "[red]no[/] ") + escape(check.name), escape(check.detail))
+    out.print(proof)
+    out.print(branch_table(anatomy.layers[0], "branches of the first layer" if same(anatomy) else "branches"))
+    out.print(part_table(anatomy))
+    if anatomy.layers[0].side_inputs:
+        listed = (f"{'.'.join(map(str, s.argument))} {list(s.shape)}" for s in anatomy.layers[-1].side_inputs)
+        out.print(f"side inputs of the layers: {escape(', '.join(listed))}")
+
+
+def same(anatomy: Anatomy) -> bool:
+    return len({tuple(b.placement for b in layer.branches) for layer in anatomy.layers}) == 1
+
+
+def branch_table(layer: Layer, title: str) -> Table:
+    table = Table("added at node", "placement", "norm", "gate after", title=f"{title} ({escape(layer.path)})")
+    for branch in layer.branches:
+        table.add_row(
+            branch.addition,
+            branch.placement,
+            escape(f"{branch.norm.module} ({branch.norm.node})"),
+            escape(f"{branch.gate.module} ({branch.gate.node})"),
+        )
+    return table
+
+
+def part_table(anatomy: Anatomy) -> Table:
+    table = Table("part", "modules", "parameters", "bytes")
+    table.add_row("stem", listed(anatomy.stem.modules), f"{anatomy.stem.parameters:,}", size(anatomy.stem.bytes))
+    parameters = sum(layer.parameters for layer in anatomy.layers)
+    stored = sum(layer.bytes for layer in anatomy.layers)
+    name = anatomy.layers[0].type
+    table.add_row("layers", escape(f"{anatomy.depth} x {name}"), f"{parameters:,}", size(stored))
+    table.add_row(
+        "readout", listed(anatomy.readout.modules), f"{anatomy.readout.parameters:,}", size(anatomy.readout.bytes)
+    )
+    return table
+
+
+def listed(names: tuple[str, ...], most: int = 5) -> str:
+    shown = ", ".join(name or "(the network's own)" for name in names[:most])
+    return escape(shown + (f" and {len(names) - most} more" if len(names) > most else ""))
+
+
+def size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return ""
+
+
+# -- split and train ----------------------------------------------------------------------------------------------
+
+
+def split_json(result: SplitResult) -> dict[str, Any]:
+    from dbconvert.schema import to_data
+
+    plan, noise = result.plan, result.noise
+    return {
+        "blocks": [list(block) for block in plan.blocks],
+        "noise": {**to_data(noise), "boundaries": list(noise.boundaries), "sigma_data": noise.sigma_data},
+        "package": str(result.package) if result.package is not None else None,
+        "task": plan.task,
+        "target": to_data(plan.target),
+        "start": plan.start,
+        "condition_width": plan.condition_width,
+        "stack": plan.anatomy.stack,
+        "verdict": plan.anatomy.verdict,
+        "warnings": list(result.warnings),
+    }
+
+
+def noise_table(plan: Plan, noise: NoiseFit) -> Table:
+    intervals = noise.intervals()
+    kind = "entropy" if noise.rule == "auto" else "mass"
+    table = Table("block", "layers", "sigma", "trained on", kind)
+    for block, (first, last) in enumerate(plan.blocks):
+        low, high = intervals.owned(block)
+        least, most = intervals.training(block)
+        table.add_row(
+            str(block),
+            f"{first}-{last}",
+            f"{low:.4g} to {high:.4g}",
+            f"{least:.4g} to {most:.4g}",
+            f"{100 * intervals.share(block):.1f} %",
+        )
+    return table
+
+
+def show_split(result: SplitResult) -> None:
+    plan, noise = result.plan, result.noise
+    out.print(
+        f"[bold]{escape(plan.anatomy.network)}[/]: {plan.anatomy.depth} layers of {escape(plan.anatomy.stack)} "
+        f"in {len(plan.blocks)} blocks, task {plan.task}, start {plan.start}, conditioning {plan.condition_width} wide"
+    )
+    out.print(noise_table(plan, noise))
+    out.print(f"noise {noise.rule}: {escape(noise.basis)}; sigma_data {noise.sigma_data:.4g}")
+    if result.package is None:
+        out.print("dry run: nothing was written")
+    else:
+        out.print(f"wrote [bold]{escape(str(result.package))}/[/]; train it with: dbconvert train {escape(str(result.package))}")
+
+
+def show_outline(outline: Outline) -> None:
+    out.print(f"method {outline.method}, {outline.steps} updates a block")
+    out.print(noise_table(outline.plan, outline.noise))
+    table = Table("unit", "trainable parameters", "state of an update", "activations of an update")
+    for unit in outline.memory.units:
+        table.add_row(unit.name, f"{unit.trainable:,}", size(unit.state), size(unit.activations))
+    out.print(table)
+    memory = outline.memory
+    out.print(
+        f"resident: {memory.resident_parameters:,} parameters, {size(memory.resident_state)} with gradients and "
+        f"optimiser state; expected peak {size(memory.resident_state + memory.largest.activations)} beside the libraries"
+    )
+
+
+def show_run(result: TrainResult) -> None:
+    out.print(f"finished [bold]{escape(str(result.folder))}[/]")
+    if result.metrics:
+        out.print(metric_table(result.metrics, "validation"))
+
+
+# -- eval and demo ------------------------------------------------------------------------------------------------
+
+
+def metric_table(metrics: dict[str, float], title: str) -> Table:
+    table = Table("figure", "value", title=title)
+    for name, value in metrics.items():
+        accuracy = name.startswith("accuracy")
+        table.add_row(name, f"{100 * value:.2f} %" if accuracy else f"{value:.4f}")
+    return table
+
+
+def evaluation_json(result: Evaluation) -> dict[str, Any]:
+    from dbconvert.schema import to_data
+
+    data: dict[str, Any] = to_data(result)
+    return data
+
+
+def show_evaluation(result: Evaluation) -> None:
+    out.print(metric_table(result.metrics, f"{result.source}, {result.part}: {result.examples} examples"))
+
+
+def demo_json(folder: Path, rows: list[Row]) -> dict[str, Any]:
+    from dbconvert.schema import to_data
+
+    return {"folder": str(folder), "rows": to_data(rows)}
+
+
+def show_demo(folder: Path, rows: list[Row]) -> None:
+    table = Table(
+        "network", "layers trained at once", "updates", "test accuracy", "activations", "state of an update", "state held",
+        title="scikit-learn digits, 300 test images",
+    )  # fmt: skip
+    for row in rows:
+        table.add_row(
+            row.name,
+            str(row.layers),
+            str(row.updates),
+            f"{100 * row.accuracy:.1f} %",
+            size(row.activations),
+            size(row.state),
+            size(row.held),
+        )
+    out.print(table)
+    out.print(f"everything is in [bold]{escape(str(folder))}/[/]")

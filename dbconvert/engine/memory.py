@@ -1,0 +1,102 @@
+"""What one update of a job holds in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dbconvert.data.batches import OrderedBatches, seed_all
+from dbconvert.data.examples import LABEL
+from dbconvert.data.images import normalise
+from dbconvert.engine.loop import Job
+from dbconvert.engine.units import Unit
+from dbconvert.graph.account import parameter_bytes, saved_bytes, state_bytes
+from dbconvert.graph.proof import unchanged_state
+from dbconvert.recipe import OptimizerOptions
+
+MOMENTS = {"adamw": 2, "sgd": 1}
+
+
+@dataclass(frozen=True)
+class UnitMemory:
+    """One unit: what its update needs, with the periphery it trains too.
+
+    Args:
+        trainable: parameters that its update changes.
+        state: bytes of those parameters, their gradients and optimiser state.
+        activations: bytes that autograd keeps for the backward pass at the recipe's batch.
+    """
+
+    name: str
+    trainable: int
+    state: int
+    activations: int
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """All units of a job, and what the whole run holds: every block's state stays where it is."""
+
+    units: tuple[UnitMemory, ...]
+    resident_parameters: int
+    resident_state: int
+
+    @property
+    def largest(self) -> UnitMemory:
+        return max(self.units, key=lambda unit: unit.state + unit.activations)
+
+
+def measure(job: Job) -> MemoryReport:
+    """Counts the state and runs one forward pass of every unit on a real batch; weights stay as they are."""
+    options = job.recipe.optimizer
+    units = tuple(
+        UnitMemory(unit.name, count(unit, job), state(unit, job, options), activations(job, block))
+        for block, unit in job.units.items()
+    )
+    everything = [p for unit in job.all_units() for p in unit.parameters.values()]
+    all_parameters = {id(p): p for p in [*everything, *job.network.parameters()]}
+    frozen = parameter_bytes(p for p in all_parameters.values() if not p.requires_grad)
+    return MemoryReport(
+        units,
+        resident_parameters=sum(p.numel() for p in all_parameters.values()),
+        resident_state=state_bytes(everything, MOMENTS[options.name]) + frozen,
+    )
+
+
+def with_periphery(unit: Unit, job: Job) -> list[torch.nn.Parameter]:
+    shared = job.periphery.parameters.values() if job.periphery else []
+    return [*unit.parameters.values(), *shared]
+
+
+def count(unit: Unit, job: Job) -> int:
+    return sum(p.numel() for p in with_periphery(unit, job))
+
+
+def state(unit: Unit, job: Job, options: OptimizerOptions) -> int:
+    return state_bytes(with_periphery(unit, job), MOMENTS[options.name])
+
+
+def activations(job: Job, block: int) -> int:
+    """Bytes that autograd saves in one training pass of a block at the recipe's batch."""
+    recipe, network = job.recipe, job.network
+    micro = max(1, recipe.train.batch // recipe.train.accumulate)
+    indices = next(iter(OrderedBatches(len(job.examples), micro, [block], recipe.seed)))
+    batch = job.examples.__getitems__(indices)
+    labels = batch.pop(LABEL)
+    inputs = {k: normalise(v, recipe.data.image) if v.dim() == 4 else v for k, v in batch.items()}
+
+    def loss() -> Tensor:
+        if job.layers is not None:
+            output = network.plain(inputs, job.layers)
+        else:
+            eps = torch.randn(len(labels), network.task.target.width)
+            sigma = job.intervals.draw(block, torch.rand(len(labels)))
+            output = network(block, inputs, labels, sigma, eps)
+        return network.task.losses(output, labels).mean()
+
+    with unchanged_state(network), torch.random.fork_rng(devices=[]):
+        network.train()
+        seed_all(0)
+        return saved_bytes(loss, network.parameters())
