@@ -21,7 +21,7 @@ OPEN_AT_MIN, OPEN_AT_MAX = 0.005, 0.995
 GRID_POINTS = 96
 DRAWS = 2048
 DIGITS = 6
-"""Fits are rounded to this many significant digits, so that block jobs on other machines agree on them."""
+"""Fits are rounded to this many digits, so that block jobs on other machines agree on them."""
 
 
 @dataclass(frozen=True)
@@ -74,21 +74,27 @@ def fit_entropy(table: Tensor, frequencies: Tensor, *, seed: int = 0) -> Entropy
             hint="look at the labels of the training data, or use --noise edm",
         )
     table, frequencies = table.detach()[present], frequencies[present]
-    log_sigma = torch.linspace(math.log(1e-3), math.log(1e2), GRID_POINTS, dtype=torch.float64)
+    deviation = rms_deviation(table, frequencies)
+    spread = math.log(deviation * math.sqrt(table.shape[1]))
+    log_sigma = spread + torch.linspace(math.log(1e-3), math.log(1e2), GRID_POINTS, dtype=torch.float64)
     entropy = posterior_entropy(table, frequencies, log_sigma, draws=DRAWS, seed=seed)
     still_open = entropy.cummax(0).values
     still_open = still_open / still_open[-1]
     rising = still_open + torch.arange(GRID_POINTS).double() * 1e-12
     ends = interpolate(torch.tensor([OPEN_AT_MIN, OPEN_AT_MAX]).double(), rising, log_sigma).exp()
+    sigma_min, sigma_max = (significant(end) for end in ends.tolist())
+    # One grid point beyond each end suffices.
+    first = int((log_sigma < math.log(sigma_min)).sum()) - 1
+    last = int((log_sigma <= math.log(sigma_max)).sum()) + 1
     rounded = Tabulated(
-        log_sigma=tuple(significant(v) for v in log_sigma.tolist()),
-        mass=tuple(significant(v) for v in still_open.tolist()),
-        sigma_min=significant(float(ends[0])),
-        sigma_max=significant(float(ends[1])),
+        log_sigma=tuple(round(v, DIGITS) for v in log_sigma[first:last].tolist()),
+        mass=tuple(round(v, DIGITS) for v in still_open[first:last].tolist()),
+        sigma_min=sigma_min,
+        sigma_max=sigma_max,
     )
     prior = frequencies.double() / float(frequencies.sum())
     label_entropy = float(-(prior * prior.log()).sum())
-    return EntropyFit(rounded, significant(rms_deviation(table, frequencies)), significant(label_entropy))
+    return EntropyFit(rounded, significant(deviation), significant(label_entropy))
 
 
 def significant(value: float) -> float:

@@ -9,9 +9,10 @@ from dbconvert.graph.inject import PREFIX, LayerModule
 
 
 def strip(model: nn.Module, anatomy: Anatomy, keep: range) -> None:
-    """Removes parameters, buffers and children of all layers outside `keep` from a converted network.
+    """Removes the parameters and buffers of all layers outside `keep` from a converted network, and their modulations.
 
-    The layers' plain attributes stay, since a network's forward may read them. Their modulations go too.
+    The layers' modules and plain attributes stay, since a network's forward may read them (nn.TransformerEncoder
+    asks its first layer's attention for its layout).
 
     Requires: `inject` was called. Ensures: only kept layers own parameters; a stripped layer must not be active.
     """
@@ -22,8 +23,8 @@ def strip(model: nn.Module, anatomy: Anatomy, keep: range) -> None:
         module = model.get_submodule(layer.path)
         if not isinstance(module, LayerModule):
             raise TypeError(f"{layer.path} is not converted")
-        module._modules.clear()
-        module._parameters.clear()
-        module._buffers.clear()
+        for part in module.modules():
+            for tensors in (part._parameters, part._buffers):
+                tensors.update(dict.fromkeys(tensors))
         module.db_sites, module.db_modulation = [], ()  # type: ignore[assignment]
         del modulations[str(index)]

@@ -12,8 +12,6 @@ from dbconvert.graph.evidence import Evidence
 from dbconvert.graph.stack import Stack
 from dbconvert.graph.tape import ModuleCall, describe
 
-Shape = tuple[int, ...]
-
 
 def repeated_siblings(evidence: Evidence) -> list[list[ModuleCall]]:
     """Called modules of one class under one parent, in call order; the group with most parameters first."""
@@ -31,28 +29,29 @@ def weight(calls: list[ModuleCall], model: nn.Module) -> int:
 
 
 def stream_of(call: ModuleCall) -> tuple[fx.Node, fx.Node] | None:
-    """The first floating tensor in and the first out of a call."""
+    """The first floating tensors in and out of a call that have one shape; else the first of either."""
     entering = [n for _, n in call.inputs if ops.is_floating(n)]
     leaving = [n for _, n in call.outputs if ops.is_floating(n)]
-    return (entering[0], leaving[0]) if entering and leaving else None
+    pairs = [(a, b) for a in entering for b in leaving]
+    kept = [(a, b) for a, b in pairs if a.meta["shape"] == b.meta["shape"]]
+    return next(iter([*kept, *pairs]), None)
 
 
-def change_of_shape(calls: list[ModuleCall]) -> tuple[ModuleCall, Shape, Shape] | None:
-    """The first module of a group whose output has another shape than its input."""
-    for call in calls:
+def changes_of_shape(groups: list[list[ModuleCall]]) -> Refused | None:
+    """The first module among repeated siblings, in call order, whose output has another shape than its input."""
+    for call in sorted((call for calls in groups for call in calls), key=lambda call: call.order):
         stream = stream_of(call)
         if stream is not None and stream[0].meta["shape"] != stream[1].meta["shape"]:
-            return call, stream[0].meta["shape"], stream[1].meta["shape"]
+            return dimensions_change(call, stream)
     return None
 
 
 def why_no_stack(evidence: Evidence) -> Refused:
     """The most telling reason why no stack of residual layers was found."""
     groups = repeated_siblings(evidence)
-    for calls in groups:
-        changed = change_of_shape(calls)
-        if changed is not None:
-            return dimensions_change(*changed, alternatives="")
+    changed = changes_of_shape(groups)
+    if changed is not None:
+        return changed
     if groups:
         return not_residual(groups[0], evidence)
     if evidence.spines.adds:
@@ -71,13 +70,12 @@ def why_no_stack(evidence: Evidence) -> Refused:
     )
 
 
-def dimensions_change(call: ModuleCall, before: Shape, after: Shape, *, alternatives: str) -> Refused:
-    made = stream_of(call)
+def dimensions_change(call: ModuleCall, stream: tuple[fx.Node, fx.Node]) -> Refused:
+    before, after = (list(node.meta["shape"]) for node in stream)
     return Refused(
-        f"dimensions change: {call.path} maps {list(before)} to {list(after)}, and every block must keep the shape",
-        node=describe(made[1]) if made else call.path,
+        f"dimensions change: {call.path} maps {before} to {after}, and every block must keep the shape",
+        node=describe(stream[1]),
         kind="dimensions",
-        hint=f"convert a part that keeps it: {alternatives}" if alternatives else "",
     )
 
 
@@ -101,11 +99,12 @@ def changing_stages(evidence: Evidence, stack: Stack) -> Refused | None:
 
     A U-Net or a pyramid has small residual stacks inside; converting one of them is a choice of the user's.
     """
-    for calls in repeated_siblings(evidence):
-        changed = change_of_shape(calls)
-        if changed is None:
-            continue
-        inside = sum(p.numel() for path, _ in stack.layers for p in evidence.model.get_submodule(path).parameters())
-        if weight(calls, evidence.model) > inside:
-            return dimensions_change(*changed, alternatives=f"--stack {stack.container}")
-    return None
+    model = evidence.model
+    inside = sum(p.numel() for path, _ in stack.layers for p in model.get_submodule(path).parameters())
+    stages = [g for g in repeated_siblings(evidence) if changes_of_shape([g]) is not None]
+    if sum(weight(g, model) for g in stages) <= inside:
+        return None
+    changed = changes_of_shape(stages)
+    if changed is not None:
+        changed.hint = f"convert a part that keeps it: --stack {stack.container}"
+    return changed

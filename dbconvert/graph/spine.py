@@ -116,8 +116,9 @@ def residual(node: fx.Node, spines: Spines) -> ResidualAdd | None:
 
 
 def dominates(term: fx.Node, terms: list[fx.Node], spines: Spines) -> bool:
-    source, _ = spines.look_through(term)
-    return all(t is term or spines.reach.is_ancestor(source, t) for t in terms)
+    """Whether all other terms are computed from this one: from what stands on the spine last, norm or activation."""
+    made = ops.origin(term, spines.model)
+    return all(t is term or spines.reach.is_ancestor(made, t) for t in terms)
 
 
 def open_sum(term: fx.Node, spines: Spines) -> list[fx.Node]:

@@ -40,14 +40,16 @@ class Stack:
 
 
 def find_stacks(recording: Recording, spines: Spines) -> list[Stack]:
-    """Every stack of at least two layers, or of one layer called again and again; most work first."""
+    """Every stack of at least two layers, or of one layer called again and again; most work first,
+    of equals the one that comes first."""
     found: dict[str, Stack] = {}
     for chain in spines.chains():
         for stack in stacks_of_chain(chain, recording, spines):
             best = found.get(stack.container)
             if best is None or len(stack.layers) > len(best.layers):
                 found[stack.container] = stack
-    return sorted(found.values(), key=lambda s: -s.work)
+    place = spines.reach.index
+    return sorted(found.values(), key=lambda s: (-s.work, place[s.layers[0][1][0].node]))
 
 
 def choose_stack(stacks: list[Stack], wanted: str | None, model: nn.Module) -> Stack:

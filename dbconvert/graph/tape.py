@@ -140,7 +140,7 @@ class _Tape(TorchFunctionMode):
         self.calls: list[ModuleCall] = []
         self.decisions: list[fx.Node] = []
         self.path_of = {id(module): path for path, module in model.named_modules()}
-        self.leaf_modules = {id(module) for module in model.modules() if not any(True for _ in module.children())}
+        self.leaf_modules = {id(m) for m in model.modules() if m is not model and not any(True for _ in m.children())}
         named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
         self.attribute_of = {id(tensor): name for name, tensor in named}
 

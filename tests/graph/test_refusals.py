@@ -1,0 +1,81 @@
+"""Networks that cannot be cut are refused with the node and the reason."""
+
+import networks
+import pytest
+import torch
+from torch import nn
+
+from dbconvert.errors import Refused
+from dbconvert.graph.analysis import analyse
+from dbconvert.graph.proof import prove
+
+
+@pytest.mark.parametrize("name", networks.REFUSED)
+def test_refused(name):
+    make, kind, node = networks.REFUSED[name]
+    torch.manual_seed(0)
+    model, inputs = make()
+    with pytest.raises(Refused) as caught:
+        prove(model, analyse(model, inputs), inputs)
+    assert caught.value.reason and node in caught.value.node + caught.value.reason
+    if kind is not None:
+        assert caught.value.kind == kind
+
+
+def test_dimensions_name_both_shapes():
+    make, _, _ = networks.REFUSED["unet"]
+    model, inputs = make()
+    with pytest.raises(Refused, match=r"\[2, 8, 16, 16\] to \[2, 16, 8, 8\]"):
+        analyse(model, inputs)
+
+
+def test_a_part_of_a_pyramid_is_restricted():
+    make, _, _ = networks.REFUSED["unet"]
+    model, inputs = make()
+    anatomy = analyse(model, inputs, stack="down.1.layers")
+    assert (anatomy.verdict, anatomy.depth, anatomy.width) == ("restricted", 2, 16)
+    assert anatomy.axes.channel == -3
+    assert prove(model, anatomy, inputs).proof[0].passed
+
+
+def test_several_stacks_can_be_chosen():
+    make, _, _ = networks.REFUSED["two_stacks"]
+    model, inputs = make()
+    assert analyse(model, inputs, stack="right").stack == "right"
+    with pytest.raises(Refused, match="no module middle"):
+        analyse(model, inputs, stack="middle")
+    with pytest.raises(Refused, match="holds no stack"):
+        analyse(model, inputs, stack="head")
+
+
+def test_looped_layers_are_told():
+    model = networks.Net(networks.Block)
+    model.layers[2], model.layers[3] = model.layers[0], model.layers[1]
+    anatomy = analyse(model, {"x": networks.features()})
+    assert (anatomy.verdict, anatomy.depth, anatomy.calls) == ("looped", 2, 2)
+
+
+def test_scripted_layers_are_refused():
+    scripted = nn.ModuleList([torch.jit.script(nn.Linear(8, 8)), nn.Linear(8, 8)])
+    with pytest.raises(Refused, match="scripted"):
+        analyse(nn.Sequential(*scripted), {"input": networks.features()})
+
+
+def test_a_path_that_depends_on_the_batch_is_refused():
+    class Odd(networks.Net):
+        def forward(self, x):
+            return super().forward(x.sin() if len(x) % 2 else x)
+
+    with pytest.raises(Refused) as caught:
+        analyse(Odd(networks.Block), {"x": networks.features()})
+    assert caught.value.kind == "control-flow"
+
+
+def test_the_network_is_left_as_it_was():
+    model, inputs = networks.build("vit")
+    model.train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    prove(model, analyse(model, inputs), inputs)
+    assert model.training and all(m.training for m in model.modules())
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
