@@ -88,7 +88,8 @@ def refuse_occupied(path: Path, *, force: bool) -> None:
         raise UsageError(f"{path} exists already", hint=hint)
     if not ours:
         raise UsageError(
-            f"{path} was not written by dbconvert, so --force does not replace it", hint="remove it, or give another -o"
+            f"{path} was not written by dbconvert, so --force does not replace it",
+            hint="remove it, or give another -o",
         )
 
 

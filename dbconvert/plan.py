@@ -173,7 +173,8 @@ def cut(depth: int, *, blocks: int | None = None, sizes: tuple[int, ...] | None 
             raise UsageError(f"{count} blocks: at least one is needed", hint="--blocks 1 trains the whole network")
         if count > depth:
             raise UsageError(
-                f"{count} blocks cannot be cut from {depth} layers", hint=f"choose --blocks between 1 and {depth}"
+                f"{count} blocks cannot be cut from {depth} layers",
+                hint=f"choose --blocks between 1 and {depth}",
             )
         small, larger = divmod(depth, count)
         sizes = tuple(small + (b < larger) for b in range(count))

@@ -184,7 +184,7 @@ def read_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     data, places = read_yaml(path)
     given = parse_overrides(overrides)
     merged = merge(data, given)
-    places.update({key: "the command line" for key in keys(given)})
+    places.update(dict.fromkeys(keys(given), "the command line"))
     recipe = parse(Recipe, merged, file=str(path), places=places)
     check(recipe, str(path))
     return recipe

@@ -58,7 +58,7 @@ def parse(cls: type[T], data: Any, *, file: str, places: Mapping[Key, str] | Non
 
 def _is_union_branch(part: Any) -> bool:
     """pydantic names the members of a union in its locations; no key looks like these."""
-    return isinstance(part, str) and any(c in part for c in "[](") or part in ("int", "str", "float", "bool")
+    return (isinstance(part, str) and any(c in part for c in "[](")) or part in ("int", "str", "float", "bool")
 
 
 def _explain(cls: type, key: Key, problem: Any, where: str) -> UsageError:

@@ -209,7 +209,11 @@ class SideProduct(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.first, self.norm, self.linear = nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.first, self.norm, self.linear = (
+            nn.Linear(WIDTH, WIDTH),
+            nn.LayerNorm(WIDTH),
+            nn.Linear(WIDTH, WIDTH),
+        )
 
     def forward(self, x, extra=None):
         extra = self.first(x) if extra is None else extra
@@ -231,7 +235,10 @@ class TwoStacks(nn.Module):
     def __init__(self):
         super().__init__()
         self.stem = nn.Linear(8, WIDTH)
-        self.left, self.right = nn.ModuleList(Block() for _ in range(3)), nn.ModuleList(Block() for _ in range(3))
+        self.left, self.right = (
+            nn.ModuleList(Block() for _ in range(3)),
+            nn.ModuleList(Block() for _ in range(3)),
+        )
         self.head = nn.Linear(2 * WIDTH, 3)
 
     def forward(self, x):
@@ -248,7 +255,11 @@ class Hidden(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.norm, self.linear, self.other = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.norm, self.linear, self.other = (
+            nn.LayerNorm(WIDTH),
+            nn.Linear(WIDTH, WIDTH),
+            nn.Linear(WIDTH, WIDTH),
+        )
 
     def forward(self, x):
         out = x + self.linear(self.norm(x))
@@ -282,11 +293,11 @@ def features():
     return torch.randn(2, LENGTH, 8, generator=torch.Generator().manual_seed(0))
 
 
-TEXT = dict(
+TEXT = dict(  # noqa: C408
     vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=DEPTH, num_attention_heads=HEADS,
     intermediate_size=64, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
-VISION = dict(
+VISION = dict(  # noqa: C408
     hidden_size=WIDTH, num_hidden_layers=DEPTH, num_attention_heads=HEADS, intermediate_size=64, image_size=16,
     patch_size=4, num_labels=5, hidden_dropout_prob=0.1,
 )  # fmt: skip
@@ -304,9 +315,7 @@ def gpt2_config():
 
 
 def llama_config():
-    return transformers.LlamaConfig(
-        **TEXT, num_key_value_heads=2, use_cache=False, architectures=["LlamaForCausalLM"]
-    )
+    return transformers.LlamaConfig(**TEXT, num_key_value_heads=2, use_cache=False, architectures=["LlamaForCausalLM"])
 
 
 def bert_config():
@@ -342,8 +351,16 @@ REFUSED = {
     "early_exit": (lambda: (Net(EarlyExit), {"x": features()}), "control-flow", "bool"),
     "side_product": (lambda: (SideProducts(), {"x": features()}), "layer-made-input", "layers.0"),
     "two_stacks": (lambda: (TwoStacks(), {"x": features()}), "several-stacks", "left, right"),
-    "no_stack": (lambda: (nn.Sequential(nn.Linear(8, 8), nn.ReLU()), {"input": features()}), "no-stack", "Sequential"),
-    "compiled": (lambda: (torch.compile(Net(Block), backend="eager"), {"x": features()}), "compiled", "OptimizedModule"),
+    "no_stack": (
+        lambda: (nn.Sequential(nn.Linear(8, 8), nn.ReLU()), {"input": features()}),
+        "no-stack",
+        "Sequential",
+    ),
+    "compiled": (
+        lambda: (torch.compile(Net(Block), backend="eager"), {"x": features()}),
+        "compiled",
+        "OptimizedModule",
+    ),
     "hidden_branch": (lambda: (Net(Hidden), {"x": features()}), None, ""),
 }
 """Networks that it refuses: (build, kind of the refusal, what the named node contains)."""

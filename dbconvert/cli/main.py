@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -23,17 +23,24 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help needs a third of the time
 )
 
-SOURCE = Annotated[str, typer.Argument(help="model.py, model.py:name, a folder with a Transformers config.json, or a hub id")]
-STACK = Annotated[Optional[str], typer.Option(help="Path of the module that holds the layers, when there are several.")]
-WEIGHTS = Annotated[Optional[str], typer.Option(help="Trained weights: safetensors, or a state_dict.")]
+SOURCE = Annotated[
+    str, typer.Argument(help="model.py, model.py:name, a folder with a Transformers config.json, or a hub id")
+]
+STACK = Annotated[str | None, typer.Option(help="Path of the module that holds the layers, when there are several.")]
+WEIGHTS = Annotated[str | None, typer.Option(help="Trained weights: safetensors, or a state_dict.")]
 SEED = Annotated[int, typer.Option(help="Seed of the random initialisation.")]
 JSON = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 FORCE = Annotated[bool, typer.Option("--force", help="Replace what is there, if dbconvert wrote it.")]
-OVERRIDES = Annotated[Optional[list[str]], typer.Argument(help="key=value: override a key of the recipe.", metavar="[KEY=VALUE]...")]
+OVERRIDES = Annotated[
+    list[str] | None,
+    typer.Argument(help="key=value: override a key of the recipe.", metavar="[KEY=VALUE]..."),
+]
 
 
 @app.command()
-def inspect(source: SOURCE, stack: STACK = None, weights: WEIGHTS = None, seed: SEED = 0, as_json: JSON = False) -> None:
+def inspect(
+    source: SOURCE, stack: STACK = None, weights: WEIGHTS = None, seed: SEED = 0, as_json: JSON = False
+) -> None:
     """Show what the analysis sees: stack, proof, branches, stem, readout; or why it refuses."""
     from dbconvert.cli import render
     from dbconvert.engine.split import inspect as run
@@ -51,24 +58,26 @@ def inspect(source: SOURCE, stack: STACK = None, weights: WEIGHTS = None, seed: 
 @app.command()
 def split(
     source: SOURCE,
-    blocks: Annotated[Optional[int], typer.Option(help="How many blocks; 3 by default.")] = None,
-    layers: Annotated[Optional[str], typer.Option(help="Layers of each block, e.g. 4,4,4.")] = None,
-    layers_per_block: Annotated[Optional[int], typer.Option(help="Layers of every block but the last.")] = None,
+    blocks: Annotated[int | None, typer.Option(help="How many blocks; 3 by default.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Layers of each block, e.g. 4,4,4.")] = None,
+    layers_per_block: Annotated[int | None, typer.Option(help="Layers of every block but the last.")] = None,
     stack: STACK = None,
-    task: Annotated[Optional[str], typer.Option(help="What the network is for; inferred when only one fits.")] = None,
-    data: Annotated[Optional[str], typer.Option(help="digits, a hub id, a folder, parquet, or file.py:function.")] = None,
+    task: Annotated[str | None, typer.Option(help="What the network is for; inferred when only one fits.")] = None,
+    data: Annotated[str | None, typer.Option(help="digits, a hub id, a folder, parquet, or file.py:function.")] = None,
     weights: WEIGHTS = None,
-    noise: Annotated[Optional[str], typer.Option(help="auto or edm.")] = None,
-    p_mean: Annotated[Optional[float], typer.Option(help="Mean of ln sigma (edm).")] = None,
-    p_std: Annotated[Optional[float], typer.Option(help="Standard deviation of ln sigma (edm).")] = None,
-    sigma_min: Annotated[Optional[float], typer.Option(help="Lowest noise level.")] = None,
-    sigma_max: Annotated[Optional[float], typer.Option(help="Highest noise level.")] = None,
-    sigma_data: Annotated[Optional[float], typer.Option(help="Scale of the targets.")] = None,
+    noise: Annotated[str | None, typer.Option(help="auto or edm.")] = None,
+    p_mean: Annotated[float | None, typer.Option(help="Mean of ln sigma (edm).")] = None,
+    p_std: Annotated[float | None, typer.Option(help="Standard deviation of ln sigma (edm).")] = None,
+    sigma_min: Annotated[float | None, typer.Option(help="Lowest noise level.")] = None,
+    sigma_max: Annotated[float | None, typer.Option(help="Highest noise level.")] = None,
+    sigma_data: Annotated[float | None, typer.Option(help="Scale of the targets.")] = None,
     partition: Annotated[str, typer.Option(help="equal-mass or uniform.")] = "equal-mass",
-    overlap: Annotated[float, typer.Option(help="How far a block's training interval reaches into its neighbours.")] = 0.05,
-    condition_width: Annotated[Optional[int], typer.Option(help="Width of the conditioning vector.")] = None,
-    start: Annotated[Optional[str], typer.Option(help="original or zero.")] = None,
-    out: Annotated[Optional[str], typer.Option("--out", "-o", help="Folder to write.")] = None,
+    overlap: Annotated[
+        float, typer.Option(help="How far a block's training interval reaches into its neighbours.")
+    ] = 0.05,
+    condition_width: Annotated[int | None, typer.Option(help="Width of the conditioning vector.")] = None,
+    start: Annotated[str | None, typer.Option(help="original or zero.")] = None,
+    out: Annotated[str | None, typer.Option("--out", "-o", help="Folder to write.")] = None,
     seed: SEED = 0,
     force: FORCE = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Decide and show, write nothing.")] = False,
@@ -124,9 +133,9 @@ def split(
 def train(
     target: Annotated[str, typer.Argument(help="A recipe, a package, or the name of a shipped recipe.")],
     overrides: OVERRIDES = None,
-    block: Annotated[Optional[int], typer.Option(help="Train this block alone.")] = None,
+    block: Annotated[int | None, typer.Option(help="Train this block alone.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the newest unfinished run of the target.")] = False,
-    out: Annotated[Optional[str], typer.Option("--out", "-o", help="Folder of the run.")] = None,
+    out: Annotated[str | None, typer.Option("--out", "-o", help="Folder of the run.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show cut, noise and memory, train nothing.")] = False,
 ) -> None:
     """Train the blocks of a network: all in one run, or one alone."""
@@ -144,7 +153,7 @@ def train(
 
 @app.command()
 def assemble(
-    runs: Annotated[Optional[list[str]], typer.Argument(help="Runs; by default the newest complete one.")] = None,
+    runs: Annotated[list[str] | None, typer.Argument(help="Runs; by default the newest complete one.")] = None,
     out: Annotated[str, typer.Option("--out", "-o", help="Checkpoint to write.")] = "model.safetensors",
     force: FORCE = False,
 ) -> None:
@@ -161,8 +170,10 @@ def assemble(
 def evaluate(
     target: Annotated[str, typer.Argument(help="A run or a checkpoint.")],
     overrides: OVERRIDES = None,
-    part: Annotated[Optional[str], typer.Option(help="Part of the data; test by default.")] = None,
-    model: Annotated[Optional[str], typer.Option(help="The network's model.py, where it is not beside the checkpoint.")] = None,
+    part: Annotated[str | None, typer.Option(help="Part of the data; test by default.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The network's model.py, where it is not beside the checkpoint.")
+    ] = None,
     seed: SEED = 0,
     as_json: JSON = False,
 ) -> None:
@@ -178,7 +189,7 @@ def evaluate(
 @app.command()
 def demo(
     seed: SEED = 0,
-    out: Annotated[Optional[str], typer.Option("--out", "-o", help="Folder to work in.")] = None,
+    out: Annotated[str | None, typer.Option("--out", "-o", help="Folder to work in.")] = None,
     as_json: JSON = False,
 ) -> None:
     """Run the whole path on scikit-learn's digits and compare it with end-to-end training. Takes minutes."""
@@ -190,16 +201,22 @@ def demo(
     emit(render.demo_json(folder, rows)) if as_json else render.show_demo(folder, rows)
 
 
+def show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(version("dbconvert"))
+        raise typer.Exit
+
+
 @app.callback()
 def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show Python's traceback of any failure.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=show_version, is_eager=True)
+    ] = False,
 ) -> None:
-    if version:
-        from importlib.metadata import version as version_of
-
-        typer.echo(version_of("dbconvert"))
-        raise typer.Exit
+    pass  # --debug is read by `main`, --version by its callback; both are here for --help
 
 
 def emit(data: dict[str, Any]) -> None:
@@ -255,5 +272,7 @@ def unexpected(error: Exception) -> DBConvertError:
     """A failure that nobody foresaw: still one message."""
     place = f"{Path(error.__traceback__.tb_frame.f_code.co_filename).name}" if error.__traceback__ else ""
     return DBConvertError(
-        f"unexpected {type(error).__name__}: {error}", where=place, hint="run again with --debug and report the traceback"
+        f"unexpected {type(error).__name__}: {error}",
+        where=place,
+        hint="run again with --debug and report the traceback",
     )

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from dbconvert.errors import DBConvertError, Refused
@@ -64,7 +71,9 @@ def progress() -> Iterator[Reporter]:
             current[:] = [bars.add_task(event.name, total=event.total, figures="")]
         elif isinstance(event, Advance) and current:
             figures = "  ".join(f"{name} {value:.4f}" for name, value in event.values.items())
-            bars.update(current[0], advance=event.steps, **({"figures": figures} if figures else {}))
+            bars.update(current[0], advance=event.steps)
+            if figures:
+                bars.update(current[0], figures=figures)
 
     def finish() -> None:
         for task in current:
@@ -155,7 +164,10 @@ def part_table(anatomy: Anatomy) -> Table:
     name = anatomy.layers[0].type
     table.add_row("layers", escape(f"{anatomy.depth} x {name}"), f"{parameters:,}", size(stored))
     table.add_row(
-        "readout", listed(anatomy.readout.modules), f"{anatomy.readout.parameters:,}", size(anatomy.readout.bytes)
+        "readout",
+        listed(anatomy.readout.modules),
+        f"{anatomy.readout.parameters:,}",
+        size(anatomy.readout.bytes),
     )
     return table
 
@@ -222,7 +234,8 @@ def show_split(result: SplitResult) -> None:
     if result.package is None:
         out.print("dry run: nothing was written")
     else:
-        out.print(f"wrote [bold]{escape(str(result.package))}/[/]; train it with: dbconvert train {escape(str(result.package))}")
+        folder = escape(str(result.package))
+        out.print(f"wrote [bold]{folder}/[/]; train it with: dbconvert train {folder}")
 
 
 def show_outline(outline: Outline) -> None:
@@ -233,9 +246,10 @@ def show_outline(outline: Outline) -> None:
         table.add_row(unit.name, f"{unit.trainable:,}", size(unit.state), size(unit.activations))
     out.print(table)
     memory = outline.memory
+    peak = memory.resident_state + memory.largest.activations
     out.print(
         f"resident: {memory.resident_parameters:,} parameters, {size(memory.resident_state)} with gradients and "
-        f"optimiser state; expected peak {size(memory.resident_state + memory.largest.activations)} beside the libraries"
+        f"optimiser state; expected peak {size(peak)} beside the libraries"
     )
 
 
@@ -275,8 +289,9 @@ def demo_json(folder: Path, rows: list[Row]) -> dict[str, Any]:
 
 def show_demo(folder: Path, rows: list[Row]) -> None:
     table = Table(
-        "network", "layers trained at once", "updates", "test accuracy", "activations", "state of an update", "state held",
+        "network", "layers", "updates", "test accuracy", "activations", "state in use", "state held",
         title="scikit-learn digits, 300 test images",
+        caption="layers, activations and state in use: of one update; state held: by the whole run",
     )  # fmt: skip
     for row in rows:
         table.add_row(

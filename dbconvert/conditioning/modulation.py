@@ -75,4 +75,3 @@ def condition_width(layer_parameters: int, outputs: int, share: float = 0.03, le
     """
     widest = int(share * layer_parameters / max(outputs, 1)) - 1
     return max(least, widest // 8 * 8)
-

@@ -51,7 +51,14 @@ class OrderedBatches(Sampler[list[int]]):
     """
 
     def __init__(
-        self, examples: int, batch: int, order: list[int], seed: int, start: int = 0, rank: int = 0, world: int = 1
+        self,
+        examples: int,
+        batch: int,
+        order: list[int],
+        seed: int,
+        start: int = 0,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         self.examples, self.batch, self.order, self.seed = examples, min(batch, examples), order, seed
         self.start, self.rank, self.world = start, rank, world
@@ -93,7 +100,8 @@ def load_batches(examples: Examples, sampler: Sampler[list[int]], workers: int) 
     )
 
 
-def as_they_are(batch: Batch) -> Batch:
+def as_they_are(batch: Any) -> Any:
+    """Batches come whole from `Examples.__getitems__`."""
     return batch
 
 

@@ -26,7 +26,10 @@ def open_part(options: DataOptions, part: str, base: Path) -> Any:
     """
     source = options.source
     if source is None:
-        raise UsageError("no data is given", hint="add data.source=NAME: digits, a hub id, a folder, parquet, file.py:function")
+        raise UsageError(
+            "no data is given",
+            hint="add data.source=NAME: digits, a hub id, a folder, parquet, file.py:function",
+        )
     if source == "digits":
         return built_in(source, part)
     if ".py:" in source:

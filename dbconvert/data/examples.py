@@ -80,7 +80,9 @@ class Examples(Dataset[Batch]):
 def find_columns(item: Any, options: DataOptions, anatomy: Anatomy) -> dict[str, str]:
     """{argument of the network: column of the data}."""
     if not isinstance(item, dict):
-        raise DBConvertError(f"examples are {type(item).__name__}s, not dicts", hint="yield {'image': ..., 'label': ...}")
+        raise DBConvertError(
+            f"examples are {type(item).__name__}s, not dicts", hint="yield {'image': ..., 'label': ...}"
+        )
     there = ", ".join(item)
     if options.label not in item:
         raise DBConvertError(f"the data has no column {options.label}", hint=f"columns: {there}; set data.label")

@@ -74,7 +74,7 @@ class LogNormal(NoiseDistribution):
     def icdf(self, q: Tensor) -> Tensor:
         q_min, q_max = self._ends()
         mass = q_min + q.double() * (q_max - q_min)
-        sigma = (self.p_mean + self.p_std * torch.special.ndtri(mass)).exp()
+        sigma: Tensor = (self.p_mean + self.p_std * torch.special.ndtri(mass)).exp()
         return sigma.clamp(self.sigma_min, self.sigma_max)
 
 

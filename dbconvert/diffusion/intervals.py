@@ -76,8 +76,8 @@ class Intervals:
 
     def share(self, block: int) -> float:
         """Share of the distribution's mass (entropy, where it was fitted to one) in the block's own interval."""
-        low, high = self.distribution.cdf(torch.tensor(self.owned(block), dtype=torch.float64)).tolist()
-        return high - low
+        low, high = self.distribution.cdf(torch.tensor(self.owned(block), dtype=torch.float64))
+        return float(high - low)
 
     def block_of(self, sigma: float) -> int:
         """The block that serves sigma: ties go to the lower-noise block, levels beyond the ends to the end blocks."""

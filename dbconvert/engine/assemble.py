@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dbconvert.checkpoint import load_tensors, read_metadata, refuse_occupied, save_checkpoint, sha256_file
-from dbconvert.engine.network import PREFIX, own_key
+from dbconvert.engine.network import own_key
 from dbconvert.engine.package import (
     MODEL,
     NOISE,
@@ -27,6 +27,7 @@ from dbconvert.engine.package import (
 from dbconvert.engine.runs import RunInfo, newest_complete, read_info
 from dbconvert.errors import DBConvertError, UsageError
 from dbconvert.events import Reporter, Stage, silent
+from dbconvert.graph.inject import PREFIX
 from dbconvert.plan import NoiseFit, Plan, read_plan
 from dbconvert.recipe import read_recipe
 from dbconvert.schema import to_json
@@ -82,7 +83,11 @@ def assemble(
     check_shapes(tensors, first.plan, own=first.info.periphery == "frozen-target")
     report(Stage("writing the checkpoint"))
     recipe = read_recipe(first.folder / RECIPE)
-    metadata = {PLAN_KEY: to_json(first.plan), NOISE_KEY: to_json(first.noise), DATA_KEY: to_json(recipe.data)}
+    metadata = {
+        PLAN_KEY: to_json(first.plan),
+        NOISE_KEY: to_json(first.noise),
+        DATA_KEY: to_json(recipe.data),
+    }
     copy_source(Path(first.info.package) / MODEL, path, first.plan, force=force)
     return save_checkpoint(path, tensors, metadata, shard_bytes)
 
@@ -102,7 +107,9 @@ def open_finished(folder: Path) -> FinishedRun:
     """
     info = read_info(folder)
     if info.method != "blocks":
-        raise DBConvertError(f"{folder} is a baseline ({info.method}), not blocks", hint="evaluate it with dbconvert eval")
+        raise DBConvertError(
+            f"{folder} is a baseline ({info.method}), not blocks", hint="evaluate it with dbconvert eval"
+        )
     if info.status != "complete":
         raise DBConvertError(f"{folder} is not complete", hint=f"dbconvert train {info.origin} --resume -o {folder}")
     for name, digest in info.files.items():
@@ -111,7 +118,8 @@ def open_finished(folder: Path) -> FinishedRun:
             raise DBConvertError(f"{path} is missing")
         if sha256_file(path) != digest:
             raise DBConvertError(
-                f"{path} is damaged: its SHA-256 is not the one that training wrote", hint="copy the run again"
+                f"{path} is damaged: its SHA-256 is not the one that training wrote",
+                hint="copy the run again",
             )
         if read_metadata(path).get(PLAN_KEY) != info.split:
             raise DBConvertError(f"{path} comes from another split than its run")

@@ -27,7 +27,9 @@ def task_of(plan: Plan, name: str | None = None) -> Task:
     chosen = plan.task or name
     if chosen is None or plan.target is None:
         raise DBConvertError(
-            "no task was decided for this network", why=reasons(plan.anatomy), hint="split it again with --task NAME"
+            "no task was decided for this network",
+            why=reasons(plan.anatomy),
+            hint="split it again with --task NAME",
         )
     return named(chosen)(plan.anatomy, plan.target)
 
@@ -36,9 +38,7 @@ def converted(model: nn.Module, plan: Plan, task: Task | None, *, seed: int = 0)
     """Injects what the plan says into a fresh network; `seed` is that of new parameters."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        run = inject(
-            model, plan.anatomy, blocks=len(plan.blocks), width=plan.condition_width, start=plan.start
-        )
+        run = inject(model, plan.anatomy, blocks=len(plan.blocks), width=plan.condition_width, start=plan.start)
         if task is not None:
             task.register(model.get_submodule(PREFIX), blocks=len(plan.blocks), width=plan.condition_width, seed=seed)
     return run
@@ -66,19 +66,18 @@ def single_block(plan: Plan, source: Source, block: int, tensors: Mapping[str, T
         model = source.build()
         run = converted(model, plan, task)
     strip(model, plan.anatomy, plan.layers_of(block))
-    drop_other_blocks(model, task, block, len(plan.blocks))
     network = BlockwiseNetwork(model, run, task, plan, (block,), "single")
+    drop_other_blocks(network, block)
     fill(network, tensors)
     return network
 
 
-def drop_other_blocks(model: nn.Module, task: Task, block: int, blocks: int) -> None:
-    conditioning = model.get_submodule(PREFIX)
-    for parts in conditioning.children():
-        for name in [n for n, _ in parts.named_children()] if isinstance(parts, nn.ModuleDict) else []:
-            is_block = parts is not conditioning.get_submodule("modulation") and name != str(block)
-            if is_block:
-                del parts[name]
+def drop_other_blocks(network: BlockwiseNetwork, block: int) -> None:
+    """Removes the conditioning of all other blocks."""
+    for name, parts in network.conditioning.named_children():
+        for key in list(parts) if isinstance(parts, nn.ModuleDict) else []:
+            if network.owner(f"{PREFIX}.{name}.{key}.") not in (block, None):
+                del parts[key]
 
 
 def fill(network: BlockwiseNetwork, tensors: Mapping[str, Tensor]) -> None:

@@ -66,7 +66,14 @@ def demo(*, seed: int = 0, out: str | None = None, report: Reporter = silent) ->
     blocks = recipe.split.blocks or 1
     say(report, f"dbconvert split model.py --blocks {blocks} --data digits -o package")
     data = DataOptions(source="digits", image=recipe.data.image)
-    split(str(model), out=str(folder / "package"), options=SplitOptions(blocks=blocks), data=data, seed=seed, report=report)
+    split(
+        str(model),
+        out=str(folder / "package"),
+        options=SplitOptions(blocks=blocks),
+        data=data,
+        seed=seed,
+        report=report,
+    )
     own = write_recipe(folder, seed)
     rows = []
     for method in METHODS:

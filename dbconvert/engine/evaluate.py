@@ -11,7 +11,7 @@ import torch
 from dbconvert.data.datasets import BUILT_IN, open_part
 from dbconvert.data.examples import Examples
 from dbconvert.engine.load import Loaded, load
-from dbconvert.engine.metrics import Metrics, evaluate_blocks, evaluate_plain
+from dbconvert.engine.metrics import Metrics, Scorer
 from dbconvert.errors import UsageError
 from dbconvert.events import Reporter, Stage, silent
 from dbconvert.recipe import DataOptions, EvalOptions, merge, parse_overrides
@@ -61,9 +61,7 @@ def evaluate(
     return Evaluation(str(data.source), part, len(examples), metrics)
 
 
-def with_overrides(
-    data: DataOptions, overrides: Iterable[str], *, checkpoint: bool
-) -> tuple[DataOptions, EvalOptions]:
+def with_overrides(data: DataOptions, overrides: Iterable[str], *, checkpoint: bool) -> tuple[DataOptions, EvalOptions]:
     """The data and evaluation options with `key=value` applied.
 
     A checkpoint's metadata may name a built-in source only: it never decides what code or files are opened.
@@ -83,9 +81,5 @@ def with_overrides(
 def figures(loaded: Loaded, examples: Examples, data: DataOptions, options: EvalOptions, seed: int) -> Metrics:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = loaded.network.to(device)
-    if loaded.layers is not None:
-        layers = loaded.layers
-        return evaluate_plain(
-            lambda inputs: network.plain(inputs, layers), network, examples, options, data.image, device
-        )
-    return evaluate_blocks(network, loaded.intervals, examples, options, data.image, device, seed)
+    scorer = Scorer(network, loaded.intervals, options, data.image, device, seed)
+    return scorer.score(examples, loaded.layers)

@@ -17,7 +17,18 @@ from dbconvert.engine.assemble import DATA_KEY, source_folder
 from dbconvert.engine.convert import single_block, whole_network, with_own_peripheries
 from dbconvert.engine.infer import Begin, sample
 from dbconvert.engine.network import BlockwiseNetwork
-from dbconvert.engine.package import MODEL, NOISE, NOISE_KEY, PERIPHERY, PLAN, PLAN_KEY, RECIPE, WEIGHTS, block_file, read_noise
+from dbconvert.engine.package import (
+    MODEL,
+    NOISE,
+    NOISE_KEY,
+    PERIPHERY,
+    PLAN,
+    PLAN_KEY,
+    RECIPE,
+    WEIGHTS,
+    block_file,
+    read_noise,
+)
 from dbconvert.engine.runs import RUN, RunInfo, read_info
 from dbconvert.engine.train import NETWORK_FILE, baseline_layers
 from dbconvert.errors import DBConvertError, UsageError
@@ -144,9 +155,7 @@ def filled(plan: Plan, source: Source, noise: NoiseFit, tensors: dict[str, Tenso
     return network
 
 
-def lone_block(
-    plan: Plan, source: Source, block: int, noise: NoiseFit, tensors: dict[str, Tensor]
-) -> BlockwiseNetwork:
+def lone_block(plan: Plan, source: Source, block: int, noise: NoiseFit, tensors: dict[str, Tensor]) -> BlockwiseNetwork:
     """A single block's network, its own stem and readout in the network's places."""
     prefix = f"dbconvert.periphery.{block}."
     named = {k.removeprefix(prefix).replace("/", ".") if k.startswith(prefix) else k: v for k, v in tensors.items()}

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -19,7 +20,7 @@ from dbconvert.data.examples import LABEL, Batch, Examples
 from dbconvert.data.images import augmentation, normalise
 from dbconvert.diffusion.intervals import Intervals, stratified
 from dbconvert.diffusion.preconditioning import Preconditioning
-from dbconvert.engine.metrics import Metrics, evaluate_blocks, evaluate_plain
+from dbconvert.engine.metrics import Metrics, Scorer
 from dbconvert.engine.network import BlockwiseNetwork, Inputs
 from dbconvert.engine.runs import CHECKPOINTS, METRICS, append
 from dbconvert.engine.state import load_state, newest_state, save_state, truncate_metrics
@@ -238,21 +239,20 @@ class Loop:
         job = self.job
         if job.validation is None:
             return {}
-        device, image, options = self.accelerator.device, self.recipe.data.image, self.recipe.eval
-        if job.layers is not None:
-            layers = job.layers
-            found = evaluate_plain(
-                lambda inputs: job.network.plain(inputs, layers), job.network, job.validation, options, image, device
-            )
-        else:
-            found = evaluate_blocks(
-                job.network, job.intervals, job.validation, options, image, device, self.recipe.seed
-            )
+        scorer = Scorer(
+            network=job.network,
+            intervals=job.intervals,
+            options=self.recipe.eval,
+            image=self.recipe.data.image,
+            device=self.accelerator.device,
+            seed=self.recipe.seed,
+        )
+        found = scorer.score(job.validation, job.layers)
         rounded = {name: round(value, 6) for name, value in found.items()}
         self.write({"update": self.updates, "eval": rounded}, {f"eval/{k}": v for k, v in found.items()})
         return found
 
-    def write(self, line: dict[str, object], tracked: dict[str, float]) -> None:
+    def write(self, line: dict[str, Any], tracked: dict[str, float]) -> None:
         if self.accelerator.is_main_process:
             append(self.metrics_path, line)
         self.accelerator.log(tracked, step=self.updates)

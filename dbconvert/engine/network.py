@@ -50,7 +50,13 @@ class BlockwiseNetwork(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, run: Run, task: Task | None, plan: Plan, present: tuple[int, ...], periphery: Periphery
+        self,
+        model: nn.Module,
+        run: Run,
+        task: Task | None,
+        plan: Plan,
+        present: tuple[int, ...],
+        periphery: Periphery,
     ) -> None:
         super().__init__()
         self.model = model
@@ -203,7 +209,8 @@ def check_keys(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where:
     for key, tensor in wanted.items():
         if tuple(given[key].shape) != tuple(tensor.shape):
             raise DBConvertError(
-                f"{key} has shape {list(given[key].shape)}, and the network wants {list(tensor.shape)}", where=where
+                f"{key} has shape {list(given[key].shape)}, and the network wants {list(tensor.shape)}",
+                where=where,
             )
 
 

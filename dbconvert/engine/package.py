@@ -77,5 +77,3 @@ def open_package(folder: Path) -> Package:
 def read_noise(path: Path) -> NoiseFit | None:
     """A noise fit, None where there is no such file."""
     return parse(NoiseFit, read_json(path), file=str(path)) if path.is_file() else None
-
-

@@ -30,7 +30,12 @@ def draw_noise(noise: NoiseFit, path: Path) -> None:
         axes.plot(grid.exp(), density, color=colour, linewidth=1)
     for boundary in noise.boundaries:
         axes.axvline(boundary, color="0.4", linewidth=0.8, linestyle=":")
-    axes.set(xscale="log", xlabel="sigma", ylabel="density over ln sigma", title=f"noise {noise.rule}: {noise.basis}")
+    axes.set(
+        xscale="log",
+        xlabel="sigma",
+        ylabel="density over ln sigma",
+        title=f"noise {noise.rule}: {noise.basis}",
+    )
     axes.title.set_fontsize(9)
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=8)

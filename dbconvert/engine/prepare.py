@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from dbconvert.data.datasets import open_part
 from dbconvert.data.examples import Examples
@@ -79,8 +80,10 @@ def with_absolute_paths(recipe: Recipe, folder: Path, on_command_line: set[tuple
 
 
 def lookup(recipe: Recipe, key: tuple[str, ...]) -> str | None:
-    value = getattr(recipe, key[0])
-    return getattr(value, key[1]) if len(key) > 1 else value
+    value: Any = recipe
+    for part in key:
+        value = getattr(value, part)
+    return None if value is None else str(value)
 
 
 def get_package(recipe: Recipe, folder: Path, report: Reporter) -> Package:
@@ -115,7 +118,9 @@ def settle_task(plan: Plan, recipe: Recipe) -> Plan:
     chosen = choose_task(plan.anatomy, recipe.task)
     if chosen is None:
         raise UsageError(
-            "no task was decided for this network", why=reasons(plan.anatomy), hint="set task=NAME, or split with --task"
+            "no task was decided for this network",
+            why=reasons(plan.anatomy),
+            hint="set task=NAME, or split with --task",
         )
     return replace(plan, task=chosen.name, target=chosen.decide(plan.anatomy))
 
@@ -133,7 +138,9 @@ def training_examples(data: DataOptions, plan: Plan) -> Examples:
     return examples
 
 
-def build_network(package: Package, plan: Plan, recipe: Recipe, block: int | None, report: Reporter) -> BlockwiseNetwork:
+def build_network(
+    package: Package, plan: Plan, recipe: Recipe, block: int | None, report: Reporter
+) -> BlockwiseNetwork:
     """The network with the package's weights: whole, or one block with nothing of the others in memory."""
     if block is not None:
         return single_block(plan, package.source(), block, package.tensors(block=block))
@@ -178,7 +185,8 @@ def check_block(block: int | None, plan: Plan, recipe: Recipe) -> None:
     if recipe.train.periphery != "frozen-target":
         raise UsageError(
             "a single block cannot train the shared periphery, which the other blocks would not see",
-            hint="add train.periphery=frozen-target: the target table is frozen, and each block gets its own stem and readout",
+            hint="add train.periphery=frozen-target, which freezes the target table and gives each block its own "
+            "stem and readout",
         )
 
 
@@ -190,5 +198,3 @@ def steps_of(recipe: Recipe, examples: int) -> int:
     if train.epochs is None:
         raise UsageError("how long to train?", hint="set train.steps or train.epochs")
     return train.epochs * max(1, examples // min(train.batch, examples))
-
-

@@ -1,13 +1,13 @@
 """Run folders: what a training run leaves behind, and how the newest one is found.
 
-    run.json        status, origin, blocks, SHA-256 of the weights
-    recipe.yaml     the recipe as it was resolved
-    plan.json       the split
-    noise.json      the noise that was used
-    metrics.jsonl   one line a logged update or evaluation
-    package/        the package, where the recipe started from a source
-    checkpoints/    the newest state of training, to resume from
-    weights/        the result, once complete
+run.json        status, origin, blocks, SHA-256 of the weights
+recipe.yaml     the recipe as it was resolved
+plan.json       the split
+noise.json      the noise that was used
+metrics.jsonl   one line a logged update or evaluation
+package/        the package, where the recipe started from a source
+checkpoints/    the newest state of training, to resume from
+weights/        the result, once complete
 """
 
 from __future__ import annotations
@@ -115,10 +115,9 @@ def newest_unfinished(origin: Path, blocks: tuple[int, ...] | None) -> Path:
         if info.status == "running" and Path(info.origin) == origin.resolve() and same_blocks:
             return folder
     raise DBConvertError(
-        f"there is no unfinished run of {origin} under {RUNS}/", hint="leave out --resume, or name the run with -o"
+        f"there is no unfinished run of {origin} under {RUNS}/",
+        hint="leave out --resume, or name the run with -o",
     )
-
-
 
 
 def append(path: Path, line: dict[str, Any]) -> None:

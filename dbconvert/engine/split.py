@@ -19,7 +19,18 @@ from dbconvert.data.examples import Examples
 from dbconvert.engine.convert import converted
 from dbconvert.engine.network import BlockwiseNetwork, check_keys
 from dbconvert.engine.noise import UNIFORM, edm_noise, fit_noise
-from dbconvert.engine.package import MODEL, NOISE, PERIPHERY, PICTURE, PLAN, README, RECIPE, TRAIN, WEIGHTS, block_file
+from dbconvert.engine.package import (
+    MODEL,
+    NOISE,
+    PERIPHERY,
+    PICTURE,
+    PLAN,
+    README,
+    RECIPE,
+    TRAIN,
+    WEIGHTS,
+    block_file,
+)
 from dbconvert.engine.package_texts import package_readme, package_recipe, train_script
 from dbconvert.engine.picture import draw_noise
 from dbconvert.errors import Refused, UsageError
@@ -61,7 +72,12 @@ class Opened:
 
 
 def inspect(
-    source: str, *, stack: str | None = None, weights: str | None = None, seed: int = 0, report: Reporter = silent
+    source: str,
+    *,
+    stack: str | None = None,
+    weights: str | None = None,
+    seed: int = 0,
+    report: Reporter = silent,
 ) -> Anatomy:
     """What the analysis sees of a network, proved by numbers.
 
@@ -78,13 +94,11 @@ def inspect(
     return open_and_analyse(source, stack=stack, weights=weights, seed=seed, report=report).anatomy
 
 
-def open_and_analyse(
-    source: str, *, stack: str | None, weights: str | None, seed: int, report: Reporter
-) -> Opened:
+def open_and_analyse(source: str, *, stack: str | None, weights: str | None, seed: int, report: Reporter) -> Opened:
     report(Stage("reading the source"))
-    opened = open_source(source)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        opened = open_source(source)
         model = opened.build()
     origin = fill_weights(opened, model, weights)
     inputs = opened.example_inputs(model)
@@ -101,7 +115,7 @@ def fill_weights(source: Source, model: nn.Module, weights: str | None) -> str |
         return source.load_weights(model)
     given = load_weights(Path(weights))
     own = model.state_dict(keep_vars=True)
-    first = {}
+    first: dict[int, str] = {}
     for name, tensor in own.items():
         first.setdefault(id(tensor), name)
     needed = {name: tensor for name, tensor in own.items() if name in given or first[id(tensor)] == name}
@@ -319,7 +333,10 @@ def write_package(
 
 def parts(network: BlockwiseNetwork) -> dict[str, dict[str, Tensor]]:
     """The weights by file: one a block, one for the periphery."""
-    return {**{block_file(b): network.block_tensors(b) for b in network.present}, PERIPHERY: network.periphery_tensors()}
+    return {
+        **{block_file(b): network.block_tensors(b) for b in network.present},
+        PERIPHERY: network.periphery_tensors(),
+    }
 
 
 def default_folder(source: str, blocks: int) -> Path:

@@ -31,9 +31,7 @@ class TrainingState:
     metrics_bytes: int
 
 
-def save_state(
-    folder: Path, network: BlockwiseNetwork, units: list[Unit], updates: int, metrics_bytes: int
-) -> None:
+def save_state(folder: Path, network: BlockwiseNetwork, units: list[Unit], updates: int, metrics_bytes: int) -> None:
     """Writes checkpoints/update-N and then removes the older ones."""
     with atomic_folder(folder / f"update-{updates:08d}", force=True) as temporary:
         save_tensors(temporary / WEIGHTS, network.tensors())
@@ -91,7 +89,9 @@ def restore_optimizer(unit: Unit, tensors: dict[str, Tensor], scalars: dict[str,
     for key, parameter in unit.parameters.items():
         if key in found:
             unit.optimizer.state[parameter] = {
-                slot: value.to(parameter.device if value.dim() else value.device) if isinstance(value, Tensor) else value
+                slot: value.to(parameter.device if value.dim() else value.device)
+                if isinstance(value, Tensor)
+                else value
                 for slot, value in found[key].items()
             }
 
@@ -101,4 +101,3 @@ def truncate_metrics(path: Path, size: int) -> None:
     if path.exists():
         with path.open("r+b") as file:
             file.truncate(size)
-

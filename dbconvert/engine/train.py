@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration
-from torch import nn
+from torch import Tensor, nn
 
 from dbconvert.checkpoint import save_tensors, write_text
 from dbconvert.data.examples import Examples
@@ -18,7 +19,17 @@ from dbconvert.engine.loop import BASELINE, Job, Loop
 from dbconvert.engine.memory import MemoryReport, measure
 from dbconvert.engine.metrics import Metrics
 from dbconvert.engine.network import BlockwiseNetwork
-from dbconvert.engine.package import NOISE, NOISE_KEY, PERIPHERY, PLAN, PLAN_KEY, RECIPE, WEIGHTS, Package, block_file
+from dbconvert.engine.package import (
+    NOISE,
+    NOISE_KEY,
+    PERIPHERY,
+    PLAN,
+    PLAN_KEY,
+    RECIPE,
+    WEIGHTS,
+    Package,
+    block_file,
+)
 from dbconvert.engine.prepare import (
     Origin,
     build_network,
@@ -196,7 +207,7 @@ def baseline_parameters(network: BlockwiseNetwork, layers: range) -> dict[str, n
     }
 
 
-def trainable(tensors: dict[str, object]) -> dict[str, nn.Parameter]:
+def trainable(tensors: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
     return {k: v for k, v in tensors.items() if isinstance(v, nn.Parameter) and v.is_floating_point()}
 
 
@@ -234,11 +245,13 @@ def refuse_other_recipe(folder: Path, recipe: Recipe) -> None:
     changed = [key for key in now if before[key] != now[key] and key != "log"]
     if changed:
         raise UsageError(
-            f"{folder} was started with another recipe: {', '.join(changed)} differ", hint="resume with the same one"
+            f"{folder} was started with another recipe: {', '.join(changed)} differ",
+            hint="resume with the same one",
         )
 
 
 def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
+    AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
     return Accelerator(
         cpu=recipe.train.cpu,
         mixed_precision="bf16" if recipe.train.precision == "bf16" else "no",
@@ -277,7 +290,6 @@ def write_head(folder: Path, info: RunInfo, recipe: Recipe, plan: Plan, noise: N
 
 def finish(folder: Path, info: RunInfo, job: Job) -> None:
     """Writes the trained weights, marks the run complete and removes the states."""
-    import shutil
 
     network = job.network
     metadata = {PLAN_KEY: info.split, NOISE_KEY: info.noise or ""}

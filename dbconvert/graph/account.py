@@ -19,7 +19,10 @@ def saved_bytes(loss: Callable[[], Tensor], parameters: Iterable[nn.Parameter]) 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in owned:
-            kept[storage._cdata] = (storage.nbytes(), tensor)  # the tensor keeps the storage, and so its id, alive
+            kept[storage._cdata] = (
+                storage.nbytes(),
+                tensor,
+            )  # the tensor keeps the storage, and so its id, alive
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from dbconvert.anatomy import Anatomy, Input, Verdict
 from dbconvert.errors import Refused
-from dbconvert.graph import ops
 from dbconvert.graph.diagnosis import changing_stages, why_no_stack
 from dbconvert.graph.evidence import Evidence
 from dbconvert.graph.layers import layer_calls, read_layers
@@ -84,7 +83,12 @@ def read(evidence: Evidence, inputs: Inputs, wanted: str | None) -> Anatomy:
     try:
         layers = read_layers(chosen, evidence, width)
     except Refused as refusal:
-        refusal.facts = {"stack": chosen.container, "layers": len(paths), "width": width, "calls": chosen.calls}
+        refusal.facts = {
+            "stack": chosen.container,
+            "layers": len(paths),
+            "width": width,
+            "calls": chosen.calls,
+        }
         raise
     calls = layer_calls(chosen, evidence)
     end = dict(calls[-1].outputs)[layers[-1].stream_out]
@@ -142,4 +146,3 @@ def notes(stack: Stack, evidence: Evidence) -> tuple[str, ...]:
     if len(classes) > 1:
         found.append(f"layers of different classes: {', '.join(sorted(classes))}")
     return tuple(found)
-

@@ -255,7 +255,7 @@ def reduce_swapped(self: nn.Module, protocol: int) -> Any:
 
 def blank(mixin: type, cls: type) -> nn.Module:
     made = swapped(mixin, cls)
-    module: nn.Module = made.__new__(made)
+    module: nn.Module = object.__new__(made)
     return module
 
 
@@ -290,7 +290,7 @@ def replaced(value: Any, path: Path, new: Any) -> Any:
     if isinstance(value, dict):
         return {**value, path[0]: replaced(value[path[0]], path[1:], new)}
     items = list(value)
-    items[path[0]] = replaced(items[path[0]], path[1:], new)  # type: ignore[index, call-overload]
+    items[path[0]] = replaced(items[path[0]], path[1:], new)  # type: ignore[index]
     return items if isinstance(value, list) else tuple(items)
 
 

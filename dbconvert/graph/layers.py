@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from torch import fx
 
 from dbconvert.anatomy import Layer, Path, SideInput
@@ -152,7 +154,7 @@ def refuse_layer_made(call: ModuleCall, path: Path, node: fx.Node, calls: list[M
 
 def carried_by_all(path: Path, calls: list[ModuleCall]) -> bool:
     """Whether every layer after the first receives at `path` something that the layer before it made."""
-    for before, call in zip(calls, calls[1:], strict=False):
+    for before, call in pairwise(calls):
         node = dict(call.inputs).get(path)
         if node is None or before.order not in node.meta["calls"]:
             return False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
 
 import torch
 from torch import fx, nn
@@ -131,10 +130,3 @@ def is_activation(node: fx.Node, model: nn.Module) -> bool:
     if module is not None:
         return type(module).__module__ == "torch.nn.modules.activation" and not any(True for _ in module.parameters())
     return function_name(node) in ACTIVATIONS
-
-
-def flat_nodes(value: Any) -> list[fx.Node]:
-    """The nodes in nested arguments."""
-    found: list[fx.Node] = []
-    fx.map_arg(value, lambda node: found.append(node))
-    return found

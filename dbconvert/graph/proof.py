@@ -63,9 +63,7 @@ def prove(model: nn.Module, anatomy: Anatomy, inputs: Inputs) -> Anatomy:
 # -- the checks -----------------------------------------------------------------------------------------------
 
 
-def equals_original(
-    model: nn.Module, run: Run, cases: dict[str, Inputs], references: dict[str, Outputs]
-) -> Check:
+def equals_original(model: nn.Module, run: Run, cases: dict[str, Inputs], references: dict[str, Outputs]) -> Check:
     """With modulation at zero the converted network gives the original's outputs, whatever the condition."""
     differing = []
     for name, case in cases.items():
@@ -138,7 +136,7 @@ def sites_reach_output(model: nn.Module, run: Run, anatomy: Anatomy, inputs: Inp
 
 def parts_alive(grad: Tensor, modulation: Any) -> bool:
     sizes = [size for features in modulation.norms for size in (features, features)] + list(modulation.gates)
-    return all(bool(part.abs().sum() > 0) for part in grad.split(sizes))
+    return all(bool(part.abs().sum() > 0) for part in torch.split(grad, sizes))
 
 
 # -- running the network --------------------------------------------------------------------------------------
@@ -148,7 +146,11 @@ TRAIN = "train mode"
 
 def variants(model: nn.Module, inputs: Inputs) -> dict[str, Inputs]:
     """The example input, a larger batch and a shorter sequence where the network takes them, and train mode."""
-    cases = {"the example input": inputs, "another batch size": grow_batch(inputs), "another length": shorten(inputs)}
+    cases = {
+        "the example input": inputs,
+        "another batch size": grow_batch(inputs),
+        "another length": shorten(inputs),
+    }
     usable = {name: case for name, case in cases.items() if case is not None and runs(model, case)}
     return {**usable, TRAIN: inputs}
 
@@ -253,4 +255,3 @@ def no_fast_paths() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
-

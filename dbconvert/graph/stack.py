@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import fx, nn
+from torch import nn
 
 from dbconvert.errors import Refused
 from dbconvert.graph.spine import ResidualAdd, Spines
@@ -181,5 +181,3 @@ def refuse_decisions(recording: Recording, paths: tuple[str, ...]) -> None:
                 kind="control-flow",
                 hint="replace the `if` by torch.where, or keep that layer out of the stack",
             )
-
-

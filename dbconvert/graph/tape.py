@@ -141,7 +141,10 @@ class _Tape(TorchFunctionMode):
         self.decisions: list[fx.Node] = []
         self.path_of = {id(module): path for path, module in model.named_modules()}
         self.leaf_modules = {id(m) for m in model.modules() if m is not model and not any(True for _ in m.children())}
-        named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        named = [
+            *model.named_parameters(remove_duplicate=False),
+            *model.named_buffers(remove_duplicate=False),
+        ]
         self.attribute_of = {id(tensor): name for name, tensor in named}
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recording:
@@ -267,7 +270,9 @@ class _Tape(TorchFunctionMode):
         replaced = None
         if self.inside_leaf:
             self.inside_leaf = 0
-            node = self.add("call_module", call.path, self.freeze(args), self.freeze(kwargs), call.path.replace(".", "_"))
+            node = self.add(
+                "call_module", call.path, self.freeze(args), self.freeze(kwargs), call.path.replace(".", "_")
+            )
             if isinstance(out, Tensor) and id(out) in self.node_of:
                 # Identity and dropout in eval hand their input back: give the output an identity of its own.
                 replaced = out = out.view_as(out)

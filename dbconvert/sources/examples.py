@@ -51,9 +51,14 @@ def run_quietly(model: nn.Module, inputs: dict[str, Any]) -> None:
 
 def first_argument(model: nn.Module) -> str:
     parameters = list(inspect.signature(model.forward).parameters.values())
-    if not parameters or parameters[0].kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
+    if not parameters or parameters[0].kind in (
+        inspect.Parameter.VAR_POSITIONAL,
+        inspect.Parameter.VAR_KEYWORD,
+    ):
         raise DBConvertError(
-            "forward does not name its input", where=type(model).__name__, hint="add example_inputs() that returns a dict"
+            "forward does not name its input",
+            where=type(model).__name__,
+            hint="add example_inputs() that returns a dict",
         )
     return parameters[0].name
 

@@ -105,13 +105,16 @@ def find_entry(module: ModuleType, name: str | None, path: Path) -> tuple[str, A
     """The thing to call: the name given, `build_model`, or the only module class of the file."""
     if name is not None:
         if not hasattr(module, name):
-            raise UsageError(f"{path.name} has no {name}", hint=f"it defines: {', '.join(candidates(module)) or 'none'}")
+            raise UsageError(
+                f"{path.name} has no {name}", hint=f"it defines: {', '.join(candidates(module)) or 'none'}"
+            )
         return name, usable(getattr(module, name), name, path)
     if hasattr(module, DEFAULT_NAME):
         return DEFAULT_NAME, usable(getattr(module, DEFAULT_NAME), DEFAULT_NAME, path)
     found = ", ".join(candidates(module)) or "none"
     raise UsageError(
-        f"{path.name} has no {DEFAULT_NAME}()", hint=f"name what to build, {path.name}:NAME; it defines: {found}"
+        f"{path.name} has no {DEFAULT_NAME}()",
+        hint=f"name what to build, {path.name}:NAME; it defines: {found}",
     )
 
 

@@ -86,7 +86,7 @@ class TransformersSource(Source):
         with quiet():
             model: nn.Module = self.cls(self.config)
         if hasattr(model.config, "use_cache"):
-            model.config.use_cache = False  # type: ignore[union-attr]  # a cache would hide keys and values from the tape
+            model.config.use_cache = False  # a cache would hide keys and values from the tape
         return model.float()
 
     def load_weights(self, model: nn.Module) -> str | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,8 +21,8 @@ class Classification(Task):
     block a linear from the conditioning to the shift and scale of the features before the head.
     """
 
-    name = "classification"
-    rule: Rule = "auto"
+    name: ClassVar[str] = "classification"
+    rule: ClassVar[Rule] = "auto"
 
     @staticmethod
     def refusal(anatomy: Anatomy) -> str | None:
@@ -82,8 +84,9 @@ class Classification(Task):
         axis = next(i for i in range(stream.dim()) if i not in (axes.batch, axes.channel + stream.dim()))
         shape = [1] * stream.dim()
         shape[axis] = stream.shape[axis]
-        place = torch.arange(stream.shape[axis], device=stream.device) == self.target.token
-        return place.view(shape).to(stream.dtype)
+        place = torch.zeros(stream.shape[axis], dtype=stream.dtype, device=stream.device)
+        place[self.target.token] = 1
+        return place.view(shape)
 
     def exit(self, conditioning: nn.Module, block: int, corruption: Corruption) -> Change:
         scaling, sigma = corruption.scaling, corruption.sigma[:, None]
@@ -93,8 +96,10 @@ class Classification(Task):
         out = scaling.c_out(sigma) / scaling.sigma_data
 
         def leave(features: Tensor) -> Tensor:
-            denoised = skip.to(features.dtype) + out.to(features.dtype) * features
-            return denoised * (1 + scale.to(features.dtype)) + shift.to(features.dtype)
+            kind = features.dtype
+            denoised = skip.to(kind) + out.to(kind) * features
+            read: Tensor = denoised * (1 + scale.to(kind)) + shift.to(kind)
+            return read
 
         return leave
 

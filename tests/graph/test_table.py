@@ -51,7 +51,12 @@ def converted(model, anatomy, start="original"):
 def test_facts(row):
     name, _, _, anatomy = row
     assert anatomy.verdict == "accepted"
-    assert (anatomy.depth, anatomy.width, anatomy.streams, anatomy.calls) == (networks.DEPTH, networks.WIDTH, 1, 1)
+    assert (anatomy.depth, anatomy.width, anatomy.streams, anatomy.calls) == (
+        networks.DEPTH,
+        networks.WIDTH,
+        1,
+        1,
+    )
     assert anatomy.post_norm == (name in networks.POST_NORM)
     assert all(len(layer.branches) == 2 for layer in anatomy.layers)
     assert anatomy.axes.batch == (1 if name.endswith("seq_first") else 0)

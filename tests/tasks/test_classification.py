@@ -1,0 +1,94 @@
+"""The classification task: what it accepts, where the noisy label enters, what the head reads."""
+
+import networks
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from dbconvert.diffusion.preconditioning import Preconditioning
+from dbconvert.errors import UsageError
+from dbconvert.graph.analysis import analyse
+from dbconvert.tasks.base import Corruption
+from dbconvert.tasks.classification import Classification
+from dbconvert.tasks.registry import choose_task
+
+
+def task_for(name):
+    model, inputs = networks.build(name)
+    anatomy = analyse(model, inputs)
+    return Classification(anatomy, Classification.decide(anatomy)), model, inputs
+
+
+def corruption(width, sigma=0.7):
+    torch.manual_seed(0)
+    return Corruption(torch.randn(2, width), torch.full((2,), sigma), torch.randn(2, 8), Preconditioning(0.2))
+
+
+@pytest.mark.parametrize("name", ["vit", "hf_vit"])
+def test_a_class_token_is_where_the_label_enters(name):
+    task, _, _ = task_for(name)
+    assert (task.target.placement, task.target.token, task.target.classes) == ("token", 0, 5)
+    noisy = corruption(networks.WIDTH)
+    stream = torch.randn(2, 17, networks.WIDTH)
+    changed = task.entry(noisy)(stream)
+    c_in = 1 / (0.7**2 + 0.2**2) ** 0.5
+    assert torch.equal(changed[:, 1:], stream[:, 1:])
+    assert torch.allclose(changed[:, 0], stream[:, 0] + c_in * noisy.z, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["vit_mean", "encoder_pre", "encoder_post_seq_first"])
+def test_without_one_it_is_added_everywhere(name):
+    task, _, _ = task_for(name)
+    assert task.target.placement == "add"
+    noisy = corruption(networks.WIDTH)
+    shape = (5, 2, networks.WIDTH) if name.endswith("seq_first") else (2, 5, networks.WIDTH)
+    change = task.entry(noisy)(torch.zeros(shape))
+    by_example = change.transpose(0, 1) if name.endswith("seq_first") else change
+    assert torch.allclose(by_example, by_example[:, :1].expand_as(by_example))
+    assert torch.allclose(by_example[:, 0].var(), torch.tensor(1 / (0.7**2 + 0.2**2)) * noisy.z.var(), rtol=1e-4)
+
+
+def test_the_head_reads_the_preconditioned_features():
+    task, _, _ = task_for("vit")
+    conditioning = nn.Module()
+    task.register(conditioning, blocks=2, width=8, seed=0)
+    noisy, features = corruption(networks.WIDTH), torch.randn(2, networks.WIDTH)
+    scaling, sigma = noisy.scaling, noisy.sigma[:, None]
+    expected = (scaling.c_skip(sigma) * noisy.z + scaling.c_out(sigma) * features) / scaling.sigma_data
+    assert torch.allclose(task.exit(conditioning, 1, noisy)(features), expected, atol=1e-6)
+
+
+def test_the_table_is_normalised_and_mixes_into_the_estimate():
+    task, _, _ = task_for("vit")
+    conditioning = nn.Module()
+    task.register(conditioning, blocks=2, width=8, seed=0)
+    conditioning.target.weight.data *= torch.rand(5, 1) + 1
+    table = task.table(conditioning)
+    assert torch.allclose(table.norm(dim=-1), torch.ones(5))
+    logits = torch.randn(2, 5)
+    assert torch.allclose(task.denoised(conditioning, logits), logits.softmax(-1) @ table)
+    certain = torch.tensor([[99.0, 0, 0, 0, 0]])
+    assert torch.allclose(task.denoised(conditioning, certain), table[:1])
+    assert torch.equal(task.clean(conditioning, torch.tensor([3])), table[3:4])
+
+
+def test_losses_and_averages():
+    task, _, _ = task_for("vit")
+    logits, labels = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
+    assert torch.allclose(task.losses(logits, labels).mean(), F.cross_entropy(logits, labels))
+    assert task.correct(F.one_hot(labels, 5).float(), labels).all()
+    assert torch.allclose(task.average([logits, logits]), logits.softmax(-1))
+
+
+@pytest.mark.parametrize("name", ["gpt", "hf_gpt2", "hf_llama", "hf_bert"])
+def test_language_models_have_no_task_yet(name):
+    anatomy = analyse(*networks.build(name))
+    assert choose_task(anatomy, None) is None
+    with pytest.raises(UsageError, match="reads every position"):
+        choose_task(anatomy, "classification")
+
+
+def test_unknown_task():
+    with pytest.raises(UsageError, match="no task telepathy"):
+        choose_task(analyse(*networks.build("vit")), "telepathy")

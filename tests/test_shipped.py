@@ -1,0 +1,49 @@
+"""Every recipe parses and its source splits; every example runs."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import dbconvert
+from dbconvert.engine.prepare import read_origin
+from dbconvert.recipe import read_recipe
+from dbconvert.sources.resolve import open_source
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_recipe(path):
+    origin = read_origin(path.stem, [])  # by its bare name, from anywhere
+    recipe = origin.recipe
+    assert recipe == read_origin(str(path), []).recipe
+    assert Path(recipe.source.partition(".py:")[0].removesuffix(".py") + ".py").exists()
+    result = dbconvert.split(recipe.source, options=recipe.split, noise=recipe.noise, task=recipe.task, dry_run=True)
+    assert result.plan.task == recipe.task and result.plan.anatomy.verdict == "accepted"
+
+
+def test_the_papers_settings_for_cifar100():
+    """METHOD: 12 layers, width 128, 4 heads, patch 4, dropout 0.1, B = 3, gamma 0.05, batch 128, 500 epochs."""
+    recipe = read_recipe(ROOT / "recipes" / "vit_cifar100.yaml")
+    plan = dbconvert.split(
+        str(ROOT / "examples" / "vit.py:vit_cifar100"), options=recipe.split, noise=recipe.noise, dry_run=True
+    ).plan
+    assert (plan.anatomy.depth, plan.anatomy.width, len(plan.blocks)) == (12, 128, 3)
+    assert (recipe.train.batch, recipe.train.epochs, recipe.optimizer.lr) == (128, 500, 5e-4)
+    assert (recipe.noise.overlap, recipe.noise.rule, recipe.noise.sigma_data) == (0.05, "edm", 0.5)
+    assert recipe.optimizer.schedule == "cosine" and recipe.optimizer.warmup == pytest.approx(10 / 500)
+    assert recipe.data.flip and recipe.data.randaugment is not None
+
+
+@pytest.mark.parametrize("name", ["build_model", "vit_cifar100"])
+def test_example_networks_run(name):
+    source = open_source(str(ROOT / "examples" / "vit.py") + f":{name}")
+    model = source.build()
+    with torch.no_grad():
+        assert model(**source.example_inputs(model)).shape[0] == 2
+
+
+def test_the_example_knows_nothing_of_dbconvert():
+    assert "dbconvert" not in (ROOT / "examples" / "vit.py").read_text()
