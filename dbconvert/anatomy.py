@@ -86,6 +86,7 @@ class Layer:
         stream_in: argument that carries the residual stream in.
         stream_out: where the stream sits in the output.
         form: container of the output (`tensor`, `tuple:n`, `list:n`, `dict:keys`).
+        on_spine: nodes that stand on the stream after an addition: norms (post-norm) and activations.
         parameters, bytes: its own parameters.
     """
 
@@ -95,6 +96,7 @@ class Layer:
     stream_out: Path
     form: str
     branches: tuple[Branch, ...]
+    on_spine: tuple[str, ...]
     side_inputs: tuple[SideInput, ...]
     parameters: int
     bytes: int
@@ -159,7 +161,7 @@ class Anatomy:
         calls: how often each layer is called in one forward pass.
         width: size of the stream's channel axis.
         streams: how many tensors are carried from layer to layer.
-        post_norm: whether norms stand on the spine, so that no gate makes a layer the identity.
+        post_norm: whether norms or activations stand on the spine, so that no gate makes a layer the identity.
         left_out: layers of the same container that are not part of the stack.
         tied: groups of parameter names that are one tensor.
     """

@@ -123,6 +123,12 @@ def write_error(error: OSError, path: Path) -> DBConvertError:
     return DBConvertError(f"cannot write {path}", why=error.strerror or str(error))
 
 
+def append_line(path: Path, line: str) -> None:
+    """Adds a line to a text file."""
+    with _explained(path), path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
 def write_text(path: Path, text: str) -> None:
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -162,11 +168,6 @@ def load_tensors(path: Path, keys: set[str] | None = None) -> dict[str, Tensor]:
 def read_metadata(path: Path) -> dict[str, str]:
     with _opened(path) as file:
         return dict(file.metadata() or {})
-
-
-def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    with _opened(path) as file:
-        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
 
 
 @contextmanager

@@ -45,10 +45,11 @@ class NoiseRule:
     """How noise levels are chosen; None leaves a figure to the rule.
 
     Args:
-        rule: `auto` fits the distribution to the target table (LAB rule: posterior entropy); `edm` is the log-normal.
+        rule: `auto` fits the distribution to the target table (posterior entropy); `edm` is the log-normal. None,
+            in requests only, is `auto` for discrete targets and `edm` for continuous ones.
     """
 
-    rule: Rule
+    rule: Rule | None = None
     partition: Partition = "equal-mass"
     overlap: float = 0.05
     p_mean: float | None = None

@@ -9,10 +9,9 @@ from typing import Any, Literal
 import yaml
 
 from dbconvert.conditioning.modulation import Start
-from dbconvert.diffusion.intervals import Partition
 from dbconvert.errors import UsageError
-from dbconvert.plan import NoiseRule, Rule
-from dbconvert.schema import Count, Key, Positive, PositiveFloat, Share, parse, read_yaml, record, to_data
+from dbconvert.plan import NoiseRule
+from dbconvert.schema import Count, Key, Positive, PositiveFloat, Share, parse, read_yaml, record
 
 Method = Literal["blocks", "end-to-end", "shallow"]
 
@@ -27,23 +26,6 @@ class SplitOptions:
     stack: str | None = None
     start: Start | None = None
     condition_width: Positive | None = None
-
-
-@record
-class NoiseOptions:
-    """See `plan.NoiseRule`; `rule: null` is `auto` for discrete targets and `edm` for continuous ones."""
-
-    rule: Rule | None = None
-    partition: Partition = "equal-mass"
-    overlap: float = 0.05
-    p_mean: float | None = None
-    p_std: float | None = None
-    sigma_min: float | None = None
-    sigma_max: float | None = None
-    sigma_data: float | None = None
-
-    def resolve(self, rule: Rule) -> NoiseRule:
-        return NoiseRule(**{**to_data(self), "rule": rule})
 
 
 @record
@@ -162,7 +144,7 @@ class Recipe:
     weights: str | None = None
     task: str | None = None
     split: SplitOptions = SplitOptions()
-    noise: NoiseOptions = NoiseOptions()
+    noise: NoiseRule = NoiseRule()
     data: DataOptions = DataOptions()
     optimizer: OptimizerOptions = OptimizerOptions()
     train: TrainOptions = TrainOptions()

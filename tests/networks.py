@@ -111,6 +111,105 @@ class Net(nn.Module):
         return self.head(x.mean(1))
 
 
+class DropPath(nn.Module):
+    """Stochastic depth: each example's branch is dropped or scaled up."""
+
+    def forward(self, x):
+        if not self.training:
+            return x
+        kept = torch.empty(len(x), *[1] * (x.dim() - 1)).bernoulli_(0.8)
+        return x * kept / 0.8
+
+
+class LayerScale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((WIDTH,), 0.1))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
+class Scaled(nn.Module):
+    """timm's style: one drop path for both branches, layer scales, an RMS norm written by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm1, self.norm2 = RMS(), nn.LayerNorm(WIDTH)
+        self.attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, 64), nn.GELU(), nn.Linear(64, WIDTH))
+        self.scale1, self.scale2, self.drop = LayerScale(), LayerScale(), DropPath()
+
+    def forward(self, x):
+        y = self.norm1(x)
+        x = x + self.drop(self.scale1(self.attention(y, y, y)[0]))
+        return x + self.drop(self.scale2(self.mlp(self.norm2(x))))
+
+
+class RMS(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x):
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * self.weight
+
+
+class MixerLayer(nn.Module):
+    """The first branch works along the tokens: its gate has to act on another axis than its last weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.tokens = nn.Sequential(nn.Linear(LENGTH, 24), nn.GELU(), nn.Linear(24, LENGTH))
+        self.channels = nn.Sequential(nn.Linear(WIDTH, 64), nn.GELU(), nn.Linear(64, WIDTH))
+
+    def forward(self, x):
+        x = x + self.tokens(self.norm1(x).transpose(1, 2)).mT
+        return x + self.channels(self.norm2(x))
+
+
+class ConvPair(nn.Module):
+    """Two convolutional branches: BatchNorm before, and ConvNeXt's order with an inner norm and an inline scale."""
+
+    def __init__(self):
+        super().__init__()
+        self.batch_norm, self.conv = nn.BatchNorm2d(WIDTH), nn.Conv2d(WIDTH, WIDTH, 3, padding=1)
+        self.depthwise = nn.Conv2d(WIDTH, WIDTH, 3, padding=1, groups=WIDTH)
+        self.norm, self.out = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.gamma = nn.Parameter(torch.full((WIDTH,), 0.1))
+
+    def forward(self, x):
+        x = x + self.conv(F.relu(self.batch_norm(x)))
+        y = self.out(self.norm(self.depthwise(x).permute(0, 2, 3, 1)))
+        return x + (self.gamma * y).permute(0, 3, 1, 2)
+
+
+class PostActivation(nn.Module):
+    """ResNet's basic block: an activation on the stream after the addition."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(WIDTH, WIDTH, 3, padding=1), nn.BatchNorm2d(WIDTH)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        y = self.norm(self.conv(x))
+        y += x
+        return self.relu(y)
+
+
+class ConvNet(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.stem = nn.Conv2d(3, WIDTH, 4, 4)
+        self.layers = nn.Sequential(*[layer() for _ in range(DEPTH)])
+        self.head = nn.Linear(WIDTH, 5)
+
+    def forward(self, x):
+        return self.head(self.layers(self.stem(x)).mean((2, 3)))
+
+
 class NotResidual(nn.Module):
     def __init__(self):
         super().__init__()
@@ -330,6 +429,10 @@ ACCEPTED = {
     "encoder_pre_seq_first": lambda: (Encoder(True, False), {"x": features()}),
     "encoder_post": lambda: (Encoder(False, True), {"x": features()}),
     "encoder_post_seq_first": lambda: (Encoder(False, False), {"x": features()}),
+    "scaled": lambda: (Net(Scaled), {"x": features()}),
+    "mixer": lambda: (Net(MixerLayer), {"x": features()}),
+    "conv": lambda: (ConvNet(ConvPair), {"x": images()}),
+    "conv_post": lambda: (ConvNet(PostActivation), {"x": images()}),
     "returns_tuple": lambda: (Unpacking("tuple"), {"x": features()}),
     "returns_list": lambda: (Unpacking("list"), {"x": features()}),
     "returns_dict": lambda: (Unpacking("dict"), {"x": features()}),
@@ -340,7 +443,7 @@ ACCEPTED = {
 }
 """Networks that the analysis accepts."""
 
-POST_NORM = ("encoder_post", "encoder_post_seq_first", "hf_bert")
+POST_NORM = ("encoder_post", "encoder_post_seq_first", "hf_bert", "conv_post")
 
 REFUSED = {
     "not_residual": (lambda: (Net(NotResidual), {"x": features()}), "not-residual", "layers.0"),

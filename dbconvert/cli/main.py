@@ -86,7 +86,8 @@ def split(
     """Cut a network into blocks and write a package that trains."""
     from dbconvert.cli import render
     from dbconvert.engine.split import split as run
-    from dbconvert.recipe import DataOptions, NoiseOptions, SplitOptions
+    from dbconvert.plan import NoiseRule
+    from dbconvert.recipe import DataOptions, SplitOptions
     from dbconvert.schema import parse
 
     options = {
@@ -113,7 +114,7 @@ def split(
                 source,
                 out=out,
                 options=parse(SplitOptions, options, file="the command line"),
-                noise=parse(NoiseOptions, levels, file="the command line"),
+                noise=parse(NoiseRule, levels, file="the command line"),
                 task=task,
                 data=DataOptions(source=data) if data is not None else None,
                 weights=weights,

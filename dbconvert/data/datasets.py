@@ -13,12 +13,11 @@ from dbconvert.sources.python_files import explained, load_file, neighbours_impo
 BUILT_IN = ("digits",)
 
 
-def open_part(options: DataOptions, part: str, base: Path) -> Any:
+def open_part(options: DataOptions, part: str) -> Any:
     """A map-style dataset of dicts.
 
     Args:
         part: name of the part in the source, e.g. `train` or `train[:90%]`.
-        base: folder that relative paths start from.
 
     Raises:
         UsageError: no source is given, or it is of no known kind.
@@ -33,8 +32,8 @@ def open_part(options: DataOptions, part: str, base: Path) -> Any:
     if source == "digits":
         return built_in(source, part)
     if ".py:" in source:
-        return from_function(source, part, base)
-    path = base / source
+        return from_function(source, part)
+    path = Path(source)
     if path.exists():
         return from_disk(path, part)
     if source.count("/") == 1 and not source.endswith(".parquet"):
@@ -51,9 +50,9 @@ def built_in(name: str, part: str) -> Any:
     return Digits(part)
 
 
-def from_function(source: str, part: str, base: Path) -> Any:
+def from_function(source: str, part: str) -> Any:
     file, _, name = source.partition(".py:")
-    path = (base / (file + ".py")).resolve()
+    path = Path(file + ".py").resolve()
     module = load_file(path)
     function = getattr(module, name, None)
     if not callable(function):

@@ -55,7 +55,7 @@ def evaluate(
         raise UsageError("which part of the data?", hint="name it with --part")
     plan = loaded.network.plan
     assert plan.target is not None
-    examples = Examples(open_part(data, part, Path()), data, plan.anatomy, plan.target.classes)
+    examples = Examples(open_part(data, part), data, plan.anatomy, plan.target.classes)
     report(Stage("evaluating"))
     metrics = figures(loaded, examples, data, options, seed)
     return Evaluation(str(data.source), part, len(examples), metrics)

@@ -16,6 +16,7 @@ from dbconvert.diffusion.intervals import Intervals
 from dbconvert.engine.assemble import DATA_KEY, source_folder
 from dbconvert.engine.convert import single_block, whole_network, with_own_peripheries
 from dbconvert.engine.infer import Begin, sample
+from dbconvert.engine.jobs import baseline_layers
 from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.engine.package import (
     MODEL,
@@ -30,7 +31,7 @@ from dbconvert.engine.package import (
     read_noise,
 )
 from dbconvert.engine.runs import RUN, RunInfo, read_info
-from dbconvert.engine.train import NETWORK_FILE, baseline_layers
+from dbconvert.engine.train import NETWORK_FILE
 from dbconvert.errors import DBConvertError, UsageError
 from dbconvert.plan import NoiseFit, Plan, parse_plan, read_plan
 from dbconvert.recipe import DataOptions, Recipe, read_recipe

@@ -2,61 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from dbconvert.checkpoint import append_line
 from dbconvert.data.batches import OrderedBatches, block_order, derive, load_batches, seed_all
-from dbconvert.data.examples import LABEL, Batch, Examples
+from dbconvert.data.examples import LABEL, Batch
 from dbconvert.data.images import augmentation, normalise
-from dbconvert.diffusion.intervals import Intervals, stratified
+from dbconvert.diffusion.intervals import stratified
 from dbconvert.diffusion.preconditioning import Preconditioning
+from dbconvert.engine.jobs import Job
 from dbconvert.engine.metrics import Metrics, Scorer
-from dbconvert.engine.network import BlockwiseNetwork, Inputs
-from dbconvert.engine.runs import CHECKPOINTS, METRICS, append
+from dbconvert.engine.network import Inputs
+from dbconvert.engine.runs import CHECKPOINTS, METRICS
 from dbconvert.engine.state import load_state, newest_state, save_state, truncate_metrics
 from dbconvert.engine.units import Unit
 from dbconvert.errors import DBConvertError
 from dbconvert.events import Advance, Reporter, Stage
-from dbconvert.recipe import Recipe
-
-BASELINE = 0
-"""The one `block` of a baseline's order."""
-
-
-@dataclass
-class Job:
-    """What a loop works on.
-
-    Args:
-        layers: for a baseline, the layers that run unconditioned; None trains blocks.
-        units: by block; a baseline has one.
-        periphery: the unit that every block trains too, None where blocks have their own.
-        steps: updates a block.
-    """
-
-    network: BlockwiseNetwork
-    intervals: Intervals
-    layers: range | None
-    units: dict[int, Unit]
-    periphery: Unit | None
-    steps: int
-    examples: Examples
-    validation: Examples | None
-    recipe: Recipe
-    folder: Path
-
-    def all_units(self) -> list[Unit]:
-        return [*self.units.values(), *([self.periphery] if self.periphery else [])]
 
 
 class Loop:
@@ -254,7 +225,7 @@ class Loop:
 
     def write(self, line: dict[str, Any], tracked: dict[str, float]) -> None:
         if self.accelerator.is_main_process:
-            append(self.metrics_path, line)
+            append_line(self.metrics_path, json.dumps(line))
         self.accelerator.log(tracked, step=self.updates)
 
 

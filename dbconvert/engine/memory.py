@@ -10,7 +10,7 @@ from torch import Tensor
 from dbconvert.data.batches import OrderedBatches, seed_all
 from dbconvert.data.examples import LABEL
 from dbconvert.data.images import normalise
-from dbconvert.engine.loop import Job
+from dbconvert.engine.jobs import Job
 from dbconvert.engine.units import Unit
 from dbconvert.graph.account import parameter_bytes, saved_bytes, state_bytes
 from dbconvert.graph.proof import unchanged_state
@@ -48,11 +48,15 @@ class MemoryReport:
         return max(self.units, key=lambda unit: unit.state + unit.activations)
 
 
-def measure(job: Job) -> MemoryReport:
-    """Counts the state and runs one forward pass of every unit on a real batch; weights stay as they are."""
+def measure(job: Job, device: torch.device) -> MemoryReport:
+    """Counts the state and runs one forward pass of every unit on a real batch; weights stay as they are.
+
+    Args:
+        device: where the network is.
+    """
     options = job.recipe.optimizer
     units = tuple(
-        UnitMemory(unit.name, count(unit, job), state(unit, job, options), activations(job, block))
+        UnitMemory(unit.name, count(unit, job), state(unit, job, options), activations(job, block, device))
         for block, unit in job.units.items()
     )
     everything = [p for unit in job.all_units() for p in unit.parameters.values()]
@@ -78,12 +82,12 @@ def state(unit: Unit, job: Job, options: OptimizerOptions) -> int:
     return state_bytes(with_periphery(unit, job), MOMENTS[options.name])
 
 
-def activations(job: Job, block: int) -> int:
+def activations(job: Job, block: int, device: torch.device) -> int:
     """Bytes that autograd saves in one training pass of a block at the recipe's batch."""
     recipe, network = job.recipe, job.network
     micro = max(1, recipe.train.batch // recipe.train.accumulate)
     indices = next(iter(OrderedBatches(len(job.examples), micro, [block], recipe.seed)))
-    batch = job.examples.__getitems__(indices)
+    batch = {name: value.to(device) for name, value in job.examples.__getitems__(indices).items()}
     labels = batch.pop(LABEL)
     inputs = {k: normalise(v, recipe.data.image) if v.dim() == 4 else v for k, v in batch.items()}
 
@@ -91,8 +95,8 @@ def activations(job: Job, block: int) -> int:
         if job.layers is not None:
             output = network.plain(inputs, job.layers)
         else:
-            eps = torch.randn(len(labels), network.task.target.width)
-            sigma = job.intervals.draw(block, torch.rand(len(labels)))
+            eps = torch.randn(len(labels), network.task.target.width, device=device)
+            sigma = job.intervals.draw(block, torch.rand(len(labels))).to(device)
             output = network(block, inputs, labels, sigma, eps)
         return network.task.losses(output, labels).mean()
 

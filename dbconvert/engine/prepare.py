@@ -13,9 +13,10 @@ from dbconvert.engine.convert import single_block, whole_network
 from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.engine.noise import fit_noise
 from dbconvert.engine.package import PLAN, RECIPE, Package, open_package
+from dbconvert.engine.paths import settled
 from dbconvert.engine.split import split
 from dbconvert.errors import UsageError
-from dbconvert.events import Note, Reporter
+from dbconvert.events import Reporter
 from dbconvert.plan import NoiseFit, Plan
 from dbconvert.recipe import DataOptions, Recipe, keys, parse_overrides, read_recipe
 from dbconvert.shipped import shipped
@@ -67,15 +68,9 @@ def find_recipe(target: str) -> Path:
 
 
 def with_absolute_paths(recipe: Recipe, folder: Path, on_command_line: set[tuple[str | int, ...]]) -> Recipe:
-    def settle(value: str | None, key: tuple[str, ...]) -> str | None:
-        if value is None:
-            return None
-        base = Path.cwd() if key in on_command_line else folder.resolve()
-        file, colon, name = value.partition(".py:")
-        path = base / (file + ".py" if colon else file)
-        return str(path.resolve()) + (f":{name}" if colon else "") if path.exists() else value
-
-    source, package, weights, data = (settle(lookup(recipe, key), key) for key in PATHS)
+    source, package, weights, data = (
+        settled(lookup(recipe, key), Path.cwd() if key in on_command_line else folder) for key in PATHS
+    )
     return replace(recipe, source=source, package=package, weights=weights, data=replace(recipe.data, source=data))
 
 
@@ -129,7 +124,7 @@ def open_examples(data: DataOptions, part: str | None, plan: Plan) -> Examples |
     """One part of the data, None where the recipe names none."""
     if part is None or plan.target is None:
         return None
-    return Examples(open_part(data, part, Path()), data, plan.anatomy, plan.target.classes)
+    return Examples(open_part(data, part), data, plan.anatomy, plan.target.classes)
 
 
 def training_examples(data: DataOptions, plan: Plan) -> Examples:
@@ -138,9 +133,7 @@ def training_examples(data: DataOptions, plan: Plan) -> Examples:
     return examples
 
 
-def build_network(
-    package: Package, plan: Plan, recipe: Recipe, block: int | None, report: Reporter
-) -> BlockwiseNetwork:
+def build_network(package: Package, plan: Plan, recipe: Recipe, block: int | None) -> BlockwiseNetwork:
     """The network with the package's weights: whole, or one block with nothing of the others in memory."""
     if block is not None:
         return single_block(plan, package.source(), block, package.tensors(block=block))
@@ -151,8 +144,6 @@ def build_network(
     network.load(tensors, where=str(package.folder))
     if recipe.train.periphery == "frozen-target" and recipe.train.method == "blocks":
         network.give_own_periphery()
-    if plan.pretrained:
-        report(Note("the source was pretrained: pure block-wise training makes it forget", warning=True))
     return network
 
 

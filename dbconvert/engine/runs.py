@@ -12,11 +12,10 @@ weights/        the result, once complete
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from dbconvert.checkpoint import MARKER, write_text
 from dbconvert.errors import DBConvertError, UsageError
@@ -118,8 +117,3 @@ def newest_unfinished(origin: Path, blocks: tuple[int, ...] | None) -> Path:
         f"there is no unfinished run of {origin} under {RUNS}/",
         hint="leave out --resume, or name the run with -o",
     )
-
-
-def append(path: Path, line: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")

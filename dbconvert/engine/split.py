@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import platform
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dbconvert.anatomy import Anatomy
 from dbconvert.checkpoint import atomic_folder, load_weights, refuse_occupied, save_tensors
-from dbconvert.conditioning.modulation import Start, condition_width
 from dbconvert.data.datasets import open_part
 from dbconvert.data.examples import Examples
 from dbconvert.engine.convert import converted
+from dbconvert.engine.decide import Opened, cautions, decide, decide_blocks
 from dbconvert.engine.network import BlockwiseNetwork, check_keys
-from dbconvert.engine.noise import UNIFORM, edm_noise, fit_noise
+from dbconvert.engine.noise import UNIFORM, fit_noise
 from dbconvert.engine.package import (
     MODEL,
     NOISE,
@@ -32,21 +29,18 @@ from dbconvert.engine.package import (
     block_file,
 )
 from dbconvert.engine.package_texts import package_readme, package_recipe, train_script
+from dbconvert.engine.paths import settled
 from dbconvert.engine.picture import draw_noise
-from dbconvert.errors import Refused, UsageError
 from dbconvert.events import Note, Reporter, Stage, silent
 from dbconvert.graph.analysis import analyse
-from dbconvert.graph.inject import site_features
 from dbconvert.graph.proof import prove
-from dbconvert.plan import SCHEMA_VERSION, NoiseFit, Plan, cut
-from dbconvert.recipe import DataOptions, NoiseOptions, SplitOptions
+from dbconvert.plan import NoiseFit, NoiseRule, Plan
+from dbconvert.recipe import DataOptions, SplitOptions
 from dbconvert.schema import to_json
 from dbconvert.sources.base import Source
 from dbconvert.sources.resolve import open_source
 from dbconvert.tasks.base import Task
-from dbconvert.tasks.registry import choose_task, reasons
-
-LIBRARIES = ("dbconvert", "torch", "transformers", "accelerate", "safetensors")
+from dbconvert.tasks.registry import choose_task
 
 
 @dataclass(frozen=True)
@@ -57,18 +51,6 @@ class SplitResult:
     noise: NoiseFit
     package: Path | None
     warnings: tuple[str, ...]
-
-
-@dataclass
-class Opened:
-    """A network with what the analysis says of it."""
-
-    source: Source
-    model: nn.Module
-    inputs: dict[str, Any]
-    weights: str
-    pretrained: bool
-    anatomy: Anatomy
 
 
 def inspect(
@@ -129,14 +111,13 @@ def split(
     *,
     out: str | None = None,
     options: SplitOptions = SplitOptions(),
-    noise: NoiseOptions = NoiseOptions(),
+    noise: NoiseRule = NoiseRule(),
     task: str | None = None,
     data: DataOptions | None = None,
     weights: str | None = None,
     seed: int = 0,
     force: bool = False,
     dry_run: bool = False,
-    base: Path = Path(),
     report: Reporter = silent,
 ) -> SplitResult:
     """Cuts a network into blocks and writes a package that trains.
@@ -147,11 +128,12 @@ def split(
         data: where examples come from, which lets `auto` noise be fitted now.
         force: replace a package that is already there.
         dry_run: decide and return, write nothing.
-        base: folder that relative data paths start from.
 
     Raises:
         Refused, UsageError, DBConvertError: nothing is written then.
     """
+    if data is not None:
+        data = replace(data, source=settled(data.source, Path()))
     if out is not None and not dry_run:
         refuse_occupied(Path(out), force=force)
     opened = open_and_analyse(source, stack=options.stack, weights=weights, seed=seed, report=report)
@@ -161,7 +143,7 @@ def split(
     plan, fit = decide(opened, options, noise, chosen, blocks)
     network = convert_whole(opened, plan, chosen, seed)
     if data is not None and data.source is not None and plan.task is not None:
-        fit = fit_to_data(network, data, base)
+        fit = fit_to_data(network, data)
     plan = replace(plan, preview=fit, shapes={k: tuple(v.shape) for k, v in network.tensors().items()})
     warnings = tuple(cautions(plan))
     for warning in warnings:
@@ -174,115 +156,6 @@ def split(
     return SplitResult(plan, fit, folder, warnings)
 
 
-# -- decisions ------------------------------------------------------------------------------------------------
-
-
-def decide_blocks(anatomy: Anatomy, options: SplitOptions) -> tuple[tuple[int, int], ...]:
-    given = [o for o in (options.blocks, options.layers, options.layers_per_block) if o is not None]
-    if len(given) > 1 and not (options.blocks and options.layers and len(options.layers) == options.blocks):
-        raise UsageError("blocks, layers and layers-per-block say the same thing twice", hint="give one of them")
-    if options.layers_per_block is not None:
-        whole, rest = divmod(anatomy.depth, options.layers_per_block)
-        sizes = (options.layers_per_block,) * whole + (rest,) * bool(rest)
-        blocks = cut(anatomy.depth, sizes=sizes)
-    else:
-        blocks = cut(anatomy.depth, blocks=options.blocks or 3, sizes=options.layers)
-    refuse_uncuttable(anatomy, blocks)
-    return blocks
-
-
-def refuse_uncuttable(anatomy: Anatomy, blocks: tuple[tuple[int, int], ...]) -> None:
-    """Weights that two blocks would share tie them together."""
-    if anatomy.calls > 1:
-        raise Refused(
-            f"each layer is called {anatomy.calls} times with the same weights, so its calls cannot be told apart",
-            node=anatomy.stack,
-            kind="looped",
-            hint="training of looped stacks is not supported yet",
-        )
-    for group in anatomy.tied:
-        homes = {anatomy.layer_of(name) for name in group}
-        if len(homes) > 1 and homes != {None}:
-            raise Refused(
-                "a weight belongs to more than one layer, or to a layer and its surroundings",
-                node=", ".join(group),
-                kind="tied-layers",
-                hint="give each its own weight",
-            )
-
-
-def decide(
-    opened: Opened,
-    options: SplitOptions,
-    noise: NoiseOptions,
-    task: type[Task] | None,
-    blocks: tuple[tuple[int, int], ...],
-) -> tuple[Plan, NoiseFit]:
-    anatomy = opened.anatomy
-    target = task.decide(anatomy) if task is not None else None
-    rule = noise.resolve(noise.rule or (task.rule if task is not None else "edm"))
-    if rule.rule == "auto" and target is not None:
-        table = torch.nn.functional.normalize(
-            torch.randn(target.classes, target.width, generator=torch.Generator().manual_seed(0)), dim=-1
-        )
-        fit = fit_noise(rule, len(blocks), table, None, UNIFORM)
-    elif rule.rule == "auto":
-        raise UsageError(
-            "noise `auto` is fitted to a task's targets, and no task was decided",
-            why=reasons(anatomy),
-            hint="name one with --task, or use --noise edm",
-        )
-    else:
-        fit = edm_noise(rule, len(blocks))
-    plan = Plan(
-        schema_version=SCHEMA_VERSION,
-        versions={**{name: version(name) for name in LIBRARIES}, "python": platform.python_version()},
-        source=opened.source.ref,
-        anatomy=anatomy,
-        blocks=blocks,
-        start=decide_start(opened, options.start),
-        condition_width=options.condition_width or default_width(anatomy),
-        task=task.name if task is not None else None,
-        target=target,
-        noise=rule,
-        preview=fit,
-        weights=opened.weights,
-        pretrained=opened.pretrained,
-        files={},
-        shapes={},
-    )
-    return plan, fit
-
-
-def decide_start(opened: Opened, wanted: Start | None) -> Start:
-    if wanted is not None:
-        return wanted
-    return "original" if opened.pretrained or opened.anatomy.post_norm else "zero"
-
-
-def default_width(anatomy: Anatomy) -> int:
-    widths = []
-    for layer in anatomy.layers:
-        norms, gates = site_features(layer)
-        widths.append(condition_width(layer.parameters, 2 * sum(norms) + sum(gates)))
-    return min(widths)
-
-
-def cautions(plan: Plan) -> list[str]:
-    """What the user should know before training."""
-    found = []
-    if plan.task is None:
-        found.append(f"no single task fits this network ({reasons(plan.anatomy)}): set `task` in the recipe")
-    if plan.pretrained:
-        found.append(
-            "pure block-wise training makes a pretrained network forget: "
-            "its ordinary loss gets worse (Qwen2.5-0.5B: 2.11 to 4.69 in 100 steps)"
-        )
-    if plan.anatomy.verdict == "restricted":
-        found.append(f"only {plan.anatomy.stack} is cut; the rest belongs to the periphery, which every block trains")
-    return found
-
-
 # -- conversion and writing -------------------------------------------------------------------------------------
 
 
@@ -293,13 +166,13 @@ def convert_whole(opened: Opened, plan: Plan, task: type[Task] | None, seed: int
     return BlockwiseNetwork(opened.model, run, acting, plan, tuple(range(len(plan.blocks))), "shared")
 
 
-def fit_to_data(network: BlockwiseNetwork, data: DataOptions, base: Path) -> NoiseFit:
+def fit_to_data(network: BlockwiseNetwork, data: DataOptions) -> NoiseFit:
     plan = network.plan
     if plan.noise.rule == "edm":
         return plan.preview
     target = plan.target
     assert target is not None
-    examples = Examples(open_part(data, data.train, base), data, plan.anatomy, target.classes)
+    examples = Examples(open_part(data, data.train), data, plan.anatomy, target.classes)
     table = network.task.table(network.conditioning).detach()
     basis = f"the label frequencies of {data.source} ({data.train}) and the initial target table"
     return fit_noise(plan.noise, len(plan.blocks), table, examples.label_counts(), basis)

@@ -89,9 +89,7 @@ def restore_optimizer(unit: Unit, tensors: dict[str, Tensor], scalars: dict[str,
     for key, parameter in unit.parameters.items():
         if key in found:
             unit.optimizer.state[parameter] = {
-                slot: value.to(parameter.device if value.dim() else value.device)
-                if isinstance(value, Tensor)
-                else value
+                slot: value.to(parameter.device) if isinstance(value, Tensor) else value
                 for slot, value in found[key].items()
             }
 

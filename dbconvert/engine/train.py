@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration
-from torch import Tensor, nn
 
 from dbconvert.checkpoint import save_tensors, write_text
-from dbconvert.data.examples import Examples
-from dbconvert.engine.loop import BASELINE, Job, Loop
+from dbconvert.engine.jobs import Job, make_job
+from dbconvert.engine.loop import Loop
 from dbconvert.engine.memory import MemoryReport, measure
 from dbconvert.engine.metrics import Metrics
-from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.engine.package import (
     NOISE,
     NOISE_KEY,
@@ -44,6 +43,7 @@ from dbconvert.engine.prepare import (
 )
 from dbconvert.engine.runs import (
     CHECKPOINTS,
+    RUN,
     RunInfo,
     new_run_folder,
     newest_unfinished,
@@ -51,9 +51,8 @@ from dbconvert.engine.runs import (
     start_run,
     write_info,
 )
-from dbconvert.engine.units import Unit
 from dbconvert.errors import UsageError
-from dbconvert.events import Reporter, silent
+from dbconvert.events import Note, Reporter, silent
 from dbconvert.plan import NoiseFit, Plan
 from dbconvert.recipe import Recipe, read_recipe
 from dbconvert.schema import to_data, to_json, to_yaml
@@ -118,8 +117,9 @@ def train(
     if accelerator.is_main_process:
         write_head(folder, info, recipe, plan, noise)
     start_trackers(accelerator, recipe)
-    memory = measure(job)
-    metrics = Loop(job, accelerator, report).run()
+    loop = Loop(job, accelerator, report)
+    memory = measure(job, accelerator.device)
+    metrics = loop.run()
     accelerator.end_training()
     if accelerator.is_main_process:
         finish(folder, info, job)
@@ -144,7 +144,7 @@ def outline(
     origin = read_origin(target, overrides)
     with tempfile.TemporaryDirectory() as folder:
         job, _, plan, noise = prepare(origin, Path(folder), block, report, keep_noise=False)
-        return Outline(plan, noise, origin.recipe.train.method, job.steps, measure(job))
+        return Outline(plan, noise, origin.recipe.train.method, job.steps, measure(job, torch.device("cpu")))
 
 
 def prepare(
@@ -157,65 +157,23 @@ def prepare(
     check_block(block, plan, recipe)
     examples = training_examples(recipe.data, plan)
     steps = steps_of(recipe, len(examples))
-    network = build_network(package, plan, recipe, block, report)
+    network = build_network(package, plan, recipe, block)
     noise = get_noise(package, network, examples, keep=keep_noise)
+    tell(report, plan, noise, recipe)
     validation = open_examples(recipe.data, recipe.data.validation, plan)
     job = make_job(network, noise, recipe, steps, examples, validation, folder)
     return job, package, plan, noise
 
 
-def make_job(
-    network: BlockwiseNetwork,
-    noise: NoiseFit,
-    recipe: Recipe,
-    steps: int,
-    examples: Examples,
-    validation: Examples | None,
-    folder: Path,
-) -> Job:
-    blocks = len(network.plan.blocks)
-    layers = baseline_layers(network.plan, recipe)
-    if layers is not None:
-        steps = steps * blocks if recipe.train.method == "shallow" else steps
-        units = {BASELINE: Unit("network", baseline_parameters(network, layers), recipe.optimizer, steps)}
-        periphery = None
-    else:
-        units = {
-            b: Unit(f"block-{b}", trainable(network.block_tensors(b)), recipe.optimizer, steps) for b in network.present
-        }
-        shared = trainable(network.periphery_tensors()) if network.periphery == "shared" else {}
-        periphery = Unit("periphery", shared, recipe.optimizer, steps * blocks) if shared else None
-    freeze_all_but(network, [*units.values(), *([periphery] if periphery else [])])
-    return Job(network, noise.intervals(), layers, units, periphery, steps, examples, validation, recipe, folder)
-
-
-def baseline_layers(plan: Plan, recipe: Recipe) -> range | None:
-    """The layers that a baseline runs: all, or the first block's; None for training in blocks."""
-    if recipe.train.method == "blocks":
-        return None
-    return range(plan.anatomy.depth) if recipe.train.method == "end-to-end" else plan.layers_of(0)
-
-
-def baseline_parameters(network: BlockwiseNetwork, layers: range) -> dict[str, nn.Parameter]:
-    """Parameters of the original network that a baseline trains."""
-    anatomy = network.plan.anatomy
-    originals = {k: v for k, v in network.tensors().items() if not k.startswith("dbconvert.")}
-    return {
-        key: value
-        for key, value in trainable(originals).items()
-        if anatomy.layer_of(key) is None or anatomy.layer_of(key) in layers
-    }
-
-
-def trainable(tensors: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
-    return {k: v for k, v in tensors.items() if isinstance(v, nn.Parameter) and v.is_floating_point()}
-
-
-def freeze_all_but(network: BlockwiseNetwork, units: list[Unit]) -> None:
-    trained = {id(p) for unit in units for p in unit.parameters.values()}
-    for parameter in network.parameters():
-        if parameter.is_floating_point():
-            parameter.requires_grad_(id(parameter) in trained)
+def tell(report: Reporter, plan: Plan, noise: NoiseFit, recipe: Recipe) -> None:
+    """What the user should know before the first update."""
+    if recipe.train.method != "blocks":
+        return
+    if plan.pretrained:
+        report(Note("the source was pretrained: pure block-wise training makes it forget", warning=True))
+    shares = ", ".join(f"{100 * noise.intervals().share(b):.1f} %" for b in range(len(plan.blocks)))
+    kind = "label entropy" if noise.rule == "auto" else "noise mass"
+    report(Note(f"noise {noise.rule} ({noise.basis}): blocks hold {shares} of the {kind}"))
 
 
 def choose_folder(origin: Origin, block: int | None, *, resume: bool, out: str | None) -> Path:
@@ -226,8 +184,7 @@ def choose_folder(origin: Origin, block: int | None, *, resume: bool, out: str |
     """
     blocks = None if block is None else (block,)
     if resume:
-        path = origin.path.parent if origin.path.name == RECIPE else origin.path
-        folder = Path(out) if out is not None else newest_unfinished(path, blocks)
+        folder = Path(out) if out is not None else run_to_resume(origin, blocks)
         refuse_other_recipe(folder, origin.recipe)
         return folder
     if out is not None:
@@ -235,6 +192,14 @@ def choose_folder(origin: Origin, block: int | None, *, resume: bool, out: str |
             raise UsageError(f"{out} exists already", hint="give another -o, or --resume to continue that run")
         return Path(out)
     return new_run_folder(origin.name if block is None else f"{origin.name}-block{block}")
+
+
+def run_to_resume(origin: Origin, blocks: tuple[int, ...] | None) -> Path:
+    """The run that was named itself, or the newest unfinished one of the recipe or package that was."""
+    folder = origin.path.parent
+    if origin.path.name == RECIPE and (folder / RUN).is_file():
+        return folder
+    return newest_unfinished(folder if origin.path.name == RECIPE else origin.path, blocks)
 
 
 def refuse_other_recipe(folder: Path, recipe: Recipe) -> None:

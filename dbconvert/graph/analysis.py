@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dbconvert.anatomy import Anatomy, Input, Verdict
+from dbconvert.anatomy import Anatomy, Axes, Input, Verdict
 from dbconvert.errors import Refused
 from dbconvert.graph.diagnosis import changing_stages, why_no_stack
 from dbconvert.graph.evidence import Evidence
@@ -81,7 +81,7 @@ def read(evidence: Evidence, inputs: Inputs, wanted: str | None) -> Anatomy:
     channel = evidence.channel_axis(chosen.layers[0][1][0].source)
     width = first.meta["shape"][channel]
     try:
-        layers = read_layers(chosen, evidence, width)
+        layers = read_layers(chosen, evidence, channel, width)
     except Refused as refusal:
         refusal.facts = {
             "stack": chosen.container,
@@ -102,8 +102,8 @@ def read(evidence: Evidence, inputs: Inputs, wanted: str | None) -> Anatomy:
         width=width,
         streams=1,
         stream_shape=first.meta["shape"],
-        axes=evidence.axes(first, width),
-        post_norm=any(branch.placement == "spine" for layer in layers for branch in layer.branches),
+        axes=Axes(evidence.batch_axis(first), channel - len(first.meta["shape"])),
+        post_norm=any(layer.on_spine for layer in layers),
         stem=stem,
         readout=readout,
         head=find_head(evidence, end),

@@ -83,7 +83,7 @@ def not_residual(calls: list[ModuleCall], evidence: Evidence) -> Refused:
     """A layer that keeps the shape, but whose output is not its input plus something."""
     call = calls[0]
     stream = stream_of(call)
-    end = ops.origin(stream[1], evidence.model) if stream else None
+    end = ops.origin(stream[1]) if stream else None
     facts: dict[str, object] = {"stack": call.path.rpartition(".")[0], "layers": len(calls)}
     return Refused(
         f"{call.path} is not residual: its output is not its input plus something computed from it",

@@ -37,8 +37,8 @@ def layer_calls(stack: Stack, evidence: Evidence) -> list[ModuleCall]:
     return found
 
 
-def read_layers(stack: Stack, evidence: Evidence, width: int) -> tuple[Layer, ...]:
-    """The facts of every layer of a stack.
+def read_layers(stack: Stack, evidence: Evidence, channel: int, width: int) -> tuple[Layer, ...]:
+    """The facts of every layer of a stack, whose stream has `width` channels along the axis `channel`.
 
     Raises:
         Refused: with the node at fault, for anything that running a layer alone would break.
@@ -52,7 +52,7 @@ def read_layers(stack: Stack, evidence: Evidence, width: int) -> tuple[Layer, ..
         if previous is not None:
             refuse_glue(previous, entering, path, evidence)
         previous = leaving
-        run = sites.LayerRun(call, additions, after_last, width)
+        run = sites.LayerRun(call, additions, after_last, channel, width)
         module = evidence.model.get_submodule(path)
         parameters = list(module.parameters())
         layers.append(
@@ -63,6 +63,7 @@ def read_layers(stack: Stack, evidence: Evidence, width: int) -> tuple[Layer, ..
                 stream_out=stream_out,
                 form=call.form,
                 branches=sites.branches(run, evidence),
+                on_spine=tuple(node.name for i in range(len(additions)) for node in run.on_spine(i)),
                 side_inputs=side_inputs(call, entering, calls, evidence),
                 parameters=sum(p.numel() for p in parameters),
                 bytes=sum(p.numel() * p.element_size() for p in parameters),
@@ -112,7 +113,7 @@ def refuse_glue(leaving: fx.Node, entering: fx.Node, path: str, evidence: Eviden
         if node is leaving:
             return
         changed_by_module = node.op == "call_module"
-        node = None if changed_by_module else ops.unchanged(node, evidence.model)
+        node = None if changed_by_module else ops.unchanged(node)
     raise Refused(
         f"the stream is changed before it enters {path}, outside of any layer",
         node=describe(entering),

@@ -20,7 +20,6 @@ ACTIVATIONS = {"relu", "gelu", "silu", "leaky_relu", "elu", "mish", "hardswish",
 NORM_MODULES = (
     nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm,
 )  # fmt: skip
-DROPOUT_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.Identity)
 
 
 def function_name(node: fx.Node) -> str:
@@ -63,13 +62,13 @@ def first(node: fx.Node) -> fx.Node | None:
     return candidates[0] if candidates and isinstance(candidates[0], fx.Node) else None
 
 
-def unchanged(node: fx.Node, model: nn.Module) -> fx.Node | None:
+def unchanged(node: fx.Node) -> fx.Node | None:
     """The node whose numbers this one hands on (cast, view, dropout in eval), or None if it makes new ones."""
     source = first(node)
     if source is None:
         return None
     if node.op == "call_module":
-        return source if isinstance(module_of(node, model), DROPOUT_MODULES) or is_drop_path(node, model) else None
+        return source if node.meta.get("alias") else None
     name = function_name(node)
     if name == "getattr" and node.args[1] not in TRANSPOSED_ATTRIBUTES:
         return None
@@ -79,17 +78,34 @@ def unchanged(node: fx.Node, model: nn.Module) -> fx.Node | None:
     return source if passes and size(source) == size(node) else None
 
 
-def is_drop_path(node: fx.Node, model: nn.Module) -> bool:
-    """A module without weights that in eval mode hands its input back, as stochastic depth does."""
-    module = module_of(node, model)
-    if module is None or any(True for _ in module.children()) or any(True for _ in module.parameters()):
-        return False
-    return "drop" in type(module).__name__.lower()
+def axis_before(node: fx.Node, axis: int) -> int | None:
+    """Where an axis of a node's value lies in the value it was `unchanged` from; None if it was split or merged.
+
+    Views are run again on a tensor that counts along one axis: no knowledge of their arguments is needed.
+    """
+    source = first(node)
+    if source is None or node.op != "call_function" or function_name(node) not in RESHAPES:
+        return axis
+    before, after = source.meta["shape"], node.meta["shape"]
+    wanted = counting(after, axis)
+    for candidate in range(len(before)):
+        if before[candidate] == after[axis]:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: counting(n.meta["shape"], 0))
+            args = (counting(before, candidate), *args[1:])
+            if torch.equal(node.target(*args, **kwargs), wanted):  # type: ignore[operator]
+                return candidate
+    return None
 
 
-def origin(node: fx.Node, model: nn.Module) -> fx.Node:
+def counting(shape: tuple[int, ...], axis: int) -> torch.Tensor:
+    """0, 1, 2, ... along one axis, constant along the others."""
+    line = torch.arange(shape[axis] if shape else 1)
+    return line.view([-1 if i == axis else 1 for i in range(len(shape))]).expand(shape).clone()
+
+
+def origin(node: fx.Node) -> fx.Node:
     """The node that first made these numbers."""
-    while (source := unchanged(node, model)) is not None:
+    while (source := unchanged(node)) is not None:
         node = source
     return node
 

@@ -62,7 +62,7 @@ def find_head(evidence: Evidence, end: fx.Node) -> Head | None:
     for output, node in evidence.recording.outputs:
         if not ops.is_floating(node) or not evidence.spines.reach.is_ancestor(end, node):
             continue
-        made = ops.origin(node, evidence.model)
+        made = ops.origin(node)
         module = ops.module_of(made, evidence.model)
         if not isinstance(module, nn.Linear) or len(calls_once(evidence, str(made.target))) != 1:
             return None

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from dbconvert.anatomy import Anatomy, Check
 from dbconvert.errors import Refused
 from dbconvert.graph.analysis import Inputs, grow_batch
-from dbconvert.graph.inject import PREFIX, Run, eject, inject, item, look_up
+from dbconvert.graph.inject import PREFIX, Run, eject, inject
 from dbconvert.graph.tape import tensors
+from dbconvert.graph.values import item, look_up
 
 WIDTH = 8
 SHORTER = 3
@@ -176,13 +177,11 @@ def runs(model: nn.Module, case: Inputs) -> bool:
 
 
 def run_case(model: nn.Module, case: Inputs, *, train: bool = False) -> Outputs:
-    """Outputs of one forward pass, with the random numbers of train mode fixed."""
-    model.train(train)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    """Outputs of one forward pass; the random numbers of train mode are fixed, its writes to buffers undone."""
+    with unchanged_state(model), torch.random.fork_rng(devices=[]), torch.no_grad():
+        model.train(train)
         torch.manual_seed(0)
-        outputs = [output for _, output in tensors(model(**case))]
-    model.eval()
-    return outputs
+        return [output for _, output in tensors(model(**case))]
 
 
 def stream_after(

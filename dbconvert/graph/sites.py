@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from dbconvert.anatomy import Branch, GateSite, NormSite, Placement
+from dbconvert.anatomy import Axes, Branch, GateSite, NormSite, Placement
 from dbconvert.errors import Refused
 from dbconvert.graph import ops
 from dbconvert.graph.evidence import Evidence
@@ -16,11 +16,15 @@ from dbconvert.graph.tape import ModuleCall, describe
 
 @dataclass(frozen=True)
 class LayerRun:
-    """One layer as it ran: its call, its additions, and the norms between its last addition and its output."""
+    """One layer as it ran: its call, its additions, and the norms between its last addition and its output.
+
+    `channel` is the stream's channel axis, counted from the front, and `width` its size.
+    """
 
     call: ModuleCall
     additions: tuple[ResidualAdd, ...]
     after_last: tuple[fx.Node, ...]
+    channel: int
     width: int
 
     def inside(self, path: str) -> bool:
@@ -29,7 +33,7 @@ class LayerRun:
     def relative(self, path: str) -> str:
         return path[len(self.call.path) + 1 :]
 
-    def spine_norms(self, position: int) -> tuple[fx.Node, ...]:
+    def on_spine(self, position: int) -> tuple[fx.Node, ...]:
         """What stands on the spine right after the addition at `position`."""
         last = position == len(self.additions) - 1
         return self.after_last if last else self.additions[position + 1].on_spine
@@ -61,10 +65,10 @@ def norm_site(run: LayerRun, position: int, term: fx.Node, evidence: Evidence) -
     before = [n for n in norms if reads_stream(n, add, evidence)]
     if before:
         return "pre", module_norm(run, before[0], evidence)
-    end = ops.origin(term, model)
+    end = ops.origin(term)
     if ops.is_norm(end, model):
         return "end", module_norm(run, end, evidence)
-    after = [n for n in run.spine_norms(position) if ops.is_norm(n, model)]
+    after = [n for n in run.on_spine(position) if ops.is_norm(n, model)]
     if after:
         return "spine", module_norm(run, after[-1], evidence)
     wide = [n for n in norms if ops.size(n) == ops.size(add.node)]
@@ -109,16 +113,19 @@ def input_site(run: LayerRun, add: ResidualAdd, term: fx.Node, evidence: Evidenc
 def gate_site(run: LayerRun, add: ResidualAdd, term: fx.Node, evidence: Evidence) -> GateSite:
     """The last module of a branch through which a factor a channel commutes, walking back from the addition."""
     node: fx.Node | None = term
-    while node is not None and node is not add.source:
-        site = gate_at(run, node, evidence)
+    channel: int | None = run.channel
+    while node is not None and channel is not None and node is not add.source:
+        site = gate_at(run, node, channel, evidence)
         if site is not None:
             return site
-        node = ops.unchanged(node, evidence.model) or scaled(node)
+        before = ops.unchanged(node)
+        channel = ops.axis_before(node, channel) if before is not None else channel
+        node = before or scaled(node)
     raise functional("the end of a branch is written as a function", term)
 
 
-def gate_at(run: LayerRun, node: fx.Node, evidence: Evidence) -> GateSite | None:
-    """The innermost module, called once in the layer, that returned exactly this node."""
+def gate_at(run: LayerRun, node: fx.Node, channel: int, evidence: Evidence) -> GateSite | None:
+    """The innermost module, called once in the layer, that returned exactly this node, with its channel axis."""
     leaving = [
         (call, path)
         for call, path in evidence.exits.get(node, ())
@@ -127,8 +134,9 @@ def gate_at(run: LayerRun, node: fx.Node, evidence: Evidence) -> GateSite | None
     if not leaving:
         return None
     call, path = max(leaving, key=lambda pair: len(pair[0].parents))
-    axes = evidence.axes(node, run.width)
-    return GateSite(node.name, run.relative(call.path), node.meta["shape"][axes.channel], axes, path)
+    shape = node.meta["shape"]
+    axes = Axes(evidence.batch_axis(node), channel - len(shape))
+    return GateSite(node.name, run.relative(call.path), shape[channel], axes, path)
 
 
 def scaled(node: fx.Node) -> fx.Node | None:

@@ -64,7 +64,7 @@ class Spines:
         """The node that made the stream's numbers, past casts, views and what sits on the spine after an addition."""
         passed: list[fx.Node] = []
         while True:
-            node = ops.origin(node, self.model)
+            node = ops.origin(node)
             if node in self.adds:
                 return node, tuple(passed)
             before = ops.first(node)
@@ -77,7 +77,7 @@ class Spines:
     def after_addition(self, node: fx.Node) -> fx.Node | None:
         """The residual addition whose result `node` still is, past casts, norms and activations; else None."""
         while True:
-            node = ops.origin(node, self.model)
+            node = ops.origin(node)
             if node in self.adds:
                 return node
             before = ops.first(node)
@@ -117,18 +117,18 @@ def residual(node: fx.Node, spines: Spines) -> ResidualAdd | None:
 
 def dominates(term: fx.Node, terms: list[fx.Node], spines: Spines) -> bool:
     """Whether all other terms are computed from this one: from what stands on the spine last, norm or activation."""
-    made = ops.origin(term, spines.model)
+    made = ops.origin(term)
     return all(t is term or spines.reach.is_ancestor(made, t) for t in terms)
 
 
 def open_sum(term: fx.Node, spines: Spines) -> list[fx.Node]:
-    inner = ops.origin(term, spines.model)
+    inner = ops.origin(term)
     return ops.operands(inner) if ops.is_addition(inner) else [term]
 
 
 def all_terms(term: fx.Node, spines: Spines) -> list[fx.Node]:
     """A branch that is itself a plain sum, attn + mlp, taken apart; a residual sum inside a branch stays whole."""
-    inner = ops.origin(term, spines.model)
+    inner = ops.origin(term)
     if not ops.is_addition(inner) or inner in spines.adds:
         return [term]
     return [part for operand in ops.operands(inner) for part in all_terms(operand, spines)]

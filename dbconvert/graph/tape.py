@@ -6,8 +6,8 @@ with the nodes that went in and came out. Nothing about the network has to be tr
 and `**kwargs` simply happen.
 
 Each node's `meta` holds `shape` and `dtype` (None unless the value is a tensor), `scope` (paths of the open
-modules, outermost first), `calls` (which call of each, as indices into `Recording.calls`) and `line` (file:line
-of the code that made it, outside torch).
+modules, outermost first), `calls` (which call of each, as indices into `Recording.calls`), `line` (file:line of the
+code that made it, outside torch) and `alias` (true if a leaf module handed its unchanged input back).
 """
 
 from __future__ import annotations
@@ -136,6 +136,7 @@ class _Tape(TorchFunctionMode):
         self.node_of: dict[int, fx.Node] = {}
         self.alive: list[Tensor] = []  # node_of is keyed by id(): a tensor that dies could lend its id to another
         self.inside_leaf = 0
+        self.versions: dict[int, int] = {}  # of the open leaf's inputs: a write in place counts them up
         self.open: list[ModuleCall] = []
         self.calls: list[ModuleCall] = []
         self.decisions: list[fx.Node] = []
@@ -261,6 +262,7 @@ class _Tape(TorchFunctionMode):
         self.open.append(call)
         if id(module) in self.leaf_modules:
             self.inside_leaf = 1
+            self.versions = {id(leaf): leaf._version for _, leaf in given if isinstance(leaf, Tensor)}
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         if self.inside_leaf > 1:
@@ -274,7 +276,8 @@ class _Tape(TorchFunctionMode):
                 "call_module", call.path, self.freeze(args), self.freeze(kwargs), call.path.replace(".", "_")
             )
             if isinstance(out, Tensor) and id(out) in self.node_of:
-                # Identity and dropout in eval hand their input back: give the output an identity of its own.
+                # Identity, and dropout in eval, hand their input back: give the output an identity of its own.
+                node.meta["alias"] = self.versions.get(id(out)) == out._version
                 replaced = out = out.view_as(out)
             self.bind(out, node)
         call.outputs = [(path, self.node_for(leaf)) for path, leaf in tensors(out)]

@@ -94,7 +94,7 @@ def save_class_folders(folder):
 def test_a_folder_of_class_folders(tmp_path, anatomy):
     save_class_folders(tmp_path / "pets")
     options = DataOptions(source="pets", image=ImageOptions(size=16))
-    examples = Examples(open_part(options, "train", tmp_path), options, anatomy, classes=5)
+    examples = Examples(open_part(options, "train"), options, anatomy, classes=5)
     batch = examples.__getitems__([0, 5])
     assert batch["x"].shape == (2, 3, 16, 16) and batch[LABEL].tolist() == [0, 1]
     assert examples.label_counts().tolist() == [3, 3, 0, 0, 0]
@@ -106,7 +106,7 @@ def test_parquet(tmp_path, anatomy):
     rows = {"picture": [[[0.0]]] * 4, "kind": [0, 1, 2, 1], "name": list("abcd")}
     datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "d.parquet")
     options = DataOptions(source="d.parquet", label="kind", input="picture")
-    examples = Examples(open_part(options, "train", tmp_path), options, anatomy, classes=5)
+    examples = Examples(open_part(options, "train"), options, anatomy, classes=5)
     assert examples.label_counts().tolist() == [1, 2, 1, 0, 0]
 
 
@@ -151,13 +151,13 @@ def test_bad_data_is_told(tmp_path, anatomy, source, part, message):
     (tmp_path / "d.py").write_text(FUNCTION)
     options = DataOptions(source=source)
     with pytest.raises((DBConvertError, UsageError), match=message):
-        Examples(open_part(options, part, tmp_path), options, anatomy, classes=5).label_counts()
+        Examples(open_part(options, part), options, anatomy, classes=5).label_counts()
 
 
 def test_workers_give_the_same_batches(tmp_path, anatomy):
     (tmp_path / "d.py").write_text(FUNCTION.replace("torch.zeros(3, 4, 4)", "torch.full((3, 4, 4), float(i))"))
     options = DataOptions(source="d.py:data")
-    examples = Examples(open_part(options, "all", tmp_path), options, anatomy, classes=9)
+    examples = Examples(open_part(options, "all"), options, anatomy, classes=9)
     order = OrderedBatches(9, 4, [0, 1, 0], seed=1)
     alone, helped = ([b["x"] for b in load_batches(examples, order, workers)] for workers in (0, 1))
     assert all(torch.equal(a, b) for a, b in zip(alone, helped, strict=True))

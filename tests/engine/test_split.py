@@ -13,7 +13,8 @@ import dbconvert
 from dbconvert.checkpoint import load_tensors
 from dbconvert.engine.package import open_package
 from dbconvert.errors import DBConvertError, Refused, UsageError
-from dbconvert.recipe import NoiseOptions, SplitOptions
+from dbconvert.plan import NoiseRule
+from dbconvert.recipe import SplitOptions
 from dbconvert.sources.resolve import open_source
 
 
@@ -66,7 +67,7 @@ def test_options_decide(model_file):
     result = dbconvert.split(
         str(model_file),
         options=SplitOptions(layers=(1, 4), start="original", condition_width=24),
-        noise=NoiseOptions(rule="edm", sigma_max=10.0, sigma_data=0.3, partition="uniform", overlap=0.2),
+        noise=NoiseRule(rule="edm", sigma_max=10.0, sigma_data=0.3, partition="uniform", overlap=0.2),
         dry_run=True,
     )
     assert result.package is None and result.plan.blocks == ((0, 0), (1, 4))
@@ -79,12 +80,12 @@ def test_options_decide(model_file):
 @pytest.mark.parametrize(
     ("options", "noise", "message"),
     [
-        (SplitOptions(blocks=6), NoiseOptions(), "6 blocks cannot be cut from 5 layers"),
-        (SplitOptions(layers=(2, 2)), NoiseOptions(), "add up to 4, but the stack has 5"),
-        (SplitOptions(blocks=2, layers_per_block=2), NoiseOptions(), "same thing twice"),
-        (SplitOptions(), NoiseOptions(p_mean=1.0), "belong to noise `edm`"),
-        (SplitOptions(), NoiseOptions(sigma_min=50.0), "noise range"),
-        (SplitOptions(stack="nowhere"), NoiseOptions(), "no module nowhere"),
+        (SplitOptions(blocks=6), NoiseRule(), "6 blocks cannot be cut from 5 layers"),
+        (SplitOptions(layers=(2, 2)), NoiseRule(), "add up to 4, but the stack has 5"),
+        (SplitOptions(blocks=2, layers_per_block=2), NoiseRule(), "same thing twice"),
+        (SplitOptions(), NoiseRule(p_mean=1.0), "belong to noise `edm`"),
+        (SplitOptions(), NoiseRule(sigma_min=50.0), "noise range"),
+        (SplitOptions(stack="nowhere"), NoiseRule(), "no module nowhere"),
     ],
 )
 def test_impossible_requests_write_nothing(model_file, tmp_path, options, noise, message):

@@ -71,6 +71,15 @@ def test_a_path_that_depends_on_the_batch_is_refused():
     assert caught.value.kind == "control-flow"
 
 
+def test_branches_that_start_at_zero_do_not_hide_their_sites():
+    model, inputs = networks.build("scaled")
+    for name, parameter in model.named_parameters():
+        if "gamma" in name or name.startswith("head"):
+            torch.nn.init.zeros_(parameter)
+    assert all(check.passed for check in prove(model, analyse(model, inputs), inputs).proof)
+    assert not model.head.weight.any()
+
+
 def test_the_network_is_left_as_it_was():
     model, inputs = networks.build("vit")
     model.train()

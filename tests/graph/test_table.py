@@ -9,9 +9,10 @@ import torch
 
 from dbconvert.graph.analysis import analyse, grow_batch
 from dbconvert.graph.cut import strip
-from dbconvert.graph.inject import eject, inject, item, look_up
+from dbconvert.graph.inject import eject, inject
 from dbconvert.graph.proof import no_fast_paths, prove, shorten
 from dbconvert.graph.tape import tensors
+from dbconvert.graph.values import item, look_up
 
 ROWS = list(networks.ACCEPTED)
 WIDTH = 8
@@ -58,9 +59,16 @@ def test_facts(row):
         1,
     )
     assert anatomy.post_norm == (name in networks.POST_NORM)
-    assert all(len(layer.branches) == 2 for layer in anatomy.layers)
+    assert all(len(layer.branches) == (1 if name == "conv_post" else 2) for layer in anatomy.layers)
     assert anatomy.axes.batch == (1 if name.endswith("seq_first") else 0)
     assert anatomy.layers[0].parameters > 0 and anatomy.stem.parameters + anatomy.readout.parameters > 0
+
+
+def test_gates_act_along_the_channels(row):
+    _, _, _, anatomy = row
+    for layer in anatomy.layers:
+        assert {branch.gate.features for branch in layer.branches} == {networks.WIDTH}
+        assert {branch.norm.features for branch in layer.branches} == {networks.WIDTH}
 
 
 def test_equals_original_to_the_bit(row):

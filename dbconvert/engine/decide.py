@@ -1,0 +1,142 @@
+"""The decisions of a split: blocks, noise, target, start, conditioning."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import nn
+
+from dbconvert.anatomy import Anatomy
+from dbconvert.conditioning.modulation import Start, condition_width
+from dbconvert.engine.noise import UNIFORM, edm_noise, fit_noise
+from dbconvert.errors import Refused, UsageError
+from dbconvert.graph.inject import site_features
+from dbconvert.plan import SCHEMA_VERSION, NoiseFit, NoiseRule, Plan, cut
+from dbconvert.recipe import SplitOptions
+from dbconvert.sources.base import Source
+from dbconvert.tasks.base import Task
+from dbconvert.tasks.registry import reasons
+
+LIBRARIES = ("dbconvert", "torch", "transformers", "accelerate", "safetensors")
+
+
+@dataclass
+class Opened:
+    """A network with what the analysis says of it."""
+
+    source: Source
+    model: nn.Module
+    inputs: dict[str, Any]
+    weights: str
+    pretrained: bool
+    anatomy: Anatomy
+
+
+def decide_blocks(anatomy: Anatomy, options: SplitOptions) -> tuple[tuple[int, int], ...]:
+    given = [o for o in (options.blocks, options.layers, options.layers_per_block) if o is not None]
+    if len(given) > 1 and not (options.blocks and options.layers and len(options.layers) == options.blocks):
+        raise UsageError("blocks, layers and layers-per-block say the same thing twice", hint="give one of them")
+    if options.layers_per_block is not None:
+        whole, rest = divmod(anatomy.depth, options.layers_per_block)
+        sizes = (options.layers_per_block,) * whole + (rest,) * bool(rest)
+        blocks = cut(anatomy.depth, sizes=sizes)
+    else:
+        blocks = cut(anatomy.depth, blocks=options.blocks or 3, sizes=options.layers)
+    refuse_uncuttable(anatomy, blocks)
+    return blocks
+
+
+def refuse_uncuttable(anatomy: Anatomy, blocks: tuple[tuple[int, int], ...]) -> None:
+    """Weights that two blocks would share tie them together."""
+    if anatomy.calls > 1:
+        raise Refused(
+            f"each layer is called {anatomy.calls} times with the same weights, so its calls cannot be told apart",
+            node=anatomy.stack,
+            kind="looped",
+            hint="training of looped stacks is not supported yet",
+        )
+    for group in anatomy.tied:
+        homes = {anatomy.layer_of(name) for name in group}
+        if len(homes) > 1 and homes != {None}:
+            raise Refused(
+                "a weight belongs to more than one layer, or to a layer and its surroundings",
+                node=", ".join(group),
+                kind="tied-layers",
+                hint="give each its own weight",
+            )
+
+
+def decide(
+    opened: Opened,
+    options: SplitOptions,
+    noise: NoiseRule,
+    task: type[Task] | None,
+    blocks: tuple[tuple[int, int], ...],
+) -> tuple[Plan, NoiseFit]:
+    anatomy = opened.anatomy
+    target = task.decide(anatomy) if task is not None else None
+    rule = replace(noise, rule=noise.rule or (task.rule if task is not None else "edm"))
+    if rule.rule == "auto" and target is not None:
+        table = torch.nn.functional.normalize(
+            torch.randn(target.classes, target.width, generator=torch.Generator().manual_seed(0)), dim=-1
+        )
+        fit = fit_noise(rule, len(blocks), table, None, UNIFORM)
+    elif rule.rule == "auto":
+        raise UsageError(
+            "noise `auto` is fitted to a task's targets, and no task was decided",
+            why=reasons(anatomy),
+            hint="name one with --task, or use --noise edm",
+        )
+    else:
+        fit = edm_noise(rule, len(blocks))
+    plan = Plan(
+        schema_version=SCHEMA_VERSION,
+        versions={**{name: version(name) for name in LIBRARIES}, "python": platform.python_version()},
+        source=opened.source.ref,
+        anatomy=anatomy,
+        blocks=blocks,
+        start=decide_start(opened, options.start),
+        condition_width=options.condition_width or default_width(anatomy),
+        task=task.name if task is not None else None,
+        target=target,
+        noise=rule,
+        preview=fit,
+        weights=opened.weights,
+        pretrained=opened.pretrained,
+        files={},
+        shapes={},
+    )
+    return plan, fit
+
+
+def decide_start(opened: Opened, wanted: Start | None) -> Start:
+    if wanted is not None:
+        return wanted
+    return "original" if opened.pretrained or opened.anatomy.post_norm else "zero"
+
+
+def default_width(anatomy: Anatomy) -> int:
+    widths = []
+    for layer in anatomy.layers:
+        norms, gates = site_features(layer)
+        widths.append(condition_width(layer.parameters, 2 * sum(norms) + sum(gates)))
+    return min(widths)
+
+
+def cautions(plan: Plan) -> list[str]:
+    """What the user should know before training."""
+    found = []
+    if plan.task is None:
+        found.append(f"no single task fits this network ({reasons(plan.anatomy)}): set `task` in the recipe")
+    if plan.pretrained:
+        found.append(
+            "pure block-wise training makes a pretrained network forget: "
+            "its ordinary loss gets worse (Qwen2.5-0.5B: 2.11 to 4.69 in 100 steps)"
+        )
+    if plan.anatomy.verdict == "restricted":
+        found.append(f"only {plan.anatomy.stack} is cut; the rest belongs to the periphery, which every block trains")
+    return found

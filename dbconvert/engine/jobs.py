@@ -1,0 +1,99 @@
+"""What a training loop works on: the network, its units, its data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from dbconvert.data.examples import Examples
+from dbconvert.diffusion.intervals import Intervals
+from dbconvert.engine.network import BlockwiseNetwork
+from dbconvert.engine.units import Unit
+from dbconvert.plan import NoiseFit, Plan
+from dbconvert.recipe import Recipe
+
+BASELINE = 0
+"""The one `block` of a baseline's order."""
+
+
+@dataclass
+class Job:
+    """What a loop works on.
+
+    Args:
+        layers: for a baseline, the layers that run unconditioned; None trains blocks.
+        units: by block; a baseline has one.
+        periphery: the unit that every block trains too, None where blocks have their own.
+        steps: updates a block.
+    """
+
+    network: BlockwiseNetwork
+    intervals: Intervals
+    layers: range | None
+    units: dict[int, Unit]
+    periphery: Unit | None
+    steps: int
+    examples: Examples
+    validation: Examples | None
+    recipe: Recipe
+    folder: Path
+
+    def all_units(self) -> list[Unit]:
+        return [*self.units.values(), *([self.periphery] if self.periphery else [])]
+
+
+def make_job(
+    network: BlockwiseNetwork,
+    noise: NoiseFit,
+    recipe: Recipe,
+    steps: int,
+    examples: Examples,
+    validation: Examples | None,
+    folder: Path,
+) -> Job:
+    blocks = len(network.plan.blocks)
+    layers = baseline_layers(network.plan, recipe)
+    if layers is not None:
+        steps = steps * blocks if recipe.train.method == "shallow" else steps
+        units = {BASELINE: Unit("network", baseline_parameters(network, layers), recipe.optimizer, steps)}
+        periphery = None
+    else:
+        units = {
+            b: Unit(f"block-{b}", trainable(network.block_tensors(b)), recipe.optimizer, steps) for b in network.present
+        }
+        shared = trainable(network.periphery_tensors()) if network.periphery == "shared" else {}
+        periphery = Unit("periphery", shared, recipe.optimizer, steps * blocks) if shared else None
+    freeze_all_but(network, [*units.values(), *([periphery] if periphery else [])])
+    return Job(network, noise.intervals(), layers, units, periphery, steps, examples, validation, recipe, folder)
+
+
+def baseline_layers(plan: Plan, recipe: Recipe) -> range | None:
+    """The layers that a baseline runs: all, or the first block's; None for training in blocks."""
+    if recipe.train.method == "blocks":
+        return None
+    return range(plan.anatomy.depth) if recipe.train.method == "end-to-end" else plan.layers_of(0)
+
+
+def baseline_parameters(network: BlockwiseNetwork, layers: range) -> dict[str, nn.Parameter]:
+    """Parameters of the original network that a baseline trains."""
+    anatomy = network.plan.anatomy
+    originals = {k: v for k, v in network.tensors().items() if not k.startswith("dbconvert.")}
+    return {
+        key: value
+        for key, value in trainable(originals).items()
+        if anatomy.layer_of(key) is None or anatomy.layer_of(key) in layers
+    }
+
+
+def trainable(tensors: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
+    return {k: v for k, v in tensors.items() if isinstance(v, nn.Parameter) and v.is_floating_point()}
+
+
+def freeze_all_but(network: BlockwiseNetwork, units: list[Unit]) -> None:
+    trained = {id(p) for unit in units for p in unit.parameters.values()}
+    for parameter in network.parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(id(parameter) in trained)

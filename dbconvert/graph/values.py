@@ -1,0 +1,53 @@
+"""Reading and replacing values in the arguments and outputs of a call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from dbconvert.anatomy import Layer, Path
+
+
+def look_up(args: tuple[Any, ...], kwargs: dict[str, Any], path: Path) -> Any:
+    """The value at `path` among a call's arguments: its first step is a position or a keyword."""
+    value: Any = args[path[0]] if isinstance(path[0], int) else kwargs[path[0]]
+    return item(value, path[1:])
+
+
+def put_in(args: tuple[Any, ...], kwargs: dict[str, Any], path: Path, value: Any) -> tuple[Any, dict[str, Any]]:
+    """The same arguments with `value` at `path`."""
+    key = path[0]
+    if isinstance(key, int):
+        changed = replaced(args[key], path[1:], value)
+        return (*args[:key], changed, *args[key + 1 :]), kwargs
+    return args, {**kwargs, key: replaced(kwargs[key], path[1:], value)}
+
+
+def item(value: Any, path: Path) -> Any:
+    for key in path:
+        value = value[key]
+    return value
+
+
+def replaced(value: Any, path: Path, new: Any) -> Any:
+    """`value` with the item at `path` replaced; containers are copied, not changed."""
+    if not path:
+        return new
+    if isinstance(value, dict):
+        return {**value, path[0]: replaced(value[path[0]], path[1:], new)}
+    items = list(value)
+    items[path[0]] = replaced(items[path[0]], path[1:], new)  # type: ignore[index]
+    return items if isinstance(value, list) else tuple(items)
+
+
+def imitate(layer: Layer, stream: Tensor) -> Any:
+    """What a layer would return if it did nothing: the stream in its place, None in all others."""
+    kind, _, rest = layer.form.partition(":")
+    if kind == "tensor":
+        return stream
+    key = layer.stream_out[0]
+    if kind == "dict":
+        return {name: stream if name == key else None for name in rest.split(",")}
+    items = [stream if i == key else None for i in range(int(rest))]
+    return items if kind == "list" else tuple(items)

@@ -1,0 +1,190 @@
+"""Measures what README.md and docs/ claim, and writes the numbers, outputs and the file map into them.
+
+    python docs/regenerate.py            # measure what results.json lacks, then rewrite the marked parts
+    python docs/regenerate.py --fresh    # measure everything again (about 15 minutes on two cores)
+    python docs/regenerate.py --check    # only say whether the files are up to date with results.json
+
+Parts are marked <!-- begin: NAME --> ... <!-- end: NAME --> in the files.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs" / "results.json"
+PAGES = ("README.md", "docs/training.md")
+SEEDS = (0, 1, 2)
+VARIANTS = {
+    "shared": ["train.periphery=shared"],
+    "frozen-target": ["train.periphery=frozen-target"],
+    "edm": ["noise.rule=edm"],
+    "edm, sigma_data of the table": ["noise.rule=edm", "noise.sigma_data=0.12"],
+}
+TOUR = {
+    "inspect": ["inspect", "examples/vit.py"],
+    "split": ["split", "examples/vit.py", "--blocks", "3", "--data", "digits", "--dry-run"],
+    "dry-run": ["train", "vit_digits", "--dry-run"],
+}
+
+
+# -- measuring --------------------------------------------------------------------------------------------------
+
+
+def run(*arguments: str, cwd: Path = ROOT) -> str:
+    environment = {**os.environ, "COLUMNS": "110", "TERM": "dumb"}
+    done = subprocess.run(
+        ["dbconvert", *arguments], capture_output=True, text=True, cwd=cwd, env=environment, check=True
+    )
+    return done.stdout
+
+
+def measure(results: dict[str, Any]) -> None:
+    results.setdefault("versions", {name: version(name) for name in ("dbconvert", "torch", "transformers")})
+    results.setdefault("machine", f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}")
+    for name, command in TOUR.items():
+        if name not in results.setdefault("tour", {}):
+            results["tour"][name] = trimmed(run(*command))
+            save(results)
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in map(str, SEEDS):
+            if seed not in results.setdefault("demo", {}):
+                say(f"demo, seed {seed}")
+                rows = json.loads(run("demo", "--seed", seed, "--json", cwd=Path(folder)))["rows"]
+                results["demo"][seed] = [{k: v for k, v in row.items() if k != "metrics"} for row in rows]
+                save(results)
+        for name, overrides in VARIANTS.items():
+            for seed in map(str, SEEDS):
+                if seed not in results.setdefault("variants", {}).setdefault(name, {}):
+                    say(f"{name}, seed {seed}")
+                    out = f"{re.sub('[^a-z]', '', name)}-{seed}"
+                    run("train", "vit_digits", f"seed={seed}", *overrides, "-o", out, cwd=Path(folder))
+                    found = json.loads(run("eval", out, "--json", cwd=Path(folder)))["metrics"]
+                    kept = ("accuracy_zero", "accuracy_draw", "accuracy_average")
+                    results["variants"][name][seed] = {key: round(found[key], 4) for key in kept}
+                    save(results)
+
+
+def say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def trimmed(text: str) -> str:
+    return "\n".join(line.rstrip() for line in text.strip("\n").splitlines())
+
+
+def save(results: dict[str, Any]) -> None:
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+
+
+# -- writing ----------------------------------------------------------------------------------------------------
+
+
+def parts(results: dict[str, Any]) -> dict[str, str]:
+    """Every marked part by name."""
+    tour = {
+        f"tour-{name}": f"```\n$ dbconvert {' '.join(TOUR[name])}\n{text}\n```"
+        for name, text in results["tour"].items()
+    }
+    return {
+        **tour,
+        "demo": demo_table(results),
+        "variants": variant_table(results),
+        "map": file_map(),
+        "machine": machine(results),
+    }
+
+
+def machine(results: dict[str, Any]) -> str:
+    libraries = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
+    return f"Measured with `python docs/regenerate.py` on {results['machine']}; {libraries}."
+
+
+def demo_table(results: dict[str, Any]) -> str:
+    lines = [
+        "| network | layers | updates | test accuracy, seeds 0 / 1 / 2 | median | activations | state in use | held |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for rows in zip(*results["demo"].values(), strict=True):
+        accuracies = [100 * row["accuracy"] for row in rows]
+        row = rows[0]
+        figures = " / ".join(f"{value:.1f}" for value in accuracies)
+        sizes = " | ".join(f"{row[key] / 1e6:.1f} MB" for key in ("activations", "state", "held"))
+        lines.append(
+            f"| {row['name']} | {row['layers']} | {row['updates']} | {figures} % "
+            f"| {statistics.median(accuracies):.1f} % | {sizes} |"
+        )
+    return "\n".join(lines)
+
+
+def variant_table(results: dict[str, Any]) -> str:
+    lines = [
+        "| form | from z = 0, seeds 0 / 1 / 2 | single noise draw | average of 8 draws |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, seeds in results["variants"].items():
+        cells = [
+            " / ".join(f"{100 * found[key]:.1f}" for found in seeds.values()) + " %"
+            for key in next(iter(seeds.values()))
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def file_map() -> str:
+    """One line a file: the first line of its docstring."""
+    lines = []
+    for folder in sorted({path.parent for path in (ROOT / "dbconvert").rglob("*.py")}):
+        name = folder.relative_to(ROOT)
+        lines.append(f"{name}/".ljust(36) + first_line(folder / "__init__.py"))
+        for path in sorted(folder.glob("*.py")):
+            if path.name != "__init__.py":
+                lines.append(f"  {path.name} ".ljust(36) + first_line(path))
+    return "```\n" + "\n".join(lines) + "\n```"
+
+
+def first_line(path: Path) -> str:
+    text = ast.get_docstring(ast.parse(path.read_text())) or ""
+    return text.split("\n", 1)[0]
+
+
+def rewritten(text: str, found: dict[str, str]) -> str:
+    for name, part in found.items():
+        pattern = re.compile(rf"(<!-- begin: {name} -->\n).*?(<!-- end: {name} -->)", re.DOTALL)
+        text = pattern.sub(lambda match, part=part: match[1] + part + "\n" + match[2], text)  # type: ignore[misc]
+    return text
+
+
+def outdated(results: dict[str, Any]) -> list[str]:
+    found = parts(results)
+    return [page for page in PAGES if rewritten((ROOT / page).read_text(), found) != (ROOT / page).read_text()]
+
+
+def main() -> int:
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() and "--fresh" not in sys.argv else {}
+    if "--check" in sys.argv:
+        stale = outdated(results)
+        say("up to date" if not stale else f"run docs/regenerate.py: {', '.join(stale)}")
+        return int(bool(stale))
+    measure(results)
+    found = parts(results)
+    for page in PAGES:
+        path = ROOT / page
+        path.write_text(rewritten(path.read_text(), found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
