@@ -91,7 +91,7 @@ class TrainOptions:
     Args:
         method: `blocks`, or a baseline on the same network: `end-to-end`, or `shallow`, which trains only the
             first block's layers, end-to-end, for B times the steps.
-        steps: updates a block; or `epochs` over the training data a block.
+        steps: updates a block; or `epochs` over the training data a block. An override of one displaces the other.
         batch: examples an update, over all processes.
         order: which block is next: `random`, or `rotate`, `steps_per_turn` at a time.
         periphery: `shared` trains stem, target table and readout with every block; `frozen-target` freezes a
@@ -165,7 +165,7 @@ def read_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     """
     data, places = read_yaml(path)
     given = parse_overrides(overrides)
-    merged = merge(data, given)
+    merged = merge(without_displaced(data, given), given)
     places.update(dict.fromkeys(keys(given), "the command line"))
     recipe = parse(Recipe, merged, file=str(path), places=places)
     check(recipe, str(path))
@@ -208,6 +208,16 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
         except yaml.YAMLError:
             raise UsageError(f"the value of {key} is not YAML: {value!r}") from None
     return nested
+
+
+def without_displaced(data: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The file's keys without the length of training that the overrides give in the other unit."""
+    train, over = data.get("train"), given.get("train")
+    if not isinstance(train, dict) or not isinstance(over, dict):
+        return data
+    pairs = {"steps": "epochs", "epochs": "steps"}
+    displaced = {other for key, other in pairs.items() if key in over and other not in over}
+    return {**data, "train": {key: value for key, value in train.items() if key not in displaced}}
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

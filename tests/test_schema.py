@@ -52,6 +52,15 @@ def test_overrides_win_and_are_yaml(tmp_path):
     assert recipe.optimizer.lr == 5e-4 and recipe.eval.every == 5
 
 
+@pytest.mark.parametrize(("inside", "override"), [("epochs", "steps"), ("steps", "epochs")])
+def test_an_override_of_the_length_displaces_the_other_unit(tmp_path, inside, override):
+    path = write(tmp_path / "r.yaml", f"source: m.py\ntrain: {{{inside}: 3}}\n")
+    train = read_recipe(path, [f"train.{override}=7"]).train
+    assert getattr(train, override) == 7 and getattr(train, inside) is None
+    with pytest.raises(UsageError, match="both given"):
+        read_recipe(path, ["train.steps=7", "train.epochs=7"])
+
+
 def test_a_wrong_override_is_blamed_on_the_command_line(tmp_path):
     path = write(tmp_path / "r.yaml", "source: m.py\ntrain: {batch: 3}\n")
     with pytest.raises(UsageError) as caught:

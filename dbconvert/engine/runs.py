@@ -35,7 +35,8 @@ class RunInfo:
         package: folder of the package.
         split: identity of the plan.
         noise: identity of the noise fit, None for baselines.
-        blocks: the blocks that were trained.
+        blocks: the blocks that are trained.
+        block: the one that is trained alone, None for a run of all.
         files: SHA-256 of each file in weights/, once complete.
     """
 
@@ -46,6 +47,7 @@ class RunInfo:
     split: str
     noise: str | None
     blocks: tuple[int, ...]
+    block: int | None
     periphery: Literal["shared", "frozen-target"]
     updates: int
     files: dict[str, str] = field(default_factory=dict)
@@ -93,7 +95,7 @@ def newest_complete() -> Path:
         DBConvertError: there is none; the message says what there is.
     """
     for folder, info in all_runs():
-        if info.status == "complete" and info.method == "blocks" and len(info.blocks) > 1:
+        if info.status == "complete" and info.method == "blocks" and info.block is None:
             return folder
     there = ", ".join(f"{folder.name} ({info.status})" for folder, info in all_runs()[:5]) or "nothing"
     raise DBConvertError(
@@ -103,17 +105,17 @@ def newest_complete() -> Path:
     )
 
 
-def newest_unfinished(origin: Path, blocks: tuple[int, ...] | None) -> Path:
-    """The newest run of a recipe or package that did not finish.
+def newest_unfinished(origin: Path, block: int | None) -> Path:
+    """The newest run of a recipe or package that did not finish: of all blocks, or of one alone.
 
     Raises:
         DBConvertError: there is none.
     """
     for folder, info in all_runs():
-        same_blocks = blocks is None or info.blocks == blocks
-        if info.status == "running" and Path(info.origin) == origin.resolve() and same_blocks:
+        if info.status == "running" and Path(info.origin) == origin.resolve() and info.block == block:
             return folder
+    jobs = "all blocks" if block is None else f"block {block} alone"
     raise DBConvertError(
-        f"there is no unfinished run of {origin} under {RUNS}/",
+        f"there is no unfinished run of {jobs} of {origin} under {RUNS}/",
         hint="leave out --resume, or name the run with -o",
     )

@@ -111,6 +111,7 @@ def train(
         split=package.plan.identity,
         noise=noise.identity,
         blocks=job.network.present,
+        block=block,
         periphery=recipe.train.periphery,
         updates=sum(unit.total for unit in job.units.values()),
     )
@@ -182,10 +183,9 @@ def choose_folder(origin: Origin, block: int | None, *, resume: bool, out: str |
     Raises:
         UsageError: `out` is occupied, or does not hold the run to resume.
     """
-    blocks = None if block is None else (block,)
     if resume:
-        folder = Path(out) if out is not None else run_to_resume(origin, blocks)
-        refuse_other_recipe(folder, origin.recipe)
+        folder = Path(out) if out is not None else run_to_resume(origin, block)
+        refuse_other_request(folder, origin.recipe, block)
         return folder
     if out is not None:
         if Path(out).exists():
@@ -194,18 +194,22 @@ def choose_folder(origin: Origin, block: int | None, *, resume: bool, out: str |
     return new_run_folder(origin.name if block is None else f"{origin.name}-block{block}")
 
 
-def run_to_resume(origin: Origin, blocks: tuple[int, ...] | None) -> Path:
+def run_to_resume(origin: Origin, block: int | None) -> Path:
     """The run that was named itself, or the newest unfinished one of the recipe or package that was."""
     folder = origin.path.parent
     if origin.path.name == RECIPE and (folder / RUN).is_file():
         return folder
-    return newest_unfinished(folder if origin.path.name == RECIPE else origin.path, blocks)
+    return newest_unfinished(folder if origin.path.name == RECIPE else origin.path, block)
 
 
-def refuse_other_recipe(folder: Path, recipe: Recipe) -> None:
-    """A run is continued with the recipe it began with; how it is logged may change."""
-    if read_info(folder).status == "complete":
+def refuse_other_request(folder: Path, recipe: Recipe, block: int | None) -> None:
+    """A run is continued with the recipe and the block it began with; how it is logged may change."""
+    info = read_info(folder)
+    if info.status == "complete":
         raise UsageError(f"{folder} is complete", hint="there is nothing to resume")
+    if info.block != block:
+        own = "leave out --block" if info.block is None else f"add --block {info.block}"
+        raise UsageError(f"{folder} does not train what is asked for", hint=own)
     before, now = to_data(read_recipe(folder / RECIPE)), to_data(recipe)
     changed = [key for key in now if before[key] != now[key] and key != "log"]
     if changed:

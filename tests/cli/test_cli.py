@@ -26,7 +26,7 @@ def test_the_three_lines_on_the_front_page(model):
     split = as_json("split", model, "--blocks", 3, "--data", "digits", "-o", "pkg", "--json")
     assert split["blocks"] == [[0, 1], [2, 3], [4, 4]] and split["package"] == "pkg"
     assert split["noise"]["boundaries"] == sorted(split["noise"]["boundaries"]) and split["noise"]["sigma_data"] > 0
-    steps = ["train.epochs=null", "train.steps=3", "train.batch=32"]
+    steps = ["train.steps=3", "train.batch=32"]
     assert "trainable" in dbconvert("train", "pkg", *steps, "--dry-run").stdout
     assert "finished runs/pkg-001" in dbconvert("train", "pkg", *steps).stdout
     assert "wrote model.safetensors" in dbconvert("assemble").stdout
@@ -131,6 +131,6 @@ def test_the_packages_own_script(model):
     import sys
 
     dbconvert("split", model, "--data", "digits", "-o", "pkg")
-    command = [sys.executable, "pkg/train.py", "train.epochs=null", "train.steps=1"]
+    command = [sys.executable, "pkg/train.py", "train.steps=1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and Path("runs/pkg-001/run.json").exists(), done.stderr

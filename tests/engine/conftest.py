@@ -9,7 +9,6 @@ from dbconvert.recipe import DataOptions, ImageOptions, SplitOptions
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 QUICK = [
-    "train.epochs=null",
     "train.steps=4",
     "train.batch=32",
     "log.every=1",

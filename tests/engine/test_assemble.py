@@ -12,6 +12,7 @@ from engine.conftest import ALONE, QUICK
 import dbconvert
 from dbconvert.checkpoint import load_tensors, read_metadata, save_tensors
 from dbconvert.errors import DBConvertError, UsageError
+from dbconvert.recipe import DataOptions, SplitOptions
 
 
 def copy_run(run, name):
@@ -43,6 +44,13 @@ def test_several_runs_of_one_block(runs_of_one, package):
     images = torch.rand(3, 1, 8, 8)
     assert torch.equal(dbconvert.load(path)(images), dbconvert.load(joint.folder)(images))
     assert "dbconvert.periphery.2.head/weight" in a and "head.weight" not in a
+
+
+def test_one_block_is_a_run_of_all_blocks(model_file):
+    data = DataOptions(source="digits")
+    split = dbconvert.split(str(model_file), out="one", options=SplitOptions(blocks=1), data=data)
+    dbconvert.train(str(split.package), overrides=QUICK)
+    assert dbconvert.load(dbconvert.assemble())(torch.rand(3, 1, 8, 8)).shape == (3, 10)
 
 
 def test_the_newest_complete_run_is_the_default(package):

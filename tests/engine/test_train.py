@@ -152,6 +152,10 @@ def test_resume_finds_the_run_and_refuses_another_recipe(package):
     (done.folder / "run.json").write_text(json.dumps({**info, "status": "running", "files": {}}))
     with pytest.raises(UsageError, match="optimizer differ"):
         dbconvert.train(str(package), overrides=[*QUICK, "optimizer.lr=1"], resume=True)
+    with pytest.raises(DBConvertError, match="no unfinished run of block 1 alone"):
+        dbconvert.train(str(package), overrides=ALONE, block=1, resume=True)
+    with pytest.raises(UsageError, match="does not train what is asked"):
+        dbconvert.train(str(package), overrides=ALONE, block=1, resume=True, out=str(done.folder))
     assert dbconvert.train(str(package), overrides=[*QUICK, "log.every=2"], resume=True).folder == done.folder
     with pytest.raises(UsageError, match="exists already"):
         dbconvert.train(str(package), overrides=QUICK, out=str(done.folder))
