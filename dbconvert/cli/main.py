@@ -141,7 +141,7 @@ def train(
 ) -> None:
     """Train the blocks of a network: all in one run, or one alone."""
     from dbconvert.cli import render
-    from dbconvert.engine.train import outline
+    from dbconvert.engine.outline import outline
     from dbconvert.engine.train import train as run
 
     with render.progress() as report:

@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     from dbconvert.anatomy import Anatomy, Layer
     from dbconvert.engine.demo import Row
     from dbconvert.engine.evaluate import Evaluation
+    from dbconvert.engine.memory import UnitMemory
+    from dbconvert.engine.outline import Outline
     from dbconvert.engine.split import SplitResult
-    from dbconvert.engine.train import Outline, TrainResult
+    from dbconvert.engine.train import TrainResult
     from dbconvert.plan import NoiseFit, Plan
 
 out = Console(highlight=False, soft_wrap=True)
@@ -121,11 +123,11 @@ def refusal_json(refusal: Refused) -> dict[str, Any]:
 
 def show_anatomy(anatomy: Anatomy) -> None:
     colour = {"accepted": "green", "restricted": "yellow", "looped": "yellow"}[anatomy.verdict]
-    looped = f", each called {anatomy.calls} times" if anatomy.calls > 1 else ""
+    called = "once" if anatomy.calls == 1 else f"{anatomy.calls} times"
     out.print(f"[bold {colour}]{anatomy.verdict}[/]  {escape(anatomy.network)}")
     out.print(
-        f"stack [bold]{escape(anatomy.stack)}[/]: {anatomy.depth} layers{looped}, width {anatomy.width}, "
-        f"{anatomy.streams} stream {list(anatomy.stream_shape)}"
+        f"stack [bold]{escape(anatomy.stack)}[/]: {anatomy.depth} layers, each called {called}, "
+        f"width {anatomy.width}, {anatomy.streams} stream {list(anatomy.stream_shape)}"
     )
     for note in anatomy.notes:
         out.print(f"[yellow]{escape(note)}[/]")
@@ -226,7 +228,7 @@ def noise_table(plan: Plan, noise: NoiseFit) -> Table:
 def show_split(result: SplitResult) -> None:
     plan, noise = result.plan, result.noise
     out.print(
-        f"[bold]{escape(plan.anatomy.network)}[/]: {plan.anatomy.depth} layers of {escape(plan.anatomy.stack)} "
+        f"[bold]{escape(plan.anatomy.network)}[/]: {plan.anatomy.depth} layers ({escape(plan.anatomy.stack)}) "
         f"in {len(plan.blocks)} blocks, task {plan.task}, start {plan.start}, conditioning {plan.condition_width} wide"
     )
     out.print(noise_table(plan, noise))
@@ -239,11 +241,13 @@ def show_split(result: SplitResult) -> None:
 
 
 def show_outline(outline: Outline) -> None:
-    out.print(f"method {outline.method}, {outline.steps} updates a block")
+    out.print(f"method {outline.method}, {outline.length}")
     out.print(noise_table(outline.plan, outline.noise))
-    table = Table("unit", "trainable parameters", "state of an update", "activations of an update")
+    table = Table("update of", "trainable parameters", "state", "activations", "both")
     for unit in outline.memory.units:
-        table.add_row(unit.name, f"{unit.trainable:,}", size(unit.state), size(unit.activations))
+        table.add_row(unit.name, *unit_cells(unit))
+    for method, memory in outline.controls.items():
+        table.add_row("shallow control" if method == "shallow" else method, *unit_cells(memory.largest))
     out.print(table)
     memory = outline.memory
     peak = memory.resident_state + memory.largest.activations
@@ -251,6 +255,10 @@ def show_outline(outline: Outline) -> None:
         f"resident: {memory.resident_parameters:,} parameters, {size(memory.resident_state)} with gradients and "
         f"optimiser state; expected peak {size(peak)} beside the libraries"
     )
+
+
+def unit_cells(unit: UnitMemory) -> tuple[str, ...]:
+    return f"{unit.trainable:,}", size(unit.state), size(unit.activations), size(unit.state + unit.activations)
 
 
 def show_run(result: TrainResult) -> None:

@@ -1,4 +1,4 @@
-"""What a training run starts from: a recipe with its paths settled, a package, the noise, the network."""
+"""What a training run starts from: a recipe with its paths settled, a package, the noise, the network, the data."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dbconvert.data.datasets import open_part
-from dbconvert.data.examples import Examples
+from dbconvert.data.examples import LABEL, Examples
 from dbconvert.engine.convert import single_block, whole_network
+from dbconvert.engine.jobs import Job, make_job
 from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.engine.noise import fit_noise
 from dbconvert.engine.package import PLAN, RECIPE, Package, open_package
 from dbconvert.engine.paths import settled
 from dbconvert.engine.split import split
 from dbconvert.errors import UsageError
-from dbconvert.events import Reporter
+from dbconvert.events import Note, Reporter
 from dbconvert.plan import NoiseFit, Plan
 from dbconvert.recipe import DataOptions, Recipe, keys, parse_overrides, read_recipe
 from dbconvert.shipped import shipped
@@ -33,6 +36,65 @@ class Origin:
     recipe: Recipe
     path: Path
     name: str
+
+
+@dataclass
+class Prepared:
+    """A job, and what it was made from."""
+
+    job: Job
+    package: Package
+    plan: Plan
+    noise: NoiseFit
+
+
+def prepare(
+    origin: Origin,
+    folder: Path,
+    block: int | None,
+    report: Reporter,
+    *,
+    keep_noise: bool = False,
+    rehearsal: bool = False,
+) -> Prepared:
+    """Everything a loop needs.
+
+    Args:
+        folder: of the run; a package that the recipe does not name is made in it.
+        keep_noise: leave a fit made here in the package, for the jobs of other blocks.
+        rehearsal: nothing will be trained, so that data may be missing.
+
+    Raises:
+        UsageError: the recipe does not say enough, or asks for what cannot be.
+        DBConvertError: the package or the data cannot be read.
+    """
+    recipe = origin.recipe
+    package = get_package(recipe, folder, report)
+    plan = settle_task(package.plan, recipe)
+    check_block(block, plan, recipe)
+    missing = rehearsal and recipe.data.source is None
+    examples = stand_in(recipe, plan) if missing else training_examples(recipe.data, plan)
+    steps = steps_of(recipe, len(examples))
+    network = build_network(package, plan, recipe, block)
+    noise = get_noise(package, network, None if missing else examples, keep=keep_noise)
+    tell(report, plan, noise, recipe)
+    validation = None if rehearsal else open_examples(recipe.data, recipe.data.validation, plan)
+    job = make_job(network, noise, recipe, steps, examples, validation, folder)
+    return Prepared(job, package, plan, noise)
+
+
+def tell(report: Reporter, plan: Plan, noise: NoiseFit, recipe: Recipe) -> None:
+    """What the user should know before the first update."""
+    if recipe.train.method != "blocks":
+        return
+    if plan.pretrained:
+        report(Note("the source was pretrained: pure block-wise training makes it forget", warning=True))
+    shares = ", ".join(f"{100 * noise.intervals().share(b):.1f} %" for b in range(len(plan.blocks)))
+    kind = "label entropy" if noise.rule == "auto" else "noise mass"
+    report(Note(f"noise {noise.rule} ({noise.basis}): blocks hold {shares} of the {kind}"))
+
+
+# -- the recipe -------------------------------------------------------------------------------------------------
 
 
 def read_origin(target: str, overrides: Iterable[str]) -> Origin:
@@ -81,6 +143,9 @@ def lookup(recipe: Recipe, key: tuple[str, ...]) -> str | None:
     return None if value is None else str(value)
 
 
+# -- the package and the task -----------------------------------------------------------------------------------
+
+
 def get_package(recipe: Recipe, folder: Path, report: Reporter) -> Package:
     """The recipe's package; one that starts from a source is split into the run's folder first."""
     if recipe.package is not None:
@@ -120,6 +185,9 @@ def settle_task(plan: Plan, recipe: Recipe) -> Plan:
     return replace(plan, task=chosen.name, target=chosen.decide(plan.anatomy))
 
 
+# -- data, network, noise ---------------------------------------------------------------------------------------
+
+
 def open_examples(data: DataOptions, part: str | None, plan: Plan) -> Examples | None:
     """One part of the data, None where the recipe names none."""
     if part is None or plan.target is None:
@@ -131,6 +199,16 @@ def training_examples(data: DataOptions, plan: Plan) -> Examples:
     examples = open_examples(data, data.train, plan)
     assert examples is not None
     return examples
+
+
+def stand_in(recipe: Recipe, plan: Plan) -> Examples:
+    """A batch of zeros in the shape of the split's example input, to measure memory without data."""
+    assert plan.target is not None
+    item: dict[str, Any] = {
+        given.name: torch.zeros(given.shape[1:], dtype=getattr(torch, given.dtype)) for given in plan.anatomy.inputs
+    }
+    options = DataOptions(label=LABEL)
+    return Examples([{**item, LABEL: 0}] * recipe.train.batch, options, plan.anatomy, plan.target.classes)
 
 
 def build_network(package: Package, plan: Plan, recipe: Recipe, block: int | None) -> BlockwiseNetwork:
@@ -147,22 +225,27 @@ def build_network(package: Package, plan: Plan, recipe: Recipe, block: int | Non
     return network
 
 
-def get_noise(package: Package, network: BlockwiseNetwork, examples: Examples, *, keep: bool) -> NoiseFit:
+def get_noise(package: Package, network: BlockwiseNetwork, examples: Examples | None, *, keep: bool) -> NoiseFit:
     """The package's noise fit, or one made now from the target table and the label frequencies.
 
     Args:
+        examples: None leaves it at the split's preview.
         keep: write a new fit into the package, for the jobs of other blocks.
     """
-    plan = network.plan
     fit = package.noise
     if fit is None:
-        table = network.task.table(network.conditioning).detach().cpu()
-        basis = "the label frequencies of the training data and the initial target table"
-        fit = fit_noise(plan.noise, len(plan.blocks), table, examples.label_counts(), basis)
+        fit = network.plan.preview if examples is None else fit_now(network, examples)
         if keep:
             package.keep_noise(fit)
     network.sigma_data = fit.sigma_data
     return fit
+
+
+def fit_now(network: BlockwiseNetwork, examples: Examples) -> NoiseFit:
+    plan = network.plan
+    table = network.task.table(network.conditioning).detach().cpu()
+    basis = "the label frequencies of the training data and the initial target table"
+    return fit_noise(plan.noise, len(plan.blocks), table, examples.label_counts(), basis)
 
 
 def check_block(block: int | None, plan: Plan, recipe: Recipe) -> None:

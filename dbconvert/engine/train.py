@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration
 
 from dbconvert.checkpoint import save_tensors, write_text
-from dbconvert.engine.jobs import Job, make_job
+from dbconvert.engine.jobs import Job
 from dbconvert.engine.loop import Loop
 from dbconvert.engine.memory import MemoryReport, measure
 from dbconvert.engine.metrics import Metrics
@@ -26,21 +24,9 @@ from dbconvert.engine.package import (
     PLAN_KEY,
     RECIPE,
     WEIGHTS,
-    Package,
     block_file,
 )
-from dbconvert.engine.prepare import (
-    Origin,
-    build_network,
-    check_block,
-    get_noise,
-    get_package,
-    open_examples,
-    read_origin,
-    settle_task,
-    steps_of,
-    training_examples,
-)
+from dbconvert.engine.prepare import Origin, prepare, read_origin
 from dbconvert.engine.runs import (
     CHECKPOINTS,
     RUN,
@@ -52,7 +38,7 @@ from dbconvert.engine.runs import (
     write_info,
 )
 from dbconvert.errors import UsageError
-from dbconvert.events import Note, Reporter, silent
+from dbconvert.events import Reporter, silent
 from dbconvert.plan import NoiseFit, Plan
 from dbconvert.recipe import Recipe, read_recipe
 from dbconvert.schema import to_data, to_json, to_yaml
@@ -102,7 +88,8 @@ def train(
     folder = choose_folder(origin, block, resume=resume, out=out)
     accelerator = make_accelerator(recipe, folder)
     report = report if accelerator.is_main_process else silent
-    job, package, plan, noise = prepare(origin, folder, block, report, keep_noise=block is not None)
+    prepared = prepare(origin, folder, block, report, keep_noise=block is not None)
+    job, package, noise = prepared.job, prepared.package, prepared.noise
     info = RunInfo(
         status="running",
         method=recipe.train.method,
@@ -116,7 +103,7 @@ def train(
         updates=sum(unit.total for unit in job.units.values()),
     )
     if accelerator.is_main_process:
-        write_head(folder, info, recipe, plan, noise)
+        write_head(folder, info, recipe, prepared.plan, noise)
     start_trackers(accelerator, recipe)
     loop = Loop(job, accelerator, report)
     memory = measure(job, accelerator.device)
@@ -125,56 +112,6 @@ def train(
     if accelerator.is_main_process:
         finish(folder, info, job)
     return TrainResult(folder, metrics, memory)
-
-
-@dataclass(frozen=True)
-class Outline:
-    """What a run would do: the answer to --dry-run."""
-
-    plan: Plan
-    noise: NoiseFit
-    method: str
-    steps: int
-    memory: MemoryReport
-
-
-def outline(
-    target: str, *, overrides: Iterable[str] = (), block: int | None = None, report: Reporter = silent
-) -> Outline:
-    """Prepares a run as `train` would, measures one forward pass a unit, and writes nothing."""
-    origin = read_origin(target, overrides)
-    with tempfile.TemporaryDirectory() as folder:
-        job, _, plan, noise = prepare(origin, Path(folder), block, report, keep_noise=False)
-        return Outline(plan, noise, origin.recipe.train.method, job.steps, measure(job, torch.device("cpu")))
-
-
-def prepare(
-    origin: Origin, folder: Path, block: int | None, report: Reporter, *, keep_noise: bool
-) -> tuple[Job, Package, Plan, NoiseFit]:
-    """Everything a loop needs; `keep_noise` leaves a fit made here in the package, for the jobs of other blocks."""
-    recipe = origin.recipe
-    package = get_package(recipe, folder, report)
-    plan = settle_task(package.plan, recipe)
-    check_block(block, plan, recipe)
-    examples = training_examples(recipe.data, plan)
-    steps = steps_of(recipe, len(examples))
-    network = build_network(package, plan, recipe, block)
-    noise = get_noise(package, network, examples, keep=keep_noise)
-    tell(report, plan, noise, recipe)
-    validation = open_examples(recipe.data, recipe.data.validation, plan)
-    job = make_job(network, noise, recipe, steps, examples, validation, folder)
-    return job, package, plan, noise
-
-
-def tell(report: Reporter, plan: Plan, noise: NoiseFit, recipe: Recipe) -> None:
-    """What the user should know before the first update."""
-    if recipe.train.method != "blocks":
-        return
-    if plan.pretrained:
-        report(Note("the source was pretrained: pure block-wise training makes it forget", warning=True))
-    shares = ", ".join(f"{100 * noise.intervals().share(b):.1f} %" for b in range(len(plan.blocks)))
-    kind = "label entropy" if noise.rule == "auto" else "noise mass"
-    report(Note(f"noise {noise.rule} ({noise.basis}): blocks hold {shares} of the {kind}"))
 
 
 def choose_folder(origin: Origin, block: int | None, *, resume: bool, out: str | None) -> Path:

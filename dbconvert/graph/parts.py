@@ -64,7 +64,7 @@ def find_head(evidence: Evidence, end: fx.Node) -> Head | None:
             continue
         made = ops.origin(node)
         module = ops.module_of(made, evidence.model)
-        if not isinstance(module, nn.Linear) or len(calls_once(evidence, str(made.target))) != 1:
+        if not isinstance(module, nn.Linear) or len(evidence.recording.calls_of(str(made.target))) != 1:
             return None
         features = ops.first(made)
         if features is None:
@@ -72,10 +72,6 @@ def find_head(evidence: Evidence, end: fx.Node) -> Head | None:
         token, pooled = how_read(features, end, evidence)
         return Head(str(made.target), module.in_features, module.out_features, output, token, pooled)
     return None
-
-
-def calls_once(evidence: Evidence, path: str) -> list[ModuleCall]:
-    return evidence.recording.calls_of(path)
 
 
 def how_read(features: fx.Node, end: fx.Node, evidence: Evidence) -> tuple[int | None, bool]:

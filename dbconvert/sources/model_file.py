@@ -102,7 +102,11 @@ def by_argument_name(model: nn.Module, values: tuple[Any, ...], path: Path) -> d
 
 
 def find_entry(module: ModuleType, name: str | None, path: Path) -> tuple[str, Any]:
-    """The thing to call: the name given, `build_model`, or the only module class of the file."""
+    """What builds the network, and its name: the one given, else `build_model`.
+
+    Raises:
+        UsageError: the file has no such name, or it is nothing to build from.
+    """
     if name is not None:
         if not hasattr(module, name):
             raise UsageError(

@@ -15,10 +15,11 @@ from engine.conftest import ALONE, QUICK
 import dbconvert
 from dbconvert.checkpoint import load_tensors
 from dbconvert.engine.convert import single_block, whole_network
+from dbconvert.engine.outline import outline
 from dbconvert.engine.package import open_package
-from dbconvert.engine.train import outline
 from dbconvert.errors import DBConvertError, UsageError
 from dbconvert.events import Advance, Note, Stage
+from dbconvert.recipe import SplitOptions
 
 
 def metrics(run, key="loss"):
@@ -269,12 +270,25 @@ def test_baselines_train_the_original_network(package):
 
 def test_outline_measures_and_writes_nothing(package, tmp_path):
     planned = outline(str(package), overrides=QUICK)
-    assert planned.steps == 4 and len(planned.memory.units) == 3 and not list(tmp_path.iterdir())
-    whole = outline(str(package), overrides=[*QUICK, "train.method=end-to-end"]).memory.units[0]
-    one = planned.memory.units[2]
-    assert one.activations < 0.4 * whole.activations and one.state < 0.65 * whole.state
+    assert planned.length == "4 updates a block" and len(planned.memory.units) == 3 and not list(tmp_path.iterdir())
+    whole = outline(str(package), overrides=[*QUICK, "train.method=end-to-end"])
+    assert planned.controls["end-to-end"] == whole.memory and not whole.controls
+    one, all_of_it, shallow = planned.memory.units[2], whole.memory.units[0], planned.controls["shallow"].units[0]
+    assert one.activations < 0.4 * all_of_it.activations and one.state < 0.65 * all_of_it.state
+    assert shallow.activations < 0.6 * all_of_it.activations
     alone = outline(str(package), overrides=ALONE, block=2)
-    assert alone.memory.resident_parameters < 0.6 * planned.memory.resident_parameters
+    assert alone.memory.resident_parameters < 0.6 * planned.memory.resident_parameters and not alone.controls
+
+
+def test_outline_needs_no_data(model_file):
+    split = dbconvert.split(str(model_file), out="bare", options=SplitOptions(blocks=3))
+    planned = outline("bare", overrides=["train.batch=32"])
+    assert planned.length == "100 epochs a block" and planned.noise == split.plan.preview
+    same = outline("bare", overrides=["train.batch=32", "data.source=digits"])
+    assert same.length == "100 epochs, 3700 updates a block" and same.noise != planned.noise
+    assert same.memory == planned.memory and same.controls == planned.controls
+    with pytest.raises(UsageError, match="no data is given"):
+        dbconvert.train("bare")
 
 
 def test_a_recipe_starts_from_a_source(tmp_path, model_file):
