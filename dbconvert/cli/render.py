@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -17,7 +18,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 
 from dbconvert.errors import DBConvertError, Refused
 from dbconvert.events import Advance, Event, Note, Reporter, Stage
@@ -38,6 +39,11 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 def say(text: str) -> None:
     out.print(escape(text))
+
+
+def grid(*headers: str, **options: Any) -> Table:
+    """A table that folds what is too wide; nothing is cut off."""
+    return Table(*(Column(header, overflow="fold") for header in headers), **options)
 
 
 def show_error(error: DBConvertError) -> None:
@@ -131,7 +137,7 @@ def show_anatomy(anatomy: Anatomy) -> None:
     )
     for note in anatomy.notes:
         out.print(f"[yellow]{escape(note)}[/]")
-    proof = Table("proof", "shown", box=None, pad_edge=False)
+    proof = grid("proof", "shown", box=None, pad_edge=False)
     for check in anatomy.proof:
         proof.add_row(("[green]yes[/] " if check.passed else "[red]no[/] ") + escape(check.name), escape(check.detail))
     out.print(proof)
@@ -147,7 +153,7 @@ def same(anatomy: Anatomy) -> bool:
 
 
 def branch_table(layer: Layer, title: str) -> Table:
-    table = Table("added at node", "placement", "norm", "gate after", title=f"{title} ({escape(layer.path)})")
+    table = grid("added at node", "placement", "norm", "gate after", title=f"{title} ({escape(layer.path)})")
     for branch in layer.branches:
         table.add_row(
             branch.addition,
@@ -159,7 +165,7 @@ def branch_table(layer: Layer, title: str) -> Table:
 
 
 def part_table(anatomy: Anatomy) -> Table:
-    table = Table("part", "modules", "parameters", "bytes")
+    table = grid("part", "modules", "parameters", "bytes")
     table.add_row("stem", listed(anatomy.stem.modules), f"{anatomy.stem.parameters:,}", size(anatomy.stem.bytes))
     parameters = sum(layer.parameters for layer in anatomy.layers)
     stored = sum(layer.bytes for layer in anatomy.layers)
@@ -211,7 +217,7 @@ def split_json(result: SplitResult) -> dict[str, Any]:
 def noise_table(plan: Plan, noise: NoiseFit) -> Table:
     intervals = noise.intervals()
     kind = "entropy" if noise.rule == "auto" else "mass"
-    table = Table("block", "layers", "sigma", "trained on", kind)
+    table = grid("block", "layers", "sigma", "trained on", kind)
     for block, (first, last) in enumerate(plan.blocks):
         low, high = intervals.owned(block)
         least, most = intervals.training(block)
@@ -243,7 +249,7 @@ def show_split(result: SplitResult) -> None:
 def show_outline(outline: Outline) -> None:
     out.print(f"method {outline.method}, {outline.length}")
     out.print(noise_table(outline.plan, outline.noise))
-    table = Table("update of", "trainable parameters", "state", "activations", "both")
+    table = grid("update of", "trainable parameters", "state", "activations", "both")
     for unit in outline.memory.units:
         table.add_row(unit.name, *unit_cells(unit))
     for method, memory in outline.controls.items():
@@ -271,7 +277,7 @@ def show_run(result: TrainResult) -> None:
 
 
 def metric_table(metrics: dict[str, float], title: str) -> Table:
-    table = Table("figure", "value", title=title)
+    table = grid("figure", "value", title=title)
     for name, value in metrics.items():
         accuracy = name.startswith("accuracy")
         table.add_row(name, f"{100 * value:.2f} %" if accuracy else f"{value:.4f}")
@@ -296,11 +302,15 @@ def demo_json(folder: Path, rows: list[Row]) -> dict[str, Any]:
 
 
 def show_demo(folder: Path, rows: list[Row]) -> None:
-    table = Table(
-        "network", "layers", "updates", "test accuracy", "activations", "state in use", "state held",
+    headers = ("network", "layers", "updates", "test\naccuracy", "activations", "state\nin use", "state\nheld")
+    table = grid(
+        *headers,
         title="scikit-learn digits, 300 test images",
         caption="layers, activations and state in use: of one update; state held: by the whole run",
-    )  # fmt: skip
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )  # fits a terminal of 80 columns
     for row in rows:
         table.add_row(
             row.name,

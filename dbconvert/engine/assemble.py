@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dbconvert.checkpoint import load_tensors, read_metadata, refuse_occupied, save_checkpoint, sha256_file
+from dbconvert.checkpoint import atomic_folder, load_tensors, read_metadata, save_checkpoint, sha256_file
 from dbconvert.engine.network import own_key
 from dbconvert.engine.package import (
     MODEL,
@@ -31,6 +31,7 @@ from dbconvert.graph.inject import PREFIX
 from dbconvert.plan import NoiseFit, Plan, read_plan
 from dbconvert.recipe import read_recipe
 from dbconvert.schema import to_json
+from dbconvert.sources.resolve import holds
 
 DATA_KEY = "dbconvert.data"
 SOURCE_SUFFIX = ".source"
@@ -200,13 +201,11 @@ def check_shapes(tensors: Mapping[str, Tensor], plan: Plan, *, own: bool) -> Non
 
 def copy_source(model: Path, checkpoint: Path, plan: Plan, *, force: bool) -> None:
     """Python files lie beside the checkpoint; a Transformers configuration travels inside it."""
-    if plan.source.kind != "model_file" or not model.is_dir():
-        return
     folder = source_folder(checkpoint)
-    if folder.exists() and force:
-        shutil.rmtree(folder)
-    refuse_occupied(folder, force=False)
-    shutil.copytree(model, folder)
+    if plan.source.kind != "model_file" or not model.is_dir() or holds(folder, plan.source):
+        return
+    with atomic_folder(folder, force=force) as temporary:
+        shutil.copytree(model, temporary, dirs_exist_ok=True)
 
 
 def source_folder(checkpoint: Path) -> Path:

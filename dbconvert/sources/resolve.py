@@ -52,17 +52,26 @@ def reopen_source(ref: SourceRef, folders: list[Path]) -> Source:
         return TransformersSource.from_config(ref.config or {}, ref.name)
     changed = []
     for folder in folders:
-        if all((folder / file).is_file() for file in ref.files):
-            if sha256_files(folder, ref.files) == ref.sha256:
-                return ModelFile(folder / ref.files[0], ref.name)
+        if holds(folder, ref):
+            return ModelFile(folder / ref.files[0], ref.name)
+        if complete(folder, ref):
             changed.append(folder / ref.files[0])
     if changed:
         raise DBConvertError(
             f"{changed[0]} is not the file that was split: its content has changed",
-            hint="give the original with source=..., or split again",
+            hint="give the original with source=PATH (eval: --model PATH), or split again",
         )
     raise DBConvertError(
         f"the network's source {ref.files[0]} is missing",
         where=", ".join(str(folder) for folder in folders),
-        hint=f"give it with source=PATH (it was {ref.location})",
+        hint=f"give it with source=PATH (eval: --model PATH); it was {ref.location}",
     )
+
+
+def holds(folder: Path, ref: SourceRef) -> bool:
+    """Whether a folder holds exactly the files that a plan names."""
+    return complete(folder, ref) and sha256_files(folder, ref.files) == ref.sha256
+
+
+def complete(folder: Path, ref: SourceRef) -> bool:
+    return all((folder / file).is_file() for file in ref.files)

@@ -46,6 +46,7 @@ def test_inspect_accepts(model):
     assert (found["stack"], found["layers"], found["width"], found["streams"]) == ("layers", 5, 16, 1)
     assert all(check["passed"] for check in found["anatomy"]["proof"])
     text = dbconvert("inspect", model).stdout
+    assert "…" not in text
     for word in ("accepted", "layers", "norm1", "attention.projection", "stem", "readout", "identity"):
         assert word in text
 

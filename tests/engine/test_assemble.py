@@ -137,6 +137,13 @@ def test_existing_files_are_kept(run_of_all):
     assert Path("model.safetensors").stat() == before
     dbconvert.assemble(runs, force=True)
     assert Path("model.safetensors").stat().st_mtime_ns > before.st_mtime_ns
+    Path("model.safetensors").unlink()
+    dbconvert.assemble(runs)  # the source that is still there is the same
+    Path("other.source").mkdir()
+    Path("other.source/mine.txt").touch()
+    with pytest.raises(UsageError, match="not written by dbconvert"):
+        dbconvert.assemble(runs, out="other.safetensors", force=True)
+    assert Path("other.source/mine.txt").exists() and not Path("other.safetensors").exists()
     save_tensors(Path("theirs.safetensors"), {"a": torch.ones(1)})
     with pytest.raises(UsageError, match="not written by dbconvert"):
         dbconvert.assemble(runs, out="theirs.safetensors", force=True)
