@@ -254,7 +254,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     except Exception as error:
         raise DBConvertError(
             f"cannot read {path} as a state_dict",
-            why=str(error).split("\n", 1)[0],
+            why=f"it is damaged, or holds more than tensors, which are never unpickled ({type(error).__name__})",
             hint="save the weights with safetensors, or torch.save(model.state_dict(), ...)",
         ) from None
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded

@@ -111,6 +111,51 @@ class Net(nn.Module):
         return self.head(x.mean(1))
 
 
+class Patches(Net):
+    """No positions are added: the convolution's result becomes the stream by views alone."""
+
+    def __init__(self):
+        super().__init__(Block)
+        self.stem = nn.Conv2d(3, WIDTH, 4, 4)
+
+    def forward(self, x):
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x.mean(1))
+
+
+class AllDepths(Net):
+    """The readout uses the stream after every layer."""
+
+    def forward(self, x):
+        streams = [self.stem(x)]
+        for layer in self.layers:
+            streams.append(layer(streams[-1]))
+        return self.head(sum(streams[1:]).mean(1))
+
+
+class InPlace(nn.Module):
+    """Runs forward, but writes over what the backward pass of its norm needs."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        x += self.linear(self.norm(x))
+        return x
+
+
+class PreNormMLP(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 64), nn.ReLU(), nn.Linear(64, WIDTH))
+
+    def forward(self, x):
+        return x + self.mlp(x)
+
+
 class DropPath(nn.Module):
     """Stochastic depth: each example's branch is dropped or scaled up."""
 
@@ -200,9 +245,12 @@ class PostActivation(nn.Module):
 
 
 class ConvNet(nn.Module):
-    def __init__(self, layer):
+    """`stem`: a container of the same class as the layers' own, which changes the shape and is no stage."""
+
+    def __init__(self, layer, stem=False):
         super().__init__()
-        self.stem = nn.Conv2d(3, WIDTH, 4, 4)
+        first = nn.Conv2d(3, WIDTH, 4, 4)
+        self.stem = nn.Sequential(first, nn.BatchNorm2d(WIDTH), nn.ReLU()) if stem else first
         self.layers = nn.Sequential(*[layer() for _ in range(DEPTH)])
         self.head = nn.Linear(WIDTH, 5)
 
@@ -282,6 +330,32 @@ class UNet(nn.Module):
         for stage in self.up:
             x = stage(x) + kept.pop()
         return self.out(x)
+
+
+class FlatUNet(nn.Module):
+    """Three residual layers side by side, with changes of shape between them."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.high = nn.Conv2d(3, 8, 3, padding=1), ConvLayer(8)
+        self.shrink, self.low = nn.Conv2d(8, 16, 2, 2), ConvLayer(16)
+        self.grow, self.end, self.out = nn.ConvTranspose2d(16, 8, 2, 2), ConvLayer(8), nn.Conv2d(8, 3, 1)
+
+    def forward(self, x):
+        kept = self.high(self.stem(x))
+        return self.out(self.end(self.grow(self.low(self.shrink(kept))) + kept))
+
+
+class Interrupted(nn.Module):
+    """Residual layers with something else on the stream between them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = Block(), Block()
+        self.stem, self.between, self.head = nn.Linear(8, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 5)
+
+    def forward(self, x):
+        return self.head(self.second(self.between(self.first(self.stem(x)))).mean(1))
 
 
 class FunctionalNorm(nn.Module):
@@ -406,6 +480,13 @@ def vit_config():
     return transformers.ViTConfig(**VISION, architectures=["ViTForImageClassification"])
 
 
+def convnext_config():
+    return transformers.ConvNextConfig(
+        hidden_sizes=[WIDTH], depths=[DEPTH], num_stages=1, patch_size=2, num_labels=5,
+        architectures=["ConvNextForImageClassification"],
+    )  # fmt: skip
+
+
 def gpt2_config():
     return transformers.GPT2Config(
         vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=DEPTH, n_head=HEADS, n_positions=64, use_cache=False,
@@ -421,6 +502,12 @@ def bert_config():
     return transformers.BertConfig(**TEXT, architectures=["BertForMaskedLM"])
 
 
+def whole_sequential():
+    """No class of its own: the layers are children of the network itself, numbered like stem and head."""
+    layers = [PreNormMLP() for _ in range(DEPTH)]
+    return nn.Sequential(nn.Linear(8, WIDTH), *layers, nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 5))
+
+
 ACCEPTED = {
     "vit": lambda: (ViT(), {"x": images()}),
     "vit_mean": lambda: (ViT(pool="mean"), {"x": images()}),
@@ -429,29 +516,37 @@ ACCEPTED = {
     "encoder_pre_seq_first": lambda: (Encoder(True, False), {"x": features()}),
     "encoder_post": lambda: (Encoder(False, True), {"x": features()}),
     "encoder_post_seq_first": lambda: (Encoder(False, False), {"x": features()}),
+    "patches": lambda: (Patches(), {"x": images()}),
     "scaled": lambda: (Net(Scaled), {"x": features()}),
     "mixer": lambda: (Net(MixerLayer), {"x": features()}),
     "conv": lambda: (ConvNet(ConvPair), {"x": images()}),
     "conv_post": lambda: (ConvNet(PostActivation), {"x": images()}),
+    "conv_stem": lambda: (ConvNet(PostActivation, stem=True), {"x": images()}),
+    "sequential": lambda: (whole_sequential(), {"input": features()}),
     "returns_tuple": lambda: (Unpacking("tuple"), {"x": features()}),
     "returns_list": lambda: (Unpacking("list"), {"x": features()}),
     "returns_dict": lambda: (Unpacking("dict"), {"x": features()}),
     "hf_vit": lambda: (transformers.ViTForImageClassification(vit_config()), {"pixel_values": images()}),
+    "hf_convnext": lambda: (transformers.ConvNextForImageClassification(convnext_config()), {"pixel_values": images()}),
     "hf_gpt2": lambda: (transformers.GPT2LMHeadModel(gpt2_config()), {"input_ids": tokens()}),
     "hf_llama": lambda: (transformers.LlamaForCausalLM(llama_config()), {"input_ids": tokens()}),
     "hf_bert": lambda: (transformers.BertForMaskedLM(bert_config()), {"input_ids": tokens()}),
 }
 """Networks that the analysis accepts."""
 
-POST_NORM = ("encoder_post", "encoder_post_seq_first", "hf_bert", "conv_post")
+POST_NORM = ("encoder_post", "encoder_post_seq_first", "hf_bert", "conv_post", "conv_stem")
+ONE_BRANCH = ("conv_post", "conv_stem", "sequential", "hf_convnext")
 
 REFUSED = {
     "not_residual": (lambda: (Net(NotResidual), {"x": features()}), "not-residual", "layers.0"),
     "multiplicative": (lambda: (Net(Multiplicative), {"x": features()}), "not-residual", "mul"),
     "widening": (lambda: (Widening(), {"x": features()}), "dimensions", "layers.0"),
     "unet": (lambda: (UNet(), {"x": images()}), "dimensions", "down.0"),
+    "flat_unet": (lambda: (FlatUNet(), {"x": images()}), "dimensions", "shrink"),
+    "interrupted": (lambda: (Interrupted(), {"x": features()}), "no-stack", "between"),
     "functional_norm": (lambda: (Net(FunctionalNorm), {"x": features()}), "functional", "layer_norm"),
     "early_exit": (lambda: (Net(EarlyExit), {"x": features()}), "control-flow", "bool"),
+    "in_place": (lambda: (Net(InPlace), {"x": features()}), "backward", "backward pass"),
     "side_product": (lambda: (SideProducts(), {"x": features()}), "layer-made-input", "layers.0"),
     "two_stacks": (lambda: (TwoStacks(), {"x": features()}), "several-stacks", "left, right"),
     "no_stack": (

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
+ITSELF = "(the network itself)"
 
 
 def say(text: str) -> None:
@@ -132,7 +133,7 @@ def show_anatomy(anatomy: Anatomy) -> None:
     called = "once" if anatomy.calls == 1 else f"{anatomy.calls} times"
     out.print(f"[bold {colour}]{anatomy.verdict}[/]  {escape(anatomy.network)}")
     out.print(
-        f"stack [bold]{escape(anatomy.stack)}[/]: {anatomy.depth} layers, each called {called}, "
+        f"stack [bold]{escape(anatomy.stack or ITSELF)}[/]: {anatomy.depth} layers, each called {called}, "
         f"width {anatomy.width}, {anatomy.streams} stream {list(anatomy.stream_shape)}"
     )
     for note in anatomy.notes:
@@ -181,7 +182,7 @@ def part_table(anatomy: Anatomy) -> Table:
 
 
 def listed(names: tuple[str, ...], most: int = 5) -> str:
-    shown = ", ".join(name or "(the network's own)" for name in names[:most])
+    shown = ", ".join(name or ITSELF for name in names[:most])
     return escape(shown + (f" and {len(names) - most} more" if len(names) > most else ""))
 
 
@@ -233,9 +234,10 @@ def noise_table(plan: Plan, noise: NoiseFit) -> Table:
 
 def show_split(result: SplitResult) -> None:
     plan, noise = result.plan, result.noise
+    stack = escape(plan.anatomy.stack or ITSELF)
     out.print(
-        f"[bold]{escape(plan.anatomy.network)}[/]: {plan.anatomy.depth} layers ({escape(plan.anatomy.stack)}) "
-        f"in {len(plan.blocks)} blocks, task {plan.task}, start {plan.start}, conditioning {plan.condition_width} wide"
+        f"[bold]{escape(plan.anatomy.network)}[/]: {plan.anatomy.depth} layers ({stack}) in {len(plan.blocks)} blocks, "
+        f"task {plan.task}, start {plan.start}, conditioning {plan.condition_width} wide"
     )
     out.print(noise_table(plan, noise))
     out.print(f"noise {noise.rule}: {escape(noise.basis)}; sigma_data {noise.sigma_data:.4g}")
@@ -243,7 +245,8 @@ def show_split(result: SplitResult) -> None:
         out.print("dry run: nothing was written")
     else:
         folder = escape(str(result.package))
-        out.print(f"wrote [bold]{folder}/[/]; train it with: dbconvert train {folder}")
+        then = f"train it with: dbconvert train {folder}" if plan.task else "no task can train it yet"
+        out.print(f"wrote [bold]{folder}/[/]; {then}")
 
 
 def show_outline(outline: Outline) -> None:

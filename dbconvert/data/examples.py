@@ -37,6 +37,18 @@ class Examples(Dataset[Batch]):
         self.classes = classes
         self.columns = find_columns(dataset[0], options, anatomy)
         self.label = options.label
+        self.refuse_other_rank(anatomy)
+
+    def refuse_other_rank(self, anatomy: Anatomy) -> None:
+        """An example with other axes than the analysed one would be modulated along the wrong ones."""
+        first = self.__getitems__([0])
+        for given in anatomy.inputs:
+            if given.name in first and first[given.name].dim() != len(given.shape):
+                raise DBConvertError(
+                    f"a batch of column {self.columns[given.name]} has shape {list(first[given.name].shape)}, and the "
+                    f"split saw {given.name} {list(given.shape)}",
+                    hint="bring the data into that form, or split again with an example_inputs() that looks like it",
+                )
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -26,7 +26,7 @@ from dbconvert.engine.package import (
 )
 from dbconvert.engine.runs import RunInfo, newest_complete, read_info
 from dbconvert.errors import DBConvertError, UsageError
-from dbconvert.events import Reporter, Stage, silent
+from dbconvert.events import Note, Reporter, Stage, silent
 from dbconvert.graph.inject import PREFIX
 from dbconvert.plan import NoiseFit, Plan, read_plan
 from dbconvert.recipe import read_recipe
@@ -75,6 +75,7 @@ def assemble(
     report(Stage("checking the blocks"))
     finished = [open_finished(Path(run)) for run in runs] or [open_finished(newest_complete())]
     refuse_mixture(finished)
+    report(Note(f"from {', '.join(str(run.folder) for run in finished)}"))
     path = Path(out)
     if path.suffix != ".safetensors":
         raise UsageError(f"{out} does not end in .safetensors", hint="-o model.safetensors")

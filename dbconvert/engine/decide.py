@@ -40,17 +40,15 @@ def decide_blocks(anatomy: Anatomy, options: SplitOptions) -> tuple[tuple[int, i
     given = [o for o in (options.blocks, options.layers, options.layers_per_block) if o is not None]
     if len(given) > 1 and not (options.blocks and options.layers and len(options.layers) == options.blocks):
         raise UsageError("blocks, layers and layers-per-block say the same thing twice", hint="give one of them")
+    refuse_uncuttable(anatomy)
     if options.layers_per_block is not None:
         whole, rest = divmod(anatomy.depth, options.layers_per_block)
         sizes = (options.layers_per_block,) * whole + (rest,) * bool(rest)
-        blocks = cut(anatomy.depth, sizes=sizes)
-    else:
-        blocks = cut(anatomy.depth, blocks=options.blocks or 3, sizes=options.layers)
-    refuse_uncuttable(anatomy, blocks)
-    return blocks
+        return cut(anatomy.depth, sizes=sizes)
+    return cut(anatomy.depth, blocks=options.blocks or 3, sizes=options.layers)
 
 
-def refuse_uncuttable(anatomy: Anatomy, blocks: tuple[tuple[int, int], ...]) -> None:
+def refuse_uncuttable(anatomy: Anatomy) -> None:
     """Weights that two blocks would share tie them together."""
     if anatomy.calls > 1:
         raise Refused(
@@ -93,6 +91,7 @@ def decide(
         )
     else:
         fit = edm_noise(rule, len(blocks))
+    fit.intervals()  # refuses levels that do not ascend and a negative overlap
     plan = Plan(
         schema_version=SCHEMA_VERSION,
         versions={**{name: version(name) for name in LIBRARIES}, "python": platform.python_version()},
@@ -131,7 +130,7 @@ def cautions(plan: Plan) -> list[str]:
     """What the user should know before training."""
     found = []
     if plan.task is None:
-        found.append(f"no single task fits this network ({reasons(plan.anatomy)}): set `task` in the recipe")
+        found.append(f"no task fits this network ({reasons(plan.anatomy)}): it can be split, but not trained")
     if plan.pretrained:
         found.append(
             "pure block-wise training makes a pretrained network forget: "

@@ -184,11 +184,12 @@ class Loop:
     def not_finite(self, block: int, unit: Unit, losses: Tensor, sigma: Tensor) -> DBConvertError:
         bad = sigma[~torch.isfinite(losses)]
         levels = "" if self.job.layers is not None else f", sigma {float(bad.min()):.4g} to {float(bad.max()):.4g}"
+        state = newest_state(self.job.folder / CHECKPOINTS)
+        kept = f"; the last whole state is {state}" if state else ""
         return DBConvertError(
             f"the loss is not finite for {len(bad)} of {len(losses)} examples",
             where=f"{unit.name}, its update {unit.done + 1}, update {self.updates + 1} of the run{levels}",
-            hint="lower optimizer.lr, clip gradients with train.clip, or look at those examples; "
-            f"the last whole state is in {self.job.folder / CHECKPOINTS}",
+            hint=f"lower optimizer.lr, clip gradients with train.clip, or look at those examples{kept}",
         )
 
     # -- figures ------------------------------------------------------------------------------------------

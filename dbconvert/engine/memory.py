@@ -11,7 +11,9 @@ from dbconvert.data.batches import OrderedBatches, seed_all
 from dbconvert.data.examples import LABEL
 from dbconvert.data.images import normalise
 from dbconvert.engine.jobs import Job
+from dbconvert.engine.network import BlockwiseNetwork, Inputs
 from dbconvert.engine.units import Unit
+from dbconvert.errors import DBConvertError
 from dbconvert.graph.account import parameter_bytes, saved_bytes, state_bytes
 from dbconvert.graph.proof import unchanged_state
 from dbconvert.recipe import OptimizerOptions
@@ -103,4 +105,26 @@ def activations(job: Job, block: int, device: torch.device) -> int:
     with unchanged_state(network), torch.random.fork_rng(devices=[]):
         network.train()
         seed_all(0)
-        return saved_bytes(loss, network.parameters())
+        try:
+            return saved_bytes(loss, network.parameters())
+        except torch.OutOfMemoryError as error:
+            raise DBConvertError(
+                f"out of memory in one update at batch {recipe.train.batch}",
+                why=str(error).split(". ", 1)[0],
+                hint="lower train.batch, raise train.accumulate, or cut into more blocks",
+            ) from error
+        except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+            raise failed(error, inputs, network) from error
+
+
+def failed(error: Exception, inputs: Inputs, network: BlockwiseNetwork) -> DBConvertError:
+    """The network cannot run a batch of the data."""
+    given = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
+    seen = ", ".join(f"{known.name} {list(known.shape)}" for known in network.plan.anatomy.inputs)
+    reason = str(error).strip().split("\n", 1)[0]
+    return DBConvertError(
+        f"the network fails on a batch of the data: {reason}",
+        where=f"batch: {given}; the split saw: {seen}",
+        hint="give data of the shape that the network takes (data.image.size resizes pictures), or split again with "
+        "an example_inputs() that looks like the data",
+    )

@@ -34,6 +34,7 @@ from dbconvert.engine.picture import draw_noise
 from dbconvert.events import Note, Reporter, Stage, silent
 from dbconvert.graph.analysis import analyse
 from dbconvert.graph.proof import prove
+from dbconvert.graph.tape import refuse_opaque
 from dbconvert.plan import NoiseFit, NoiseRule, Plan
 from dbconvert.recipe import DataOptions, SplitOptions
 from dbconvert.schema import to_json
@@ -82,6 +83,7 @@ def open_and_analyse(source: str, *, stack: str | None, weights: str | None, see
         torch.manual_seed(seed)
         opened = open_source(source)
         model = opened.build()
+    refuse_opaque(model)
     origin = fill_weights(opened, model, weights)
     inputs = opened.example_inputs(model)
     report(Stage("analysing the graph"))

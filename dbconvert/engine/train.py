@@ -40,7 +40,7 @@ from dbconvert.engine.runs import (
 from dbconvert.errors import UsageError
 from dbconvert.events import Reporter, silent
 from dbconvert.plan import NoiseFit, Plan
-from dbconvert.recipe import Recipe, read_recipe
+from dbconvert.recipe import Recipe
 from dbconvert.schema import to_data, to_json, to_yaml
 
 NETWORK_FILE = "network.safetensors"
@@ -84,8 +84,10 @@ def train(
         DBConvertError: training cannot go on; the last whole state stays on disk.
     """
     origin = read_origin(target, overrides)
-    recipe = origin.recipe
     folder = choose_folder(origin, block, resume=resume, out=out)
+    if resume:
+        origin = resumed(origin, folder, overrides, block)
+    recipe = origin.recipe
     accelerator = make_accelerator(recipe, folder)
     report = report if accelerator.is_main_process else silent
     prepared = prepare(origin, folder, block, report, keep_noise=block is not None)
@@ -102,11 +104,11 @@ def train(
         periphery=recipe.train.periphery,
         updates=sum(unit.total for unit in job.units.values()),
     )
+    loop = Loop(job, accelerator, report)
+    memory = measure(job, accelerator.device)
     if accelerator.is_main_process:
         write_head(folder, info, recipe, prepared.plan, noise)
     start_trackers(accelerator, recipe)
-    loop = Loop(job, accelerator, report)
-    memory = measure(job, accelerator.device)
     metrics = loop.run()
     accelerator.end_training()
     if accelerator.is_main_process:
@@ -121,9 +123,7 @@ def choose_folder(origin: Origin, block: int | None, *, resume: bool, out: str |
         UsageError: `out` is occupied, or does not hold the run to resume.
     """
     if resume:
-        folder = Path(out) if out is not None else run_to_resume(origin, block)
-        refuse_other_request(folder, origin.recipe, block)
-        return folder
+        return Path(out) if out is not None else run_to_resume(origin, block)
     if out is not None:
         if Path(out).exists():
             raise UsageError(f"{out} exists already", hint="give another -o, or --resume to continue that run")
@@ -139,21 +139,28 @@ def run_to_resume(origin: Origin, block: int | None) -> Path:
     return newest_unfinished(folder if origin.path.name == RECIPE else origin.path, block)
 
 
-def refuse_other_request(folder: Path, recipe: Recipe, block: int | None) -> None:
-    """A run is continued with the recipe and the block it began with; how it is logged may change."""
+def resumed(origin: Origin, folder: Path, overrides: Iterable[str], block: int | None) -> Origin:
+    """The origin with the recipe that a run began with; overrides may change how it is logged, nothing else.
+
+    Raises:
+        UsageError: the run is complete, or something else is asked for than what it does.
+    """
     info = read_info(folder)
     if info.status == "complete":
         raise UsageError(f"{folder} is complete", hint="there is nothing to resume")
     if info.block != block:
         own = "leave out --block" if info.block is None else f"add --block {info.block}"
         raise UsageError(f"{folder} does not train what is asked for", hint=own)
-    before, now = to_data(read_recipe(folder / RECIPE)), to_data(recipe)
-    changed = [key for key in now if before[key] != now[key] and key != "log"]
+    began, now = read_origin(str(folder / RECIPE), ()).recipe, read_origin(str(folder / RECIPE), overrides).recipe
+    before, after = to_data(began), to_data(now)
+    changed = [key for key in after if before[key] != after[key] and key != "log"]
     if changed:
         raise UsageError(
             f"{folder} was started with another recipe: {', '.join(changed)} differ",
-            hint="resume with the same one",
+            hint="leave the overrides out: a run is continued with its own recipe",
         )
+    began_at = Path(info.origin)
+    return replace(origin, recipe=now, path=began_at / RECIPE if began_at.is_dir() else began_at)
 
 
 def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:

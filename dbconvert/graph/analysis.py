@@ -11,7 +11,7 @@ from dbconvert.anatomy import Anatomy, Axes, Input, Verdict
 from dbconvert.errors import Refused
 from dbconvert.graph.diagnosis import changing_stages, why_no_stack
 from dbconvert.graph.evidence import Evidence
-from dbconvert.graph.layers import layer_calls, read_layers
+from dbconvert.graph.layers import layer_calls, read_layers, read_outside
 from dbconvert.graph.parts import find_head, stem_and_readout
 from dbconvert.graph.spine import find_spines
 from dbconvert.graph.stack import Stack, choose_stack, find_stacks, refuse_decisions
@@ -76,9 +76,10 @@ def read(evidence: Evidence, inputs: Inputs, wanted: str | None) -> Anatomy:
     if changing is not None and wanted is None:
         raise changing
     paths = tuple(path for path, _ in chosen.layers)
+    others = [stack for stack in stacks if not any(inside(path, paths) for path, _ in stack.layers)]
     refuse_decisions(recording, paths)
     first = chosen.layers[0][1][0].node
-    channel = evidence.channel_axis(chosen.layers[0][1][0].source)
+    channel = evidence.channel_axis(first)
     width = first.meta["shape"][channel]
     try:
         layers = read_layers(chosen, evidence, channel, width)
@@ -94,7 +95,7 @@ def read(evidence: Evidence, inputs: Inputs, wanted: str | None) -> Anatomy:
     end = dict(calls[-1].outputs)[layers[-1].stream_out]
     stem, readout = stem_and_readout(evidence, calls, end)
     return Anatomy(
-        verdict=verdict(chosen, restricted=changing is not None),
+        verdict=verdict(chosen, restricted=changing is not None or bool(others)),
         network=type(model).__name__,
         stack=chosen.container,
         layers=layers,
@@ -110,7 +111,7 @@ def read(evidence: Evidence, inputs: Inputs, wanted: str | None) -> Anatomy:
         inputs=named_inputs(inputs),
         tied=tied_parameters(model),
         left_out=chosen.left_out,
-        notes=notes(chosen, evidence),
+        notes=notes(chosen, others, read_outside(calls, layers, evidence), evidence),
     )
 
 
@@ -136,12 +137,23 @@ def tied_parameters(model: nn.Module) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(group) for group in names.values() if len(group) > 1)
 
 
-def notes(stack: Stack, evidence: Evidence) -> tuple[str, ...]:
+def inside(path: str, layers: tuple[str, ...]) -> bool:
+    return any(path == layer or path.startswith(layer + ".") for layer in layers)
+
+
+def notes(stack: Stack, others: list[Stack], tapped: list[str], evidence: Evidence) -> tuple[str, ...]:
     found = []
     if evidence.grown is None:
         found.append("the network runs one batch size only, so the batch axis is taken to be the first")
     if stack.left_out:
         found.append(f"not part of the stack: {', '.join(stack.left_out)}")
+    if tapped:
+        found.append(
+            f"the stream after {', '.join(tapped)} is also read outside of the layers: "
+            "while a block runs, skipped layers give the stream as it came"
+        )
+    if others:
+        found.append(f"other residual layers stay as they are: {'; '.join(other.summary() for other in others)}")
     classes = {type(evidence.model.get_submodule(path)).__name__ for path, _ in stack.layers}
     if len(classes) > 1:
         found.append(f"layers of different classes: {', '.join(sorted(classes))}")

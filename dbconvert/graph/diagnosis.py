@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from itertools import pairwise
 
 from torch import fx, nn
 
@@ -53,7 +54,7 @@ def why_no_stack(evidence: Evidence) -> Refused:
     if changed is not None:
         return changed
     if groups:
-        return not_residual(groups[0], evidence)
+        return broken_stream(groups[0], evidence) or not_residual(groups[0], evidence)
     if evidence.spines.adds:
         add = next(iter(evidence.spines.adds.values()))
         return Refused(
@@ -76,7 +77,33 @@ def dimensions_change(call: ModuleCall, stream: tuple[fx.Node, fx.Node]) -> Refu
         f"dimensions change: {call.path} maps {before} to {after}, and every block must keep the shape",
         node=describe(stream[1]),
         kind="dimensions",
+        hint="only a stack that keeps its shape can be cut; if there is one inside, name it with --stack PATH",
     )
+
+
+def broken_stream(calls: list[ModuleCall], evidence: Evidence) -> Refused | None:
+    """Layers that are residual one by one, but not on one stream; None if one of them is not residual."""
+    streams = [stream_of(call) for call in calls]
+    if not all(stream and ops.origin(stream[1]) in evidence.spines.adds for stream in streams):
+        return None
+    for (one, before), (other, after) in pairwise(zip(calls, filter(None, streams), strict=True)):
+        if before[1].meta["shape"] != after[0].meta["shape"]:
+            shapes = [list(stream[1].meta["shape"]) for stream in (before, after)]
+            return Refused(
+                f"dimensions change: {one.path} works on {shapes[0]} and {other.path} on {shapes[1]}, and every block "
+                "must keep the shape",
+                node=describe(after[0]),
+                kind="dimensions",
+                hint="only a stack that keeps its shape can be cut; these layers make none",
+            )
+        if evidence.spines.look_through(after[0])[0] is not ops.origin(before[1]):
+            return Refused(
+                f"{one.path} and {other.path} are residual layers, but the stream does not run from one to the other",
+                node=describe(after[0]),
+                kind="no-stack",
+                hint="let each layer take what the one before it returned, unchanged",
+            )
+    return None
 
 
 def not_residual(calls: list[ModuleCall], evidence: Evidence) -> Refused:
@@ -95,13 +122,15 @@ def not_residual(calls: list[ModuleCall], evidence: Evidence) -> Refused:
 
 
 def changing_stages(evidence: Evidence, stack: Stack) -> Refused | None:
-    """Stages that change the shape and hold more than the stack found: then the stack is only a part.
+    """Residual stages that change the shape and hold more than the stack found: then the stack is only a part.
 
     A U-Net or a pyramid has small residual stacks inside; converting one of them is a choice of the user's.
     """
     model = evidence.model
     inside = sum(p.numel() for path, _ in stack.layers for p in model.get_submodule(path).parameters())
-    stages = [g for g in repeated_siblings(evidence) if changes_of_shape([g]) is not None]
+    additions = [set(add.meta["calls"]) for add in evidence.spines.adds]
+    groups = [[c for c in g if any(c.order in calls for calls in additions)] for g in repeated_siblings(evidence)]
+    stages = [g for g in groups if len(g) > 1 and changes_of_shape([g]) is not None]
     if sum(weight(g, model) for g in stages) <= inside:
         return None
     changed = changes_of_shape(stages)

@@ -13,10 +13,13 @@ from dbconvert.graph import ops
 from dbconvert.graph.spine import Spines
 from dbconvert.graph.tape import ModuleCall, Path, Recording, describe
 
+CHANNELS_LAST = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm)
 CHANNELS_FIRST = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.GroupNorm,
     nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm,
 )  # fmt: skip
+STEPS = 4
+"""How many views, activations and sums away from a value its channel axis is looked for."""
 
 
 @dataclass
@@ -69,16 +72,55 @@ class Evidence:
         return moved[0] if moved else 0
 
     def channel_axis(self, node: fx.Node, width: int | None = None) -> int:
-        """Index from the front of the axis that weights act along, read off the module that made or reads it."""
+        """Index from the front of the axis that weights act along, read off the modules that made or read the value.
+
+        torch's own modules tell it by their kind, also through views; others by the shape of their weights.
+        """
         rank = len(node.meta["shape"])
-        for neighbour in (node, *node.users):
-            module = ops.module_of(neighbour, self.model)
-            if isinstance(module, CHANNELS_FIRST):
-                return 1
-            if module is not None and any(True for _ in module.parameters()):
-                return rank - 1
+        for told in (self.axis_by_kind(node), self.axis_by_weights(node)):
+            if told is not None:
+                return told
         fits = [i for i in range(rank) if node.meta["shape"][i] == width]
         return fits[-1] if fits else rank - 1
+
+    def axis_by_kind(self, node: fx.Node, steps: int = STEPS) -> int | None:
+        """What torch's own modules say of a value, or of what views, activations and sums make of it."""
+        for neighbour in (node, *readers(node)):
+            module = ops.module_of(neighbour, self.model)
+            if runs_as(module, CHANNELS_FIRST):
+                return 1
+            if runs_as(module, CHANNELS_LAST) and len(getattr(module, "normalized_shape", [1])) == 1:
+                return len(node.meta["shape"]) - 1
+        for user in node.users if steps else ():
+            view = ops.unchanged(user) is node
+            if view or ops.is_activation(user, self.model) or ops.is_addition(user):
+                told = self.axis_by_kind(user, steps - 1) if view or ops.same_shape(user, node) else None
+                axis = ops.axis_before(user, told) if view and told is not None else told
+                if axis is not None:
+                    return axis
+        return None
+
+    def axis_by_weights(self, node: fx.Node) -> int | None:
+        """The only axis, but for the batch, that has the size of the vectors among a module's weights."""
+        shape = node.meta["shape"]
+        for neighbour in (node, *readers(node)):
+            module = ops.module_of(neighbour, self.model)
+            vectors = [] if module is None else [p for p in module.parameters() if sum(n > 1 for n in p.shape) == 1]
+            sizes = {vector.numel() for vector in vectors}
+            fits = [i for i, n in enumerate(shape) if n in sizes and i != self.batch_axis(node)]
+            if len(fits) == 1:
+                return fits[0]
+        return None
+
+
+def runs_as(module: nn.Module | None, classes: tuple[type[nn.Module], ...]) -> bool:
+    """Whether a module is one of torch's and computes as torch does: subclasses with a forward of their own do not."""
+    return any(isinstance(module, cls) and type(module).forward is cls.forward for cls in classes)
+
+
+def readers(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose first argument is this one."""
+    return [user for user in node.users if ops.first(user) is node]
 
 
 def refuse_divergence(graph: fx.Graph, grown: fx.Graph) -> None:

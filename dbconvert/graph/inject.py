@@ -141,6 +141,10 @@ class Conditioning(nn.Module):
             {str(i): layer_modulation(layer, width, start) for i, layer in enumerate(anatomy.layers)}
         )
 
+    def forward(self, value: Any) -> Any:
+        """Hands on what it is given: an nn.Sequential that is converted calls all its children, this one too."""
+        return value
+
 
 def inject(model: nn.Module, anatomy: Anatomy, *, blocks: int, width: int, start: Start) -> Run:
     """Puts conditioning into `model`, in place, and returns the handle that steers its forward passes.

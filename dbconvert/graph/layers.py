@@ -106,6 +106,20 @@ def exit_(call: ModuleCall, add: ResidualAdd, evidence: Evidence) -> tuple[Path,
     )
 
 
+def read_outside(calls: list[ModuleCall], layers: tuple[Layer, ...], evidence: Evidence) -> list[str]:
+    """Layers, but for the last, whose stream is also used outside of all layers, as in a readout of several depths."""
+    orders = {call.order for call in calls}
+    found = []
+    for call, layer in zip(calls[:-1], layers, strict=False):
+        waiting = [dict(call.outputs)[layer.stream_out]]
+        for node in waiting:
+            outside = [user for user in node.users if not orders & set(user.meta.get("calls", ()))]
+            waiting.extend(user for user in outside if ops.unchanged(user) is node)
+            if any(ops.unchanged(user) is not node and user.op != "output" for user in outside):
+                found.append(layer.path)
+    return list(dict.fromkeys(found))
+
+
 def refuse_glue(leaving: fx.Node, entering: fx.Node, path: str, evidence: Evidence) -> None:
     """Between two layers the stream must stay as it is: skipped layers would repeat whatever happens there."""
     node: fx.Node | None = entering

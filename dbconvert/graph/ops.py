@@ -56,6 +56,10 @@ def size(node: fx.Node) -> int:
     return -1 if shape is None else int(torch.Size(shape).numel())
 
 
+def same_shape(node: fx.Node, other: fx.Node) -> bool:
+    return node.meta.get("shape") is not None and node.meta["shape"] == other.meta.get("shape")
+
+
 def first(node: fx.Node) -> fx.Node | None:
     """The node's first argument, if that is a node."""
     candidates = (*node.args, *node.kwargs.values())

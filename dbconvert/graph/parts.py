@@ -77,7 +77,7 @@ def find_head(evidence: Evidence, end: fx.Node) -> Head | None:
 def how_read(features: fx.Node, end: fx.Node, evidence: Evidence) -> tuple[int | None, bool]:
     """(token, pooled): which position of the stream the head's input comes from, and whether it is one vector."""
     rank = len(features.meta["shape"])
-    pooled = rank < len(end.meta["shape"])
+    pooled = rank == 2  # [N, features]
     token = None
     for node in evidence.spines.reach.between(end, [features]):
         if ops.function_name(node) in ("getitem", "select") and node.meta.get("shape") is not None:

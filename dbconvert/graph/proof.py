@@ -123,8 +123,12 @@ def sites_reach_output(model: nn.Module, run: Run, anatomy: Anatomy, inputs: Inp
     run.condition = condition_for(inputs)
     with awake(model), torch.enable_grad():
         outputs = [o for _, o in tensors(model(**inputs)) if o.is_floating_point() and o.requires_grad]
-        sum((random_like(o) * o).sum() for o in outputs).backward()  # type: ignore[union-attr]
-    run.reset()
+        try:
+            sum((random_like(o) * o).sum() for o in outputs).backward()  # type: ignore[union-attr]
+        except RuntimeError as error:
+            raise backward_fails(error) from None
+        finally:
+            run.reset()
     silent = []
     for layer, modulation in zip(anatomy.layers, modulations(model), strict=True):
         grad = modulation.linear.bias.grad
@@ -133,6 +137,15 @@ def sites_reach_output(model: nn.Module, run: Run, anatomy: Anatomy, inputs: Inp
     model.zero_grad(set_to_none=True)
     detail = f"no gradient in: {', '.join(silent)}" if silent else "gradients of all scales, shifts and gates"
     return Check("every site reaches the output", not silent, detail)
+
+
+def backward_fails(error: RuntimeError) -> Refused:
+    reason = str(error).split(". Hint", 1)[0].strip()
+    return Refused(
+        f"a backward pass through the network fails: {reason}",
+        kind="backward",
+        hint="a write in place (x += y, nn.ReLU(inplace=True) on a stream that others read) is the usual cause",
+    )
 
 
 def parts_alive(grad: Tensor, modulation: Any) -> bool:

@@ -144,7 +144,7 @@ def build_stack(
         own = [add for p, (_, add) in zip(paths, additions, strict=True) if p == path]
         layers.append((path, tuple(add for add in own if call_of(add, path) == call_of(own[0], path))))
     parameters = sum(p.numel() for path in names for p in model.get_submodule(path).parameters())
-    return Stack(container, tuple(layers), calls, left_out(container, names, recording), parameters * calls)
+    return Stack(container, tuple(layers), calls, left_out(container, names, recording, model), parameters * calls)
 
 
 def repeats(names: list[str], recording: Recording, model: nn.Module) -> bool:
@@ -163,11 +163,14 @@ def call_of(add: ResidualAdd, path: str) -> int | None:
     return add.node.meta["calls"][scope.index(path)] if path in scope else None
 
 
-def left_out(container: str, names: list[str], recording: Recording) -> tuple[str, ...]:
+def left_out(container: str, names: list[str], recording: Recording, model: nn.Module) -> tuple[str, ...]:
+    """Numbered siblings that are called but not part of the stack: of a layer's class, or between two layers."""
     prefix = f"{container}." if container else ""
-    siblings = [c.path for c in recording.calls if c.path.startswith(prefix) and "." not in c.path[len(prefix) :]]
-    numbered = [s for s in siblings if s[len(prefix) :].isdigit()]
-    return tuple(dict.fromkeys(s for s in numbered if s not in names))
+    siblings = [c.path for c in recording.calls if c.path.startswith(prefix) and c.path[len(prefix) :].isdigit()]
+    classes = {type(model.get_submodule(name)) for name in names}
+    inside = siblings[siblings.index(names[0]) : siblings.index(names[-1])] if set(names) <= set(siblings) else []
+    found = [s for s in siblings if s in inside or type(model.get_submodule(s)) in classes]
+    return tuple(dict.fromkeys(s for s in found if s not in names))
 
 
 def refuse_decisions(recording: Recording, paths: tuple[str, ...]) -> None:

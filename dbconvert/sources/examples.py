@@ -28,7 +28,7 @@ def guess_inputs(model: nn.Module) -> dict[str, Any]:
         try:
             run_quietly(model, {name: candidate})
         except (RuntimeError, ValueError, IndexError, AssertionError, TypeError, AttributeError) as failure:
-            error = failure
+            error = error or failure  # the first guess is the likeliest
             continue
         return {name: candidate}
     raise DBConvertError(
@@ -69,9 +69,12 @@ def candidates(model: nn.Module) -> Iterator[Tensor]:
     named = [getattr(model, name, None) for name in ("image_size", "img_size", "input_size")]
     sizes = [size for size in named if isinstance(size, int)] + list(IMAGE_SIZES)
     for module in model.modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            axes = len(module.kernel_size)
             for size in dict.fromkeys(sizes):
-                yield torch.randn(BATCH, module.in_channels, size, size, generator=generator)
+                yield torch.randn(BATCH, module.in_channels, *[size] * axes, generator=generator)
+        elif isinstance(module, nn.RNNBase):
+            yield torch.randn(BATCH, TOKENS, module.input_size, generator=generator)
         elif isinstance(module, nn.Embedding):
             for length in (TOKENS, 8, 4):
                 yield torch.randint(0, module.num_embeddings, (BATCH, length), generator=generator)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dbconvert.errors import DBConvertError, UsageError
 from dbconvert.plan import SourceRef
 from dbconvert.sources.base import Source
-from dbconvert.sources.examples import guess_inputs
+from dbconvert.sources.examples import guess_inputs, run_quietly
 from dbconvert.sources.python_files import (
     explained,
     imported_neighbours,
@@ -74,6 +74,12 @@ class ModelFile(Source):
             return guess_inputs(model)
         with neighbours_importable(self.path.resolve().parent), explained(self.path):
             given = function()
+        inputs = self.named(given, model)
+        with neighbours_importable(self.path.resolve().parent), explained(self.path):
+            run_quietly(model, inputs)
+        return inputs
+
+    def named(self, given: Any, model: nn.Module) -> dict[str, Any]:
         if isinstance(given, dict):
             return given
         values = given if isinstance(given, (tuple, list)) else (given,)

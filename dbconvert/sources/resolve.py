@@ -12,7 +12,7 @@ from dbconvert.sources.model_file import ModelFile
 from dbconvert.sources.python_files import sha256_files
 from dbconvert.sources.transformers_source import TransformersSource
 
-HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
+HUB_ID = re.compile(r"^\w[\w.-]*/[\w.-]+$")
 
 
 def open_source(text: str) -> Source:
@@ -34,7 +34,7 @@ def open_source(text: str) -> Source:
         raise UsageError(f"{text} holds no config.json", hint="give a model.py, or a Transformers folder")
     if path.exists():
         raise UsageError(f"{text} is not a source", hint="give a model.py, a Transformers folder or a hub id")
-    if HUB_ID.match(text) and text.count("/") == 1:
+    if HUB_ID.match(text):
         return TransformersSource.open(text)
     raise UsageError(f"{text} does not exist", hint="give a model.py, model.py:name, a Transformers folder or a hub id")
 

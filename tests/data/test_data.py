@@ -103,7 +103,7 @@ def test_a_folder_of_class_folders(tmp_path, anatomy):
 def test_parquet(tmp_path, anatomy):
     import datasets
 
-    rows = {"picture": [[[0.0]]] * 4, "kind": [0, 1, 2, 1], "name": list("abcd")}
+    rows = {"picture": [[[[0.0]]]] * 4, "kind": [0, 1, 2, 1], "name": list("abcd")}
     datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "d.parquet")
     options = DataOptions(source="d.parquet", label="kind", input="picture")
     examples = Examples(open_part(options, "train"), options, anatomy, classes=5)
@@ -123,6 +123,7 @@ def pairs(part): return Data([(1, 2)])
 def strings(part): return Data([{"image": 0, "label": "cat"}])
 def unlabelled(part): return Data([{"image": 0}])
 def two(part): return Data([{"a": 0, "b": 0, "label": 0}])
+def flat(part): return Data([{"image": [[0.0]], "label": 0}])
 def broken(part): return 1 / 0
 def number(part): return 3
 """
@@ -137,6 +138,7 @@ def number(part): return 3
         ("d.py:strings", "train", "not a whole number"),
         ("d.py:unlabelled", "train", "no column label"),
         ("d.py:two", "train", "which column"),
+        ("d.py:flat", "train", r"column image has shape \[1, 1, 1\], and the split saw"),
         ("d.py:broken", "train", "ZeroDivisionError"),
         ("d.py:number", "train", "not a map-style dataset"),
         ("d.py:absent", "train", "no function absent"),

@@ -85,6 +85,7 @@ def test_options_decide(model_file):
         (SplitOptions(blocks=2, layers_per_block=2), NoiseRule(), "same thing twice"),
         (SplitOptions(), NoiseRule(p_mean=1.0), "belong to noise `edm`"),
         (SplitOptions(), NoiseRule(sigma_min=50.0), "noise range"),
+        (SplitOptions(), NoiseRule(overlap=-1.0), "must not be negative"),
         (SplitOptions(stack="nowhere"), NoiseRule(), "no module nowhere"),
     ],
 )
@@ -156,8 +157,9 @@ def test_looped_layers_cannot_be_cut(tmp_path):
     config = transformers.AlbertConfig(**networks.TEXT, embedding_size=16, architectures=["AlbertForMaskedLM"])
     config.save_pretrained(tmp_path / "albert")
     assert dbconvert.inspect(str(tmp_path / "albert")).verdict == "looped"
-    with pytest.raises(Refused, match="called 4 times"):
-        dbconvert.split(str(tmp_path / "albert"), dry_run=True, options=SplitOptions(blocks=1))
+    for blocks in (1, 2):
+        with pytest.raises(Refused, match="called 4 times"):
+            dbconvert.split(str(tmp_path / "albert"), dry_run=True, options=SplitOptions(blocks=blocks))
 
 
 def test_conditioning_is_small_but_never_below_32():

@@ -149,7 +149,10 @@ def test_resume_finds_the_run_and_refuses_another_recipe(package):
     done = dbconvert.train(str(package), overrides=QUICK)
     with pytest.raises(UsageError, match="is complete"):
         dbconvert.train(str(package), overrides=QUICK, resume=True, out=str(done.folder))
-    info = json.loads((done.folder / "run.json").read_text())
+    info, before = json.loads((done.folder / "run.json").read_text()), metrics(done.folder)
+    (done.folder / "run.json").write_text(json.dumps({**info, "status": "running", "files": {}}))
+    again = dbconvert.train(str(package), resume=True)  # with its own recipe: nothing has to be said twice
+    assert again.folder == done.folder and metrics(again.folder) == before
     (done.folder / "run.json").write_text(json.dumps({**info, "status": "running", "files": {}}))
     with pytest.raises(UsageError, match="optimizer differ"):
         dbconvert.train(str(package), overrides=[*QUICK, "optimizer.lr=1"], resume=True)
@@ -160,6 +163,18 @@ def test_resume_finds_the_run_and_refuses_another_recipe(package):
     assert dbconvert.train(str(package), overrides=[*QUICK, "log.every=2"], resume=True).folder == done.folder
     with pytest.raises(UsageError, match="exists already"):
         dbconvert.train(str(package), overrides=QUICK, out=str(done.folder))
+
+
+def test_data_that_the_network_cannot_run_is_told(package, tmp_path):
+    (tmp_path / "d.py").write_text(
+        "import torch\n"
+        "def data(part):\n    return [{'image': torch.zeros(1, 6, 8), 'label': i % 10} for i in range(8)]\n"
+    )
+    data = ["data.source=d.py:data", "train.batch=8", "data.validation=null"]
+    with pytest.raises(DBConvertError, match="fails on a batch of the data") as caught:
+        dbconvert.train(str(package), overrides=[*QUICK, *data], out="run")
+    assert "[8, 1, 6, 8]" in caught.value.where and "[2, 1, 8, 8]" in caught.value.where
+    assert not (tmp_path / "run").exists()
 
 
 def test_runs_are_numbered(package):

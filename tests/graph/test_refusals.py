@@ -38,6 +38,21 @@ def test_a_part_of_a_pyramid_is_restricted():
     assert prove(model, anatomy, inputs).proof[0].passed
 
 
+def test_layers_beside_the_stack_are_told():
+    wide = nn.Sequential(*[networks.ConvLayer(16) for _ in range(4)])
+    narrow = nn.Sequential(*[networks.ConvLayer(8) for _ in range(2)])
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), narrow, nn.Conv2d(8, 16, 2, 2), wide)
+    anatomy = analyse(model, {"input": networks.images()})
+    assert (anatomy.verdict, anatomy.stack, anatomy.width) == ("restricted", "3", 16)
+    assert "1: 2 layers" in anatomy.notes[0]
+
+
+def test_a_readout_of_several_depths_is_told():
+    anatomy = analyse(networks.AllDepths(networks.Block), {"x": networks.features()})
+    assert anatomy.verdict == "accepted" and "layers.0, layers.1, layers.2 is also read" in anatomy.notes[0]
+    assert not analyse(*networks.build("vit")).notes
+
+
 def test_several_stacks_can_be_chosen():
     make, _, _ = networks.REFUSED["two_stacks"]
     model, inputs = make()

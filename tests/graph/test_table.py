@@ -59,7 +59,7 @@ def test_facts(row):
         1,
     )
     assert anatomy.post_norm == (name in networks.POST_NORM)
-    assert all(len(layer.branches) == (1 if name == "conv_post" else 2) for layer in anatomy.layers)
+    assert all(len(layer.branches) == (1 if name in networks.ONE_BRANCH else 2) for layer in anatomy.layers)
     assert anatomy.axes.batch == (1 if name.endswith("seq_first") else 0)
     assert anatomy.layers[0].parameters > 0 and anatomy.stem.parameters + anatomy.readout.parameters > 0
 

@@ -137,6 +137,8 @@ def test_example_inputs(tmp_path):
         ("nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Flatten(2), nn.Linear(64, 5))", [2, 3, 32, 32]),
         ("nn.Sequential(nn.Embedding(17, 8), nn.Linear(8, 5))", [2, 16]),
         ("nn.Sequential(nn.Linear(24, 5))", [2, 16, 24]),
+        ("nn.Sequential(nn.Conv1d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 30, 5))", [2, 3, 32]),
+        ("nn.LSTM(6, 4)", [2, 16, 6]),
     ],
 )
 def test_inputs_are_guessed_and_tried(tmp_path, body, shape):

@@ -37,6 +37,17 @@ def test_a_class_token_is_where_the_label_enters(name):
     assert torch.allclose(changed[:, 0], stream[:, 0] + c_in * noisy.z, atol=1e-6)
 
 
+def test_vectors_are_classified_too():
+    """A stream of rank 2: one vector an example, no positions."""
+    model = networks.whole_sequential()
+    anatomy = analyse(model, {"input": torch.randn(2, 8)})
+    task = choose_task(anatomy, None)
+    assert task is Classification and anatomy.head.pooled and anatomy.stream_shape == (2, networks.WIDTH)
+    noisy = corruption(networks.WIDTH)
+    change = task(anatomy, task.decide(anatomy)).entry(noisy)
+    assert torch.allclose(change(torch.zeros(2, networks.WIDTH)), noisy.z / (0.7**2 + 0.2**2) ** 0.5, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["vit_mean", "encoder_pre", "encoder_post_seq_first"])
 def test_without_one_it_is_added_everywhere(name):
     task, _, _ = task_for(name)
