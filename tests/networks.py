@@ -498,6 +498,11 @@ def llama_config():
     return transformers.LlamaConfig(**TEXT, num_key_value_heads=2, use_cache=False, architectures=["LlamaForCausalLM"])
 
 
+def opt_config():
+    """Its second branch is added in a flattened form, [N T, d]."""
+    return transformers.OPTConfig(**TEXT, ffn_dim=64, word_embed_proj_dim=WIDTH, use_cache=False)
+
+
 def bert_config():
     return transformers.BertConfig(**TEXT, architectures=["BertForMaskedLM"])
 
@@ -529,6 +534,7 @@ ACCEPTED = {
     "hf_vit": lambda: (transformers.ViTForImageClassification(vit_config()), {"pixel_values": images()}),
     "hf_convnext": lambda: (transformers.ConvNextForImageClassification(convnext_config()), {"pixel_values": images()}),
     "hf_gpt2": lambda: (transformers.GPT2LMHeadModel(gpt2_config()), {"input_ids": tokens()}),
+    "hf_opt": lambda: (transformers.OPTForCausalLM(opt_config()), {"input_ids": tokens()}),
     "hf_llama": lambda: (transformers.LlamaForCausalLM(llama_config()), {"input_ids": tokens()}),
     "hf_bert": lambda: (transformers.BertForMaskedLM(bert_config()), {"input_ids": tokens()}),
 }

@@ -11,7 +11,7 @@ from dbconvert.anatomy import Anatomy, Axes, Input, Verdict
 from dbconvert.errors import Refused
 from dbconvert.graph.diagnosis import changing_stages, why_no_stack
 from dbconvert.graph.evidence import Evidence
-from dbconvert.graph.layers import layer_calls, read_layers, read_outside
+from dbconvert.graph.layers import entry, layer_calls, read_layers, read_outside
 from dbconvert.graph.parts import find_head, stem_and_readout
 from dbconvert.graph.spine import find_spines
 from dbconvert.graph.stack import Stack, choose_stack, find_stacks, refuse_decisions
@@ -78,20 +78,16 @@ def read(evidence: Evidence, inputs: Inputs, wanted: str | None) -> Anatomy:
     paths = tuple(path for path, _ in chosen.layers)
     others = [stack for stack in stacks if not any(inside(path, paths) for path, _ in stack.layers)]
     refuse_decisions(recording, paths)
-    first = chosen.layers[0][1][0].node
-    channel = evidence.channel_axis(first)
-    width = first.meta["shape"][channel]
+    facts: dict[str, object] = {"stack": chosen.container, "layers": len(paths), "calls": chosen.calls}
     try:
+        calls = layer_calls(chosen, evidence)
+        _, entering = entry(calls[0], chosen.layers[0][1][0], evidence)
+        channel = evidence.channel_axis(entering)
+        width = facts["width"] = entering.meta["shape"][channel]
         layers = read_layers(chosen, evidence, channel, width)
     except Refused as refusal:
-        refusal.facts = {
-            "stack": chosen.container,
-            "layers": len(paths),
-            "width": width,
-            "calls": chosen.calls,
-        }
+        refusal.facts = facts
         raise
-    calls = layer_calls(chosen, evidence)
     end = dict(calls[-1].outputs)[layers[-1].stream_out]
     stem, readout = stem_and_readout(evidence, calls, end)
     return Anatomy(
@@ -102,8 +98,8 @@ def read(evidence: Evidence, inputs: Inputs, wanted: str | None) -> Anatomy:
         calls=chosen.calls,
         width=width,
         streams=1,
-        stream_shape=first.meta["shape"],
-        axes=Axes(evidence.batch_axis(first), channel - len(first.meta["shape"])),
+        stream_shape=entering.meta["shape"],
+        axes=Axes(evidence.batch_axis(entering), channel - len(entering.meta["shape"])),
         post_norm=any(layer.on_spine for layer in layers),
         stem=stem,
         readout=readout,

@@ -52,7 +52,8 @@ def read_layers(stack: Stack, evidence: Evidence, channel: int, width: int) -> t
         if previous is not None:
             refuse_glue(previous, entering, path, evidence)
         previous = leaving
-        run = sites.LayerRun(call, additions, after_last, channel, width)
+        rank = len(entering.meta["shape"])
+        run = sites.LayerRun(call, additions, after_last, rank, channel, width)
         module = evidence.model.get_submodule(path)
         parameters = list(module.parameters())
         layers.append(

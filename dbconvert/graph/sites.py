@@ -18,12 +18,13 @@ from dbconvert.graph.tape import ModuleCall, describe
 class LayerRun:
     """One layer as it ran: its call, its additions, and the norms between its last addition and its output.
 
-    `channel` is the stream's channel axis, counted from the front, and `width` its size.
+    The stream has `rank` axes; `channel`, counted from the front, is that of its channels, and `width` its size.
     """
 
     call: ModuleCall
     additions: tuple[ResidualAdd, ...]
     after_last: tuple[fx.Node, ...]
+    rank: int
     channel: int
     width: int
 
@@ -113,7 +114,9 @@ def input_site(run: LayerRun, add: ResidualAdd, term: fx.Node, evidence: Evidenc
 def gate_site(run: LayerRun, add: ResidualAdd, term: fx.Node, evidence: Evidence) -> GateSite:
     """The last module of a branch through which a factor a channel commutes, walking back from the addition."""
     node: fx.Node | None = term
-    channel: int | None = run.channel
+    # Some layers add in a flattened form, [N T, d]; the stream's own axis holds where the rank is the stream's.
+    flattened = len(add.node.meta["shape"]) != run.rank
+    channel: int | None = evidence.channel_axis(add.node, run.width) if flattened else run.channel
     while node is not None and channel is not None and node is not add.source:
         site = gate_at(run, node, channel, evidence)
         if site is not None:

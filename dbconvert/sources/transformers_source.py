@@ -156,15 +156,18 @@ def plain_config(config: Any) -> dict[str, Any]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Transformers' own progress bars and remarks are off meanwhile."""
+    """Progress bars and remarks of Transformers and of the hub's client are off meanwhile."""
+    from huggingface_hub.utils import logging as hub
     from transformers.utils import logging
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    level, bars, hub_level = logging.get_verbosity(), logging.is_progress_bar_enabled(), hub.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    hub.set_verbosity_error()
     try:
         yield
     finally:
         logging.set_verbosity(level)
+        hub.set_verbosity(hub_level)
         if bars:
             logging.enable_progress_bar()
