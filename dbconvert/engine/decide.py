@@ -132,10 +132,7 @@ def cautions(plan: Plan) -> list[str]:
     if plan.task is None:
         found.append(f"no task fits this network ({reasons(plan.anatomy)}): it can be split, but not trained")
     if plan.pretrained:
-        found.append(
-            "pure block-wise training makes a pretrained network forget: "
-            "its ordinary loss gets worse (Qwen2.5-0.5B: 2.11 to 4.69 in 100 steps)"
-        )
+        found.append("pure block-wise training makes a pretrained network forget: its ordinary loss gets worse")
     if plan.anatomy.verdict == "restricted":
         found.append(f"only {plan.anatomy.stack} is cut; the rest belongs to the periphery, which every block trains")
     return found
