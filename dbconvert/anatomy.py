@@ -28,14 +28,32 @@ class Axes:
 
 
 @record
+class FunctionCall:
+    """The `nth` call, from 0, of the torch function `name` while a module runs, its children included."""
+
+    name: str
+    nth: int
+
+
+@record
+class Use:
+    """An argument of a function call in which a layer reads its stream."""
+
+    call: FunctionCall
+    argument: Path
+    axes: Axes
+
+
+@record
 class NormSite:
-    """Where scale and shift act: on the output of `module`, or on its inputs at `arguments`.
+    """Where scale and shift act: on the output of `module` or on its inputs at `arguments`; where the layer has no
+    such module, on the result of `call` or on all of `uses`, while `module` runs.
 
     Args:
         node: the graph node.
-        module: path relative to the layer.
+        module: path relative to the layer; the empty path is the layer itself.
         features: size of the channel axis.
-        arguments: for placement `input`, the arguments that are modulated; else empty.
+        arguments, uses: for placement `input`, what is modulated; else empty.
     """
 
     node: str
@@ -43,17 +61,30 @@ class NormSite:
     features: int
     axes: Axes
     arguments: tuple[Path, ...] = ()
+    call: FunctionCall | None = None
+    uses: tuple[Use, ...] = ()
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Two branches whose sites have one key share them."""
+        return self.module, self.call, self.uses
 
 
 @record
 class GateSite:
-    """Where the gate acts: on the output of `module` (relative to the layer) at `output`."""
+    """Where the gate acts: on the output of `module` (relative to the layer) at `output`, or on the result of `call`
+    while `module` runs."""
 
     node: str
     module: str
     features: int
     axes: Axes
     output: Path = ()
+    call: FunctionCall | None = None
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return self.module, self.call
 
 
 @record

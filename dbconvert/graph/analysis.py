@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dbconvert.anatomy import Anatomy, Axes, Input, Verdict
 from dbconvert.errors import Refused
 from dbconvert.graph.diagnosis import changing_stages, why_no_stack
-from dbconvert.graph.evidence import Evidence
+from dbconvert.graph.evidence import Evidence, refuse_divergence
 from dbconvert.graph.layers import entry, layer_calls, read_layers, read_outside
 from dbconvert.graph.parts import find_head, stem_and_readout
 from dbconvert.graph.spine import find_spines
@@ -81,7 +81,8 @@ def read(evidence: Evidence, inputs: Inputs, wanted: str | None) -> Anatomy:
     facts: dict[str, object] = {"stack": chosen.container, "layers": len(paths), "calls": chosen.calls}
     try:
         calls = layer_calls(chosen, evidence)
-        _, entering = entry(calls[0], chosen.layers[0][1][0], evidence)
+        refuse_divergence(evidence, {call.order for call in calls})
+        _, entering, _ = entry(calls[0], chosen.layers[0][1][0], evidence)
         channel = evidence.channel_axis(entering)
         width = facts["width"] = entering.meta["shape"][channel]
         layers = read_layers(chosen, evidence, channel, width)

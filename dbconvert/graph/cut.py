@@ -26,5 +26,5 @@ def strip(model: nn.Module, anatomy: Anatomy, keep: range) -> None:
         for part in module.modules():
             for tensors in (part._parameters, part._buffers):
                 tensors.update(dict.fromkeys(tensors))
-        module.db_sites, module.db_modulation = [], ()  # type: ignore[assignment]
+        module.db_norms, module.db_gates, module.db_modulation = [], [], ()  # type: ignore[assignment]
         del modulations[str(index)]

@@ -47,7 +47,7 @@ def read_layers(stack: Stack, evidence: Evidence, channel: int, width: int) -> t
     refuse_shared_parts(calls, evidence)
     layers, previous = [], None
     for (path, additions), call in zip(stack.layers, calls, strict=True):
-        stream_in, entering = entry(call, additions[0], evidence)
+        stream_in, entering, first = entry(call, additions[0], evidence)
         stream_out, leaving, after_last = exit_(call, additions[-1], evidence)
         if previous is not None:
             refuse_glue(previous, entering, path, evidence)
@@ -64,7 +64,7 @@ def read_layers(stack: Stack, evidence: Evidence, channel: int, width: int) -> t
                 stream_out=stream_out,
                 form=call.form,
                 branches=sites.branches(run, evidence),
-                on_spine=tuple(node.name for i in range(len(additions)) for node in run.on_spine(i)),
+                on_spine=tuple(node.name for node in (*first, *on_spine(run))),
                 side_inputs=side_inputs(call, entering, calls, evidence),
                 parameters=sum(p.numel() for p in parameters),
                 bytes=sum(p.numel() * p.element_size() for p in parameters),
@@ -73,11 +73,21 @@ def read_layers(stack: Stack, evidence: Evidence, channel: int, width: int) -> t
     return tuple(layers)
 
 
-def entry(call: ModuleCall, add: ResidualAdd, evidence: Evidence) -> tuple[Path, fx.Node]:
-    """The argument that carries the stream into a layer."""
-    for path, node in call.inputs:
-        if evidence.spines.look_through(node)[0] is add.source and ops.size(node) == ops.size(add.node):
-            return path, node
+def on_spine(run: sites.LayerRun) -> list[fx.Node]:
+    return [node for position in range(len(run.additions)) for node in run.on_spine(position)]
+
+
+def entry(call: ModuleCall, add: ResidualAdd, evidence: Evidence) -> tuple[Path, fx.Node, tuple[fx.Node, ...]]:
+    """The argument that carries the stream into a layer, its node, and the norms and scalings that it begins with."""
+    begin: fx.Node | None = add.source
+    passed: list[fx.Node] = []
+    while begin is not None:
+        for path, node in call.inputs:
+            if evidence.spines.look_through(node)[0] is begin and ops.size(node) == ops.size(add.node):
+                return path, node, tuple(passed)
+        before = evidence.spines.before(begin) if call.order in begin.meta["calls"] else None
+        passed.append(begin)
+        begin = None if before is None else ops.origin(before)
     raise Refused(
         f"the residual stream does not enter {call.path} as an argument",
         node=describe(add.node),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from dbconvert.errors import Refused
+from dbconvert.graph import ops
 from dbconvert.graph.spine import ResidualAdd, Spines
 from dbconvert.graph.tape import Recording, describe
 
@@ -111,8 +112,10 @@ def home_votes(add: ResidualAdd, spines: Spines) -> dict[str, str]:
 
 def branch_homes(add: ResidualAdd, spines: Spines) -> list[str]:
     """Module paths that the branches of an addition run through: of modules and weights, else of scopes."""
-    inside = spines.reach.between(add.source, add.branches)
-    used = {node for n in inside for node in (n, *n.all_input_nodes) if node.op in ("call_module", "get_attr")}
+    between = spines.reach.between(add.source, add.branches)
+    inside = [n for n in between if n not in add.on_spine and ops.unchanged(n) is None] or between
+    weights = {node for n in inside for node in n.all_input_nodes if node.op == "get_attr"}
+    used = {n for n in inside if n.op == "call_module"} | weights
     targets = [str(node.target) for node in used if not str(node.target).startswith("_constant")]
     return targets or [node.meta["scope"][-1] for node in inside if node.meta.get("scope")]
 
