@@ -117,7 +117,9 @@ class Layer:
         stream_in: argument that carries the residual stream in.
         stream_out: where the stream sits in the output.
         form: container of the output (`tensor`, `tuple:n`, `list:n`, `dict:keys`).
-        on_spine: nodes that stand on the stream after an addition: norms (post-norm) and activations.
+        branches: where conditioning goes; none in a layer that is conditioned already.
+        on_spine: nodes that stand on the stream: norms (post-norm), activations, scalings.
+        conditioned_by: inputs of the network that modulate the layer already (AdaLN): nothing is injected then.
         parameters, bytes: its own parameters.
     """
 
@@ -131,6 +133,7 @@ class Layer:
     side_inputs: tuple[SideInput, ...]
     parameters: int
     bytes: int
+    conditioned_by: tuple[str, ...] = ()
 
 
 @record
@@ -194,6 +197,7 @@ class Anatomy:
         streams: how many tensors are carried from layer to layer.
         post_norm: whether norms or activations stand on the spine, so that no gate makes a layer the identity.
         left_out: layers of the same container that are not part of the stack.
+        outside: parts of layers that other parts of the network use too, and that belong to the periphery.
         tied: groups of parameter names that are one tensor.
     """
 
@@ -213,6 +217,7 @@ class Anatomy:
     inputs: tuple[Input, ...]
     tied: tuple[tuple[str, ...], ...]
     left_out: tuple[str, ...] = ()
+    outside: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     proof: tuple[Check, ...] = ()
 
@@ -225,6 +230,8 @@ class Anatomy:
 
     def layer_of(self, key: str) -> int | None:
         """Index of the layer that a parameter or module path belongs to, None for the periphery."""
+        if any(key == part or key.startswith(part + ".") for part in self.outside):
+            return None
         for index, layer in enumerate(self.layers):
             if key == layer.path or key.startswith(layer.path + "."):
                 return index

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dbconvert.anatomy import Anatomy, Axes, Input, Verdict
+from dbconvert.anatomy import Anatomy, Axes, Input, Layer, Verdict
 from dbconvert.errors import Refused
 from dbconvert.graph.diagnosis import changing_stages, why_no_stack
 from dbconvert.graph.evidence import Evidence, refuse_divergence
-from dbconvert.graph.layers import entry, layer_calls, read_layers, read_outside
+from dbconvert.graph.layers import entry, layer_calls, outside_parts, read_layers, read_outside
 from dbconvert.graph.parts import find_head, stem_and_readout
 from dbconvert.graph.spine import find_spines
 from dbconvert.graph.stack import Stack, choose_stack, find_stacks, refuse_decisions
@@ -85,12 +85,13 @@ def read(evidence: Evidence, inputs: Inputs, wanted: str | None) -> Anatomy:
         _, entering, _ = entry(calls[0], chosen.layers[0][1][0], evidence)
         channel = evidence.channel_axis(entering)
         width = facts["width"] = entering.meta["shape"][channel]
-        layers = read_layers(chosen, evidence, channel, width)
+        outside = outside_parts(calls, evidence)
+        layers = read_layers(chosen, evidence, channel, width, outside)
     except Refused as refusal:
         refusal.facts = facts
         raise
     end = dict(calls[-1].outputs)[layers[-1].stream_out]
-    stem, readout = stem_and_readout(evidence, calls, end)
+    stem, readout = stem_and_readout(evidence, calls, end, outside)
     return Anatomy(
         verdict=verdict(chosen, restricted=changing is not None or bool(others)),
         network=type(model).__name__,
@@ -108,7 +109,8 @@ def read(evidence: Evidence, inputs: Inputs, wanted: str | None) -> Anatomy:
         inputs=named_inputs(inputs),
         tied=tied_parameters(model),
         left_out=chosen.left_out,
-        notes=notes(chosen, others, read_outside(calls, layers, evidence), evidence),
+        outside=outside,
+        notes=notes(chosen, others, layers, read_outside(calls, layers, evidence), evidence),
     )
 
 
@@ -138,7 +140,9 @@ def inside(path: str, layers: tuple[str, ...]) -> bool:
     return any(path == layer or path.startswith(layer + ".") for layer in layers)
 
 
-def notes(stack: Stack, others: list[Stack], tapped: list[str], evidence: Evidence) -> tuple[str, ...]:
+def notes(
+    stack: Stack, others: list[Stack], layers: tuple[Layer, ...], tapped: list[str], evidence: Evidence
+) -> tuple[str, ...]:
     found = []
     if evidence.grown is None:
         found.append("the network runs one batch size only, so the batch axis is taken to be the first")
@@ -151,6 +155,9 @@ def notes(stack: Stack, others: list[Stack], tapped: list[str], evidence: Eviden
         )
     if others:
         found.append(f"other residual layers stay as they are: {'; '.join(other.summary() for other in others)}")
+    inputs = dict.fromkeys(name for layer in layers for name in layer.conditioned_by)
+    if inputs:
+        found.append(f"already conditioned by {', '.join(inputs)}: its own modulation is kept, and nothing is injected")
     classes = {type(evidence.model.get_submodule(path)).__name__ for path, _ in stack.layers}
     if len(classes) > 1:
         found.append(f"layers of different classes: {', '.join(sorted(classes))}")

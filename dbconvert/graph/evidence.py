@@ -127,7 +127,7 @@ def numbered(nodes: Iterable[fx.Node]) -> dict[tuple[object, ...], fx.Node]:
     """Nodes by what they do, where, and how often that was done there before: the same in another recording, as long
     as both take the same path through that module."""
     seen: Counter[tuple[object, ...]] = Counter()
-    found = {}
+    found: dict[tuple[object, ...], fx.Node] = {}
     for node in nodes:
         does = (node.op, str(node.target), node.meta.get("scope"))
         found[*does, seen[does]] = node

@@ -25,7 +25,7 @@ Act = Callable[[Tensor], Tensor]
 
 def uncounted() -> AbstractContextManager[None]:
     """Within, torch functions are not seen by `Intercepted`: conditioning must not count among a layer's own calls."""
-    return torch._C.DisableTorchFunction()  # type: ignore[no-any-return]
+    return torch._C.DisableTorchFunction()
 
 
 class Intercepted(TorchFunctionMode):

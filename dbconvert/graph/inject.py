@@ -127,7 +127,7 @@ class LayerModule(nn.Module):
     db_layer: Layer
     db_norms: list[Site]
     db_gates: list[Site]
-    db_modulation: tuple[Modulation]
+    db_modulation: tuple[Modulation, ...]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         run = self.db_run
@@ -144,7 +144,8 @@ class LayerModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         *args, condition = args  # type: ignore[assignment]
-        pairs, gates = ([], []) if condition is None else self.db_modulation[0](condition)
+        conditioned = condition is not None and self.db_modulation
+        pairs, gates = self.db_modulation[0](condition) if conditioned else ([], [])
         for position, site in enumerate(self.db_norms):
             site.shift, site.scale = pairs[position] if pairs else (None, None)
         for position, site in enumerate(self.db_gates):
@@ -172,7 +173,11 @@ class Conditioning(nn.Module):
         super().__init__()
         self.embedder = nn.ModuleDict({str(b): NoiseEmbedding(width) for b in range(blocks)})
         self.modulation = nn.ModuleDict(
-            {str(i): layer_modulation(layer, width, start) for i, layer in enumerate(anatomy.layers)}
+            {
+                str(i): Modulation(width, *site_features(layer), start)
+                for i, layer in enumerate(anatomy.layers)
+                if layer.branches
+            }
         )
 
     def forward(self, value: Any) -> Any:
@@ -191,7 +196,7 @@ def inject(model: nn.Module, anatomy: Anatomy, *, blocks: int, width: int, start
         Refused: `zero` for a post-norm network, which no gate turns into the identity.
         DBConvertError: the network is converted already.
     """
-    if start == "zero" and anatomy.post_norm:
+    if start == "zero" and anatomy.post_norm and any(layer.branches for layer in anatomy.layers):
         raise Refused(
             "something stands on the residual stream after the addition (post-norm), so that no gate makes a layer the "
             "identity",
@@ -227,7 +232,8 @@ def inject_layer(
     swap_class(module, LayerModule)
     # A tuple keeps the modulation from being registered as the layer's own: its keys live under PREFIX.
     attributes: dict[str, Any] = {"db_run": run, "db_index": index, "db_layer": layer, "db_last": last}
-    attributes |= {"db_norms": norms, "db_gates": gates, "db_modulation": (conditioning.modulation[str(index)],)}
+    own = (conditioning.modulation[str(index)],) if layer.branches else ()
+    attributes |= {"db_norms": norms, "db_gates": gates, "db_modulation": own}
     module.__dict__.update(attributes)
 
 
@@ -252,10 +258,6 @@ def site_features(layer: Layer) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Channel sizes of a layer's norm sites and gate sites, in slot order."""
     norms, gates = distinct_sites(layer)
     return tuple(site.features for site in norms), tuple(site.features for site in gates)
-
-
-def layer_modulation(layer: Layer, width: int, start: Start) -> Modulation:
-    return Modulation(width, *site_features(layer), start)
 
 
 # -- classes made on the fly --------------------------------------------------------------------------------

@@ -44,9 +44,10 @@ def prove(model: nn.Module, anatomy: Anatomy, inputs: Inputs) -> Anatomy:
             checks = [
                 equals_original(model, run, cases, references),
                 blocks_chain(model, run, anatomy, inputs),
-                sites_reach_output(model, run, anatomy, inputs),
             ]
-            if not anatomy.post_norm:
+            if modulations(model):
+                checks.append(sites_reach_output(model, run, anatomy, inputs))
+            if not anatomy.post_norm and all(layer.branches for layer in anatomy.layers):
                 checks.append(gates_silence(model, run, anatomy, inputs))
         finally:
             eject(model)
@@ -130,10 +131,10 @@ def sites_reach_output(model: nn.Module, run: Run, anatomy: Anatomy, inputs: Inp
         finally:
             run.reset()
     silent = []
-    for layer, modulation in zip(anatomy.layers, modulations(model), strict=True):
+    for index, modulation in getattr(model, PREFIX).modulation.items():
         grad = modulation.linear.bias.grad
         if grad is None or not parts_alive(grad, modulation):
-            silent.append(layer.path)
+            silent.append(anatomy.layers[int(index)].path)
     model.zero_grad(set_to_none=True)
     detail = f"no gradient in: {', '.join(silent)}" if silent else "gradients of all scales, shifts and gates"
     return Check("every site reaches the output", not silent, detail)

@@ -10,7 +10,7 @@ from dbconvert.graph import ops
 
 
 class Reach:
-    """The nodes that every node's numbers are computed from. Memory is n^2/8 bytes for n nodes, which Python integers keep small."""
+    """The nodes that every node's numbers are computed from; n^2/8 bytes for n nodes."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self.nodes = list(graph.nodes)
