@@ -14,11 +14,14 @@ from dbconvert.graph.evidence import Evidence, refuse_divergence
 from dbconvert.graph.layers import entry, layer_calls, outside_parts, read_layers, read_outside
 from dbconvert.graph.parts import find_head, stem_and_readout
 from dbconvert.graph.spine import find_spines
-from dbconvert.graph.stack import Stack, choose_stack, find_stacks, refuse_decisions
+from dbconvert.graph.stack import Stack, choose_stack, find_stacks, refuse_decisions, wanted_stack
 from dbconvert.graph.tape import Recording, record
 
 Inputs = dict[str, Any]
 """Arguments of the network's forward by name."""
+
+CHOICES = ("several-stacks", "dimensions")
+"""Refusals that leave the choice of a stack to the user."""
 
 
 def analyse(model: nn.Module, inputs: Inputs, *, stack: str | None = None) -> Anatomy:
@@ -67,14 +70,51 @@ def grow_batch(inputs: Inputs) -> Inputs:
 
 
 def read(evidence: Evidence, inputs: Inputs, wanted: str | None) -> Anatomy:
-    model, recording = evidence.model, evidence.recording
-    stacks = find_stacks(recording, evidence.spines)
+    """The anatomy of the stack that is wanted, or of the one there is.
+
+    Raises:
+        Refused: with a hint that names the parts that would convert, when none was wanted.
+    """
+    stacks = find_stacks(evidence.recording, evidence.spines)
     if not stacks:
         raise why_no_stack(evidence)
-    chosen = choose_stack(stacks, wanted, model)
-    changing = changing_stages(evidence, chosen)
-    if changing is not None and wanted is None:
-        raise changing
+    try:
+        chosen = choose_stack(stacks, wanted, evidence.model)
+        changing = changing_stages(evidence, chosen)
+        if changing is not None and wanted is None:
+            raise changing
+        return read_stack(evidence, inputs, chosen, stacks, part=changing is not None)
+    except Refused as refusal:
+        if wanted is None:
+            offer(refusal, evidence, inputs, stacks)
+        raise
+
+
+def offer(refusal: Refused, evidence: Evidence, inputs: Inputs, stacks: list[Stack]) -> None:
+    """Adds to a refusal which parts of the network would convert: other stacks, or all layers but the first or last."""
+    container = stacks[0].container
+    others = [stack.container for stack in stacks if stack is not stacks[0]]
+    named = [container, *others] if refusal.kind in CHOICES else [f"{container}[1:]", f"{container}[:-1]", *others]
+    found = []
+    for wanted in named:
+        try:
+            found.append((wanted, read_stack(evidence, inputs, wanted_stack(stacks, wanted, evidence.model), stacks)))
+        except Refused:
+            continue
+    if found:
+        parts = "; ".join(f"--stack {wanted} ({part.depth} layers)" for wanted, part in found)
+        kept = "" if refusal.kind in CHOICES or not refusal.hint else f"{refusal.hint}; or "
+        refusal.hint = f"{kept}convert a part: {parts}"
+    refusal.facts["stacks"] = [wanted for wanted, _ in found]
+
+
+def read_stack(evidence: Evidence, inputs: Inputs, chosen: Stack, stacks: list[Stack], *, part: bool = True) -> Anatomy:
+    """The anatomy of a network whose layers are those of `chosen`.
+
+    Args:
+        part: the network has more to it than this stack.
+    """
+    model, recording = evidence.model, evidence.recording
     paths = tuple(path for path, _ in chosen.layers)
     others = [stack for stack in stacks if not any(inside(path, paths) for path, _ in stack.layers)]
     refuse_decisions(recording, paths)
@@ -93,7 +133,7 @@ def read(evidence: Evidence, inputs: Inputs, wanted: str | None) -> Anatomy:
     end = dict(calls[-1].outputs)[layers[-1].stream_out]
     stem, readout = stem_and_readout(evidence, calls, end, outside)
     return Anatomy(
-        verdict=verdict(chosen, restricted=changing is not None or bool(others)),
+        verdict=verdict(chosen, restricted=part or bool(others)),
         network=type(model).__name__,
         stack=chosen.container,
         layers=layers,

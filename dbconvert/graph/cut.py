@@ -30,6 +30,6 @@ def strip(model: nn.Module, anatomy: Anatomy, keep: range) -> None:
             if not lies_in(name, anatomy.outside):
                 for tensors in (part._parameters, part._buffers):
                     tensors.update(dict.fromkeys(tensors))
-        module.db_norms, module.db_gates, module.db_modulation = [], [], ()  # type: ignore[assignment]
+        module.db_norms, module.db_gates, module.db_modulation = [], [], ()
         if str(index) in modulations:
             del modulations[str(index)]

@@ -203,7 +203,7 @@ def outside_parts(calls: list[ModuleCall], evidence: Evidence) -> tuple[str, ...
     Raises:
         Refused: a part with weights also runs inside another layer.
     """
-    found = []
+    found: list[str] = []
     paths = [call.path for call in calls]
     for call in evidence.recording.calls:
         home = next((path for path in paths if call.path.startswith(path + ".")), None)
