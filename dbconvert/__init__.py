@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from dbconvert.engine.assemble import assemble
     from dbconvert.engine.evaluate import evaluate
     from dbconvert.engine.load import load
-    from dbconvert.engine.split import inspect, split
+    from dbconvert.engine.opening import inspect
+    from dbconvert.engine.split import split
     from dbconvert.engine.train import train
 
 __all__ = ["assemble", "evaluate", "inspect", "load", "split", "train"]
@@ -21,7 +22,7 @@ __all__ = ["assemble", "evaluate", "inspect", "load", "split", "train"]
 _HOMES = {
     "assemble": "dbconvert.engine.assemble",
     "evaluate": "dbconvert.engine.evaluate",
-    "inspect": "dbconvert.engine.split",
+    "inspect": "dbconvert.engine.opening",
     "load": "dbconvert.engine.load",
     "split": "dbconvert.engine.split",
     "train": "dbconvert.engine.train",

@@ -43,7 +43,7 @@ def inspect(
 ) -> None:
     """Show what the analysis sees: stack, proof, branches, stem, readout; or why it refuses."""
     from dbconvert.cli import render
-    from dbconvert.engine.split import inspect as run
+    from dbconvert.engine.opening import inspect as run
 
     try:
         with render.progress() as report:
