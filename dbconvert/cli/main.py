@@ -29,6 +29,9 @@ SOURCE = Annotated[
 STACK = Annotated[str | None, typer.Option(help="Path of the module that holds the layers, when there are several.")]
 WEIGHTS = Annotated[str | None, typer.Option(help="Trained weights: safetensors, or a state_dict.")]
 SEED = Annotated[int, typer.Option(help="Seed of the random initialisation.")]
+TRUST = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the Python code that a Transformers folder or hub id brings.")
+]
 JSON = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 FORCE = Annotated[bool, typer.Option("--force", help="Replace what is there, if dbconvert wrote it.")]
 OVERRIDES = Annotated[
@@ -39,7 +42,12 @@ OVERRIDES = Annotated[
 
 @app.command()
 def inspect(
-    source: SOURCE, stack: STACK = None, weights: WEIGHTS = None, seed: SEED = 0, as_json: JSON = False
+    source: SOURCE,
+    stack: STACK = None,
+    weights: WEIGHTS = None,
+    seed: SEED = 0,
+    trust_remote_code: TRUST = False,
+    as_json: JSON = False,
 ) -> None:
     """Show what the analysis sees: stack, proof, branches, stem, readout; or why it refuses."""
     from dbconvert.cli import render
@@ -47,7 +55,7 @@ def inspect(
 
     try:
         with render.progress() as report:
-            anatomy = run(source, stack=stack, weights=weights, seed=seed, report=report)
+            anatomy = run(source, stack=stack, weights=weights, seed=seed, trust=trust_remote_code, report=report)
     except Refused as refusal:
         if as_json:
             emit(render.refusal_json(refusal))
@@ -79,6 +87,7 @@ def split(
     start: Annotated[str | None, typer.Option(help="original or zero.")] = None,
     out: Annotated[str | None, typer.Option("--out", "-o", help="Folder to write.")] = None,
     seed: SEED = 0,
+    trust_remote_code: TRUST = False,
     force: FORCE = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Decide and show, write nothing.")] = False,
     as_json: JSON = False,
@@ -119,6 +128,7 @@ def split(
                 data=DataOptions(source=data) if data is not None else None,
                 weights=weights,
                 seed=seed,
+                trust=trust_remote_code,
                 force=force,
                 dry_run=dry_run,
                 report=report,
@@ -155,7 +165,12 @@ def train(
 @app.command()
 def assemble(
     runs: Annotated[list[str] | None, typer.Argument(help="Runs; by default the newest complete one.")] = None,
-    out: Annotated[str, typer.Option("--out", "-o", help="Checkpoint to write.")] = "model.safetensors",
+    out: Annotated[
+        str, typer.Option("--out", "-o", help="What to write: a file *.safetensors, or a folder.")
+    ] = "model.safetensors",
+    original: Annotated[
+        bool, typer.Option("--original", help="Turn an untrained package back into the original network.")
+    ] = False,
     force: FORCE = False,
 ) -> None:
     """Put trained blocks together into one safetensors checkpoint."""
@@ -163,7 +178,7 @@ def assemble(
     from dbconvert.engine.assemble import assemble as run
 
     with render.progress() as report:
-        path = run(runs or [], out=out, force=force, report=report)
+        path = run(runs or [], out=out, original=original, force=force, report=report)
     render.say(f"wrote {path}")
 
 

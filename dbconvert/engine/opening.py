@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from dbconvert.anatomy import Anatomy
-from dbconvert.checkpoint import load_weights
-from dbconvert.engine.network import check_keys
+from dbconvert.engine.trained import Fitted, fit_weights
 from dbconvert.events import Reporter, Stage, silent
 from dbconvert.graph.analysis import analyse
 from dbconvert.graph.proof import prove
@@ -22,14 +20,23 @@ from dbconvert.sources.resolve import open_source
 
 @dataclass
 class Opened:
-    """A network with what the analysis says of it."""
+    """A network with what the analysis says of it, and the trained weights that fit it: those stay on disk."""
 
     source: Source
     model: nn.Module
     inputs: dict[str, Any]
-    weights: str
-    pretrained: bool
+    trained: Fitted | None
+    seed: int
     anatomy: Anatomy
+
+    @property
+    def weights(self) -> str:
+        """What the weights are, in words."""
+        return self.trained.origin if self.trained is not None else f"random, seed {self.seed}"
+
+    @property
+    def pretrained(self) -> bool:
+        return self.trained is not None
 
 
 def inspect(
@@ -38,6 +45,7 @@ def inspect(
     stack: str | None = None,
     weights: str | None = None,
     seed: int = 0,
+    trust: bool = False,
     report: Reporter = silent,
 ) -> Anatomy:
     """What the analysis sees of a network, proved by numbers.
@@ -47,40 +55,41 @@ def inspect(
         stack: path of the layers' container, when there are several.
         weights: a file of trained weights.
         seed: of the random initialisation where there are none.
+        trust: run the code that a Transformers folder or repository brings along.
 
     Raises:
         Refused: the network cannot be converted; the error names the node and the reason.
-        DBConvertError: the source cannot be opened.
+        DBConvertError: the source cannot be opened, or its weights do not fit it.
     """
-    return open_and_analyse(source, stack=stack, weights=weights, seed=seed, report=report).anatomy
+    opened = open_and_analyse(source, stack=stack, weights=weights, seed=seed, trust=trust, fetch=False, report=report)
+    return opened.anatomy
 
 
-def open_and_analyse(source: str, *, stack: str | None, weights: str | None, seed: int, report: Reporter) -> Opened:
+def open_and_analyse(
+    source: str,
+    *,
+    stack: str | None,
+    weights: str | None,
+    seed: int,
+    report: Reporter,
+    trust: bool = False,
+    fetch: bool = True,
+) -> Opened:
+    """See `inspect`.
+
+    Args:
+        fetch: download the weights of a hub repository where they are not here yet.
+    """
     report(Stage("reading the source"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        opened = open_source(source)
+        opened = open_source(source, trust=trust)
         model = opened.build()
     refuse_opaque(model)
-    origin = fill_weights(opened, model, weights)
+    trained = fit_weights(opened, model, weights, fetch=fetch)
     inputs = opened.example_inputs(model)
     report(Stage("analysing the graph"))
     anatomy = analyse(model, inputs, stack=stack)
     report(Stage("proving by numbers"))
     anatomy = prove(model, anatomy, inputs)
-    return Opened(opened, model, inputs, origin or f"random, seed {seed}", origin is not None, anatomy)
-
-
-def fill_weights(source: Source, model: nn.Module, weights: str | None) -> str | None:
-    """Trained weights from the file given, else from the source itself; returns where they came from."""
-    if weights is None:
-        return source.load_weights(model)
-    given = load_weights(Path(weights))
-    own = model.state_dict(keep_vars=True)
-    first: dict[int, str] = {}
-    for name, tensor in own.items():
-        first.setdefault(id(tensor), name)
-    needed = {name: tensor for name, tensor in own.items() if name in given or first[id(tensor)] == name}
-    check_keys(given, needed, weights)
-    model.load_state_dict(given, strict=False)
-    return weights
+    return Opened(opened, model, inputs, trained, seed, anatomy)

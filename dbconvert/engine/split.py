@@ -5,9 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import Tensor
-
-from dbconvert.checkpoint import atomic_folder, refuse_occupied, save_tensors
 from dbconvert.data.datasets import open_part
 from dbconvert.data.examples import Examples
 from dbconvert.engine.convert import converted
@@ -30,10 +27,14 @@ from dbconvert.engine.package import (
 from dbconvert.engine.package_texts import package_readme, package_recipe, train_script
 from dbconvert.engine.paths import settled
 from dbconvert.engine.picture import draw_noise
+from dbconvert.engine.trained import Fitted
 from dbconvert.events import Note, Reporter, Stage, silent
+from dbconvert.files import atomic_folder, quick_digest, refuse_occupied
+from dbconvert.graph.inject import PREFIX
 from dbconvert.plan import NoiseFit, NoiseRule, Plan
 from dbconvert.recipe import DataOptions, SplitOptions
 from dbconvert.schema import to_json
+from dbconvert.stream import Item, write_items
 from dbconvert.tasks.base import Task
 from dbconvert.tasks.registry import choose_task
 
@@ -58,6 +59,7 @@ def split(
     data: DataOptions | None = None,
     weights: str | None = None,
     seed: int = 0,
+    trust: bool = False,
     force: bool = False,
     dry_run: bool = False,
     report: Reporter = silent,
@@ -68,6 +70,7 @@ def split(
         source: see `inspect`.
         out: the package's folder; `<name>-db<B>` in the working directory by default.
         data: where examples come from, which lets `auto` noise be fitted now.
+        trust: run the code that a Transformers folder or repository brings along.
         force: replace a package that is already there.
         dry_run: decide and return, write nothing.
 
@@ -78,7 +81,7 @@ def split(
         data = replace(data, source=settled(data.source, Path()))
     if out is not None and not dry_run:
         refuse_occupied(Path(out), force=force)
-    opened = open_and_analyse(source, stack=options.stack, weights=weights, seed=seed, report=report)
+    opened = open_and_analyse(source, stack=options.stack, weights=weights, seed=seed, trust=trust, report=report)
     anatomy = opened.anatomy
     blocks = decide_blocks(anatomy, options)
     chosen = choose_task(anatomy, task)
@@ -132,10 +135,12 @@ def write_package(
 ) -> Plan:
     with atomic_folder(folder, force=force) as temporary:
         opened.source.copy_to(temporary / MODEL)
+        (temporary / WEIGHTS).mkdir()
         files = {}
-        for name, tensors in parts(network).items():
-            files[name] = save_tensors(temporary / WEIGHTS / name, tensors)
-        plan = replace(plan, files=files)
+        for name, items in parts(network, opened.trained).items():
+            write_items(temporary / WEIGHTS / name, items)
+            files[name] = quick_digest(temporary / WEIGHTS / name)
+        plan = replace(plan, files=files, keys="network" if opened.trained is None else "source")
         (temporary / PLAN).write_text(to_json(plan), encoding="utf-8")
         if fit.basis != UNIFORM:
             (temporary / NOISE).write_text(to_json(fit), encoding="utf-8")
@@ -146,12 +151,21 @@ def write_package(
     return plan
 
 
-def parts(network: BlockwiseNetwork) -> dict[str, dict[str, Tensor]]:
-    """The weights by file: one a block, one for the periphery."""
-    return {
-        **{block_file(b): network.block_tensors(b) for b in network.present},
-        PERIPHERY: network.periphery_tensors(),
-    }
+def parts(network: BlockwiseNetwork, trained: Fitted | None) -> dict[str, dict[str, Item]]:
+    """The weights by file, one a block and one for the periphery: trained ones as they are stored, with what
+    conversion adds beside them."""
+    found: dict[str, dict[str, Item]] = {**{block_file(b): {} for b in network.present}, PERIPHERY: {}}
+
+    def put(key: str, owner: int | None, item: Item) -> None:
+        found[PERIPHERY if owner is None else block_file(owner)][key] = item
+
+    for key, tensor in network.tensors().items():
+        if trained is None or key in trained.absent or key.startswith(PREFIX + "."):
+            put(key, network.owner(key), tensor)
+    if trained is not None:
+        for key, item in trained.items.items():
+            put(key, network.owner(trained.homes[key]), item)
+    return found
 
 
 def default_folder(source: str, blocks: int) -> Path:

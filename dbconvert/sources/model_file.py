@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import shutil
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +24,7 @@ from dbconvert.sources.python_files import (
     neighbours_importable,
     sha256_files,
 )
+from dbconvert.weights import Trained
 
 DEFAULT_NAME = "build_model"
 
@@ -65,9 +67,6 @@ class ModelFile(Source):
             )
         return model
 
-    def load_weights(self, model: nn.Module) -> str | None:
-        return None
-
     def example_inputs(self, model: nn.Module) -> dict[str, Any]:
         function = getattr(self.module, "example_inputs", None)
         if function is None:
@@ -92,6 +91,26 @@ class ModelFile(Source):
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self.path.parent / name, target)
+
+    # -- weights: they are stored under the network's own keys ----------------------------------------------
+
+    def trained(self, *, fetch: bool) -> Trained | None:
+        return None
+
+    def homes(self, keys: Iterable[str]) -> dict[str, str]:
+        return {key: key for key in keys}
+
+    def to_network(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(tensors)
+
+    def to_stored(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(tensors)
+
+    def needed(self, missing: set[str]) -> set[str]:
+        return missing
+
+    def telling(self, unknown: set[str]) -> set[str]:
+        return unknown
 
 
 def by_argument_name(model: nn.Module, values: tuple[Any, ...], path: Path) -> dict[str, Any]:

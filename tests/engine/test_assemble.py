@@ -12,6 +12,7 @@ from engine.conftest import ALONE, QUICK
 import dbconvert
 from dbconvert.checkpoint import load_tensors, read_metadata, save_tensors
 from dbconvert.errors import DBConvertError, UsageError
+from dbconvert.files import sha256_file
 from dbconvert.recipe import DataOptions, SplitOptions
 
 
@@ -105,17 +106,20 @@ def test_damage_is_told(run_of_all):
     block.write_bytes(block.read_bytes()[:-3])
     with pytest.raises(DBConvertError, match="is damaged"):
         dbconvert.assemble([str(run)])
-    digest = save_tensors(block, {**tensors, "extra": torch.ones(1)}, metadata)
+    save_tensors(block, {**tensors, "extra": torch.ones(1)}, metadata)
+    digest = sha256_file(block)
     files = json.loads((run / "run.json").read_text())["files"]
     edit(run / "run.json", files={**files, "block-1.safetensors": digest})
     with pytest.raises(DBConvertError, match="1 unknown"):
         dbconvert.assemble([str(run)])
     key = next(iter(tensors))
-    digest = save_tensors(block, {**tensors, key: tensors[key][:1].clone()}, metadata)
+    save_tensors(block, {**tensors, key: tensors[key][:1].clone()}, metadata)
+    digest = sha256_file(block)
     edit(run / "run.json", files={**files, "block-1.safetensors": digest})
     with pytest.raises(DBConvertError, match="and the split says"):
         dbconvert.assemble([str(run)])
-    digest = save_tensors(block, tensors, {"dbconvert.plan": "another"})
+    save_tensors(block, tensors, {"dbconvert.plan": "another"})
+    digest = sha256_file(block)
     edit(run / "run.json", files={**files, "block-1.safetensors": digest})
     with pytest.raises(DBConvertError, match="another split than its run"):
         dbconvert.assemble([str(run)])
