@@ -10,8 +10,9 @@ from dbconvert.plan import SourceRef
 from dbconvert.sources.base import Source
 from dbconvert.sources.model_file import ModelFile
 from dbconvert.sources.python_files import sha256_files
+from dbconvert.sources.transformers_config import code_identity, read_settings
 from dbconvert.sources.transformers_files import CONFIG
-from dbconvert.sources.transformers_source import TransformersSource, code_identity, read_settings
+from dbconvert.sources.transformers_source import TransformersSource
 
 HUB_ID = re.compile(r"^\w[\w.-]*/[\w.-]+$")
 

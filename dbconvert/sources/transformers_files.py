@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from dbconvert.errors import DBConvertError
 from dbconvert.files import inside
@@ -84,40 +83,3 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
         if hub_bars:
             enable_progress_bars()
-
-
-# -- code that comes with a model ---------------------------------------------------------------------------
-
-
-def code_of(settings: dict[str, Any], name: str) -> str | None:
-    """`module.Class` of a model class that a configuration brings its own code for, None where it brings none."""
-    classes = [value for key, value in (settings.get("auto_map") or {}).items() if key.startswith("AutoModel")]
-    own = [value for value in classes if isinstance(value, str) and value.rpartition(".")[2] == name]
-    return own[0] if own else None
-
-
-def code_files(folder: Path, settings: dict[str, Any]) -> tuple[str, ...]:
-    """The Python files that a configuration's `auto_map` names, with those of the folder that they import.
-
-    Raises:
-        DBConvertError: one is missing, or belongs to another repository.
-    """
-    from transformers.dynamic_module_utils import get_relative_import_files
-
-    found: set[str] = set()
-    for value in (settings.get("auto_map") or {}).values():
-        for reference in value if isinstance(value, list) else [value]:
-            if reference is None:
-                continue
-            if "--" in reference:
-                raise DBConvertError(
-                    f"the code of {folder} belongs to another repository: {reference.partition('--')[0]}",
-                    hint="copy its .py files into the folder and take the name out of auto_map in config.json",
-                )
-            name = reference.rpartition(".")[0] + ".py"
-            path = inside(folder, name)
-            if not path.is_file():
-                raise DBConvertError(f"{folder} lacks {name}, which its auto_map names")
-            found.add(name)
-            found.update(str(Path(other).relative_to(folder)) for other in get_relative_import_files(path))
-    return tuple(sorted(found))

@@ -74,16 +74,30 @@ class KeyMap:
 
     @torch.no_grad()
     def converted(self, group: Any, home: str) -> dict[str, Any]:
-        stored = sorted(key for keys in group.layer_targets.values() for key in keys)
+        given = {key for keys in group.layer_targets.values() for key in keys}
+        result: dict[str, Any] = {}
+        reason = ""
         try:
-            result: dict[str, Any] = group.convert(home, model=self.model, config=self.model.config)
+            result = group.convert(home, model=self.model, config=self.model.config)
         except Exception as error:
-            raise DBConvertError(
-                f"the stored tensors that make up {home} do not fit each other",
-                where=", ".join(stored[:4]),
-                why=str(error).split("\n", 1)[0],
-            ) from None
+            reason = str(error).split("\n", 1)[0]
+        if reason or differs(result.get(home), self.state[home]):
+            absent = sorted(self.parts_of(home) - given)
+            if absent or reason:
+                raise DBConvertError(
+                    f"{home} cannot be put together from the stored tensors",
+                    where=", ".join(sorted(given)[:4]),
+                    why=f"missing: {', '.join(absent[:4])}" if absent else reason,
+                    hint="copy or download the checkpoint again",
+                )
         return result
+
+    def parts_of(self, home: str) -> set[str]:
+        """Stored keys that make up a network tensor, under the names that are written today; empty if not known."""
+        try:
+            return set(self.to_stored({home: self.state[home]}))
+        except Exception:
+            return set()
 
     @torch.no_grad()
     def to_stored(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -99,3 +113,9 @@ class KeyMap:
         info = LoadStateDictInfo(set(missing), set(unknown), set(), [], {}, set())
         self.model._adjust_missing_and_unexpected_keys(info)
         return info.missing_keys, info.unexpected_keys
+
+
+def differs(value: Any, wanted: Tensor) -> bool:
+    """Whether a converted tensor is there and has another shape than the network's."""
+    tensor = value[0] if isinstance(value, list) else value
+    return isinstance(tensor, Tensor) and tensor.shape != wanted.shape

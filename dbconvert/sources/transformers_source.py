@@ -13,16 +13,27 @@ from torch import Tensor, nn
 
 from dbconvert.errors import DBConvertError
 from dbconvert.plan import SourceRef
-from dbconvert.schema import identity
 from dbconvert.sources.base import Source
-from dbconvert.sources.python_files import sha256_files
+from dbconvert.sources.transformers_config import (
+    FALLBACK,
+    architecture,
+    code_files,
+    code_identity,
+    code_of,
+    first_line,
+    known,
+    own_class,
+    plain_config,
+    read_config,
+    read_settings,
+    refuse_quantised,
+    unreadable,
+)
 from dbconvert.sources.transformers_files import (
     COMPANIONS,
     CONFIG,
     SAFETENSORS,
     STATE_DICTS,
-    code_files,
-    code_of,
     companions,
     copy_files,
     fetch,
@@ -32,7 +43,6 @@ from dbconvert.sources.transformers_keys import KeyMap
 from dbconvert.weights import Trained, find_weights, open_weights
 
 BATCH, TOKENS = 2, 16
-FALLBACK = "write a model.py that builds the network"
 
 
 class TransformersSource(Source):
@@ -101,6 +111,7 @@ class TransformersSource(Source):
                 hint="read the code, then add --trust-remote-code",
             )
         remote = own_code and trust
+        code = code_files(folder, settings) if remote else ()
         config = read_config(folder, location, trust=remote)
         if name is None:
             raise DBConvertError(
@@ -110,7 +121,7 @@ class TransformersSource(Source):
         reference = code_of(settings, name) if remote else None
         if reference is None:
             return cls(location, folder, config, name, architecture(name))
-        return cls(location, folder, config, name, own_class(folder, reference), code_files(folder, settings), settings)
+        return cls(location, folder, config, name, own_class(folder, reference), code, settings)
 
     @classmethod
     def from_plan(cls, ref: SourceRef, folder: Path | None = None) -> TransformersSource:
@@ -214,100 +225,3 @@ class TransformersSource(Source):
 def fetched_weights(repository: str) -> Path | None:
     """Downloads a hub repository's weights: safetensors, state_dicts where there are none."""
     return find_weights(fetch(repository, SAFETENSORS)) or find_weights(fetch(repository, STATE_DICTS))
-
-
-# -- configurations and classes -----------------------------------------------------------------------------
-
-
-def read_settings(path: Path, location: str) -> dict[str, Any]:
-    """config.json as it stands there."""
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(settings, dict):
-            raise ValueError("it is not a JSON object")
-    except (OSError, ValueError) as error:
-        raise unreadable(location, error) from None
-    return settings
-
-
-def read_config(folder: Path, location: str, *, trust: bool) -> Any:
-    import transformers
-
-    with quiet():
-        try:
-            return transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=trust)
-        except Exception as error:
-            raise unreadable(location, error) from None
-
-
-def unreadable(location: str, error: Exception) -> DBConvertError:
-    return DBConvertError(
-        f"cannot read a Transformers configuration from {location}",
-        why=first_line(error),
-        hint="give a folder with config.json, a hub id, or a model.py",
-    )
-
-
-def first_line(error: Exception) -> str:
-    return " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
-
-
-def refuse_quantised(settings: dict[str, Any], location: str) -> None:
-    quantisation = settings.get("quantization_config")
-    if quantisation:
-        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
-        raise DBConvertError(
-            f"the weights of {location} are quantised ({method or 'method not named'})",
-            why="quantised weights cannot be trained, and their layers are not the network's own",
-            hint="give the checkpoint that it was made from, in 32 or 16 bit",
-        )
-
-
-def known(settings: dict[str, Any], name: str | None) -> bool:
-    """Whether Transformers itself has the configuration and the architecture."""
-    import transformers
-
-    models = transformers.models.auto.configuration_auto.CONFIG_MAPPING
-    return settings.get("model_type") in models and name is not None and hasattr(transformers, name)
-
-
-def architecture(name: str) -> Any:
-    import transformers
-
-    cls = getattr(transformers, name, None)
-    if cls is None:
-        raise DBConvertError(
-            f"the installed Transformers {transformers.__version__} has no {name}", hint=f"update it, or {FALLBACK}"
-        )
-    return cls
-
-
-def own_class(folder: Path, reference: str | None) -> Any:
-    """A class from Python files of a folder, loaded by Transformers' own mechanism. It runs the code."""
-    from transformers.dynamic_module_utils import get_class_from_dynamic_module
-
-    with quiet():
-        try:
-            return get_class_from_dynamic_module(str(reference), str(folder), local_files_only=True)
-        except Exception as error:
-            raise DBConvertError(
-                f"the code of {folder} cannot be loaded",
-                where=str(reference),
-                why=f"{type(error).__name__}: {first_line(error)}",
-            ) from error
-
-
-def code_identity(name: str, content: dict[str, Any], folder: Path | None, code: tuple[str, ...]) -> str:
-    """What a plan knows a source by: architecture, configuration, and the content of its code where it brings any."""
-    facts: dict[str, Any] = {"architecture": name, "config": content}
-    if code and folder is not None:
-        facts["code"] = sha256_files(folder, code)
-    return identity(facts)
-
-
-def plain_config(config: Any) -> dict[str, Any]:
-    """The configuration as JSON data, without what depends on this machine."""
-    content = json.loads(config.to_json_string(use_diff=True))
-    for key in ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures"):
-        content.pop(key, None)
-    return {"model_type": config.model_type, **content}

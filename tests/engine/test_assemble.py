@@ -4,6 +4,8 @@ import json
 import shutil
 from pathlib import Path
 
+import commands
+import fake_hub
 import networks
 import pytest
 import torch
@@ -212,3 +214,16 @@ def test_prediction_options(run_of_all):
 def test_single_block_runs_are_evaluated_by_their_losses(runs_of_one):
     found = dbconvert.evaluate(str(runs_of_one[1].folder), overrides=["eval.sigmas=3"])
     assert "loss_block_1" in found.metrics and "accuracy_zero" not in found.metrics
+
+
+def test_a_repository_s_python_files_are_not_run_unasked(tmp_path, run_of_all):
+    dbconvert.assemble([str(run_of_all.folder)], out="out")
+    script = (
+        "import sys, torch, dbconvert\n"
+        "print(tuple(dbconvert.load('some/vit', trust='--trust' in sys.argv)(torch.rand(2, 1, 8, 8)).shape))\n"
+    )
+    (tmp_path / "script.py").write_text(script)
+    with fake_hub.serving(tmp_path / "out", tmp_path / "cache") as environment:
+        refused = commands.python("script.py", env=environment, code=1)
+        assert "not run unasked" in refused.stderr
+        assert commands.python("script.py", "--trust", env=environment).stdout.strip() == "(2, 10)"

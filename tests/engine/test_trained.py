@@ -17,6 +17,7 @@ from dbconvert.files import sha256_file
 from dbconvert.recipe import SplitOptions
 
 TWO = SplitOptions(blocks=2)
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def from_disk(config, folder):
