@@ -1,6 +1,7 @@
 """A stand-in for the hub: one repository behind the addresses that its client asks for."""
 
 import functools
+import hashlib
 import http.server
 import json
 import threading
@@ -21,8 +22,9 @@ class Hub(http.server.SimpleHTTPRequestHandler):
             return super().do_GET()
         info = {"id": "some/model", "sha": COMMIT, "siblings": []}
         if "/tree/" in self.path:
-            files = sorted(Path(self.directory).iterdir())
-            info = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": "1" * 40} for f in files]
+            root = Path(self.directory)
+            files = {str(f.relative_to(root)): f.stat().st_size for f in sorted(root.rglob("*")) if f.is_file()}
+            info = [{"type": "file", "path": name, "size": size, "oid": "1" * 40} for name, size in files.items()]
         content = json.dumps(info).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
@@ -32,7 +34,7 @@ class Hub(http.server.SimpleHTTPRequestHandler):
 
     def end_headers(self):
         self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("ETag", '"' + self.path.replace("/", "-") + '"')
+        self.send_header("ETag", f'"{hashlib.sha256(self.path.encode()).hexdigest()}"')
         super().end_headers()
 
     def send_error(self, code, message=None, explain=None):

@@ -22,6 +22,7 @@ from dbconvert.sources.python_files import (
     imported_neighbours,
     load_file,
     neighbours_importable,
+    real,
     sha256_files,
 )
 from dbconvert.weights import Trained
@@ -59,7 +60,7 @@ class ModelFile(Source):
         self.built = True
         if isinstance(self.entry, nn.Module):
             return copy.deepcopy(self.entry)
-        with neighbours_importable(self.path.resolve().parent), explained(self.path):
+        with neighbours_importable(real(self.path).parent), explained(self.path):
             model = self.entry()
         if not isinstance(model, nn.Module):
             raise DBConvertError(
@@ -71,10 +72,10 @@ class ModelFile(Source):
         function = getattr(self.module, "example_inputs", None)
         if function is None:
             return guess_inputs(model)
-        with neighbours_importable(self.path.resolve().parent), explained(self.path):
+        with neighbours_importable(real(self.path).parent), explained(self.path):
             given = function()
         inputs = self.named(given, model)
-        with neighbours_importable(self.path.resolve().parent), explained(self.path):
+        with neighbours_importable(real(self.path).parent), explained(self.path):
             run_quietly(model, inputs)
         return inputs
 

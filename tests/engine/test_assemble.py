@@ -9,7 +9,7 @@ import fake_hub
 import networks
 import pytest
 import torch
-from engine.conftest import ALONE, QUICK
+from engine.conftest import ALONE, QUICK, write_model
 
 import dbconvert
 from dbconvert.checkpoint import load_tensors, read_metadata, save_tensors
@@ -216,13 +216,17 @@ def test_single_block_runs_are_evaluated_by_their_losses(runs_of_one):
     assert "loss_block_1" in found.metrics and "accuracy_zero" not in found.metrics
 
 
-def test_a_repository_s_python_files_are_not_run_unasked(tmp_path, run_of_all):
-    dbconvert.assemble([str(run_of_all.folder)], out="out")
-    script = (
+def test_a_repository_s_python_files_are_not_run_unasked(tmp_path):
+    path = write_model(tmp_path / "m")
+    (tmp_path / "m" / "neighbour.py").write_text("WIDTH = 16\n")
+    path.write_text(path.read_text().replace("width=16", "width=__import__('neighbour').WIDTH"))
+    dbconvert.split(str(path), out="p", data=DataOptions(source="digits"))
+    dbconvert.train("p", overrides=QUICK)
+    dbconvert.assemble(out="out")
+    (tmp_path / "script.py").write_text(
         "import sys, torch, dbconvert\n"
         "print(tuple(dbconvert.load('some/vit', trust='--trust' in sys.argv)(torch.rand(2, 1, 8, 8)).shape))\n"
     )
-    (tmp_path / "script.py").write_text(script)
     with fake_hub.serving(tmp_path / "out", tmp_path / "cache") as environment:
         refused = commands.python("script.py", env=environment, code=1)
         assert "not run unasked" in refused.stderr
