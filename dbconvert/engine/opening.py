@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +12,36 @@ from torch import nn
 from dbconvert.anatomy import Anatomy
 from dbconvert.checkpoint import load_weights
 from dbconvert.engine.network import check_keys
+from dbconvert.engine.ram import refuse_too_large
+from dbconvert.engine.twin import Twin, find_twin, one_thread, proved_on
+from dbconvert.errors import DBConvertError
 from dbconvert.events import Reporter, Stage, silent
+from dbconvert.graph.account import parameter_bytes
 from dbconvert.graph.analysis import analyse
+from dbconvert.graph.fake import NEEDS_NUMBERS, is_empty
 from dbconvert.graph.proof import prove
 from dbconvert.graph.tape import refuse_opaque
 from dbconvert.sources.base import Source
+from dbconvert.sources.fake_runs import runnable_on_fake
 from dbconvert.sources.resolve import open_source
+
+LARGE = 2**30
+"""Bytes of parameters above which a network is analysed without its weights. Up to here building it and proving it by
+numbers takes seconds and a few GiB; beyond, both grow with the network, and the analysis needs neither."""
+UNPROVED = "proved on the graph only: {why}; --prove runs the proof by numbers on the real weights, whatever they take"
 
 
 @dataclass
 class Opened:
-    """A network with what the analysis says of it."""
+    """A network with what the analysis says of it.
+
+    Args:
+        model: in eval mode or not; on the meta device (buffers apart) where `large`.
+        inputs: arguments of its forward by name.
+        weights: what its weights are: `random, seed N` or where they are.
+        pretrained: whether it has trained weights. A large network has not loaded them.
+        seed: of random weights.
+    """
 
     source: Source
     model: nn.Module
@@ -30,6 +49,12 @@ class Opened:
     weights: str
     pretrained: bool
     anatomy: Anatomy
+    seed: int = 0
+
+    @property
+    def large(self) -> bool:
+        """Whether the model holds no numbers."""
+        return is_empty(self.model)
 
 
 def inspect(
@@ -38,6 +63,7 @@ def inspect(
     stack: str | None = None,
     weights: str | None = None,
     seed: int = 0,
+    prove: bool = False,
     report: Reporter = silent,
 ) -> Anatomy:
     """What the analysis sees of a network, proved by numbers.
@@ -47,28 +73,117 @@ def inspect(
         stack: path of the layers' container, when there are several.
         weights: a file of trained weights.
         seed: of the random initialisation where there are none.
+        prove: prove a large network on its own weights, not on a small twin.
 
     Raises:
         Refused: the network cannot be converted; the error names the node and the reason.
         DBConvertError: the source cannot be opened.
     """
-    return open_and_analyse(source, stack=stack, weights=weights, seed=seed, report=report).anatomy
+    opened = open_and_analyse(source, stack=stack, weights=weights, seed=seed, whole=prove, report=report)
+    return opened.anatomy
 
 
-def open_and_analyse(source: str, *, stack: str | None, weights: str | None, seed: int, report: Reporter) -> Opened:
+def open_and_analyse(
+    source: str, *, stack: str | None, weights: str | None, seed: int, whole: bool = False, report: Reporter
+) -> Opened:
+    """Opens a source; a network above LARGE is analysed on fake tensors and proved on a twin, unless `whole`."""
     report(Stage("reading the source"))
+    opened = open_source(source)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        opened = open_source(source)
-        model = opened.build()
+        model = opened.build_within(LARGE)
     refuse_opaque(model)
-    origin = fill_weights(opened, model, weights)
-    inputs = opened.example_inputs(model)
+    if not is_empty(model):
+        return analyse_small(opened, model, stack, weights, seed, report)
+    if whole:
+        return analyse_small(opened, materialised(opened, model, seed), stack, weights, seed, report)
+    return analyse_large(opened, model, stack, weights, seed, report)
+
+
+def analyse_small(
+    source: Source, model: nn.Module, stack: str | None, weights: str | None, seed: int, report: Reporter
+) -> Opened:
+    origin = fill_weights(source, model, weights)
+    inputs = source.example_inputs(model)
     report(Stage("analysing the graph"))
     anatomy = analyse(model, inputs, stack=stack)
     report(Stage("proving by numbers"))
     anatomy = prove(model, anatomy, inputs)
-    return Opened(opened, model, inputs, origin or f"random, seed {seed}", origin is not None, anatomy)
+    return Opened(source, model, inputs, origin or f"random, seed {seed}", origin is not None, anatomy, seed)
+
+
+def analyse_large(
+    source: Source, model: nn.Module, stack: str | None, weights: str | None, seed: int, report: Reporter
+) -> Opened:
+    """Without a weight in memory."""
+    if weights is not None and not Path(weights).exists():
+        raise DBConvertError(f"{weights} does not exist")
+    report(Stage("analysing the graph without weights"))
+    inputs, anatomy, twin = analyse_with_twin(source, model, stack)
+    if twin is None:
+        note = UNPROVED.format(why="no smaller network of the same structure was found")
+        anatomy = replace(anatomy, notes=(*anatomy.notes, note))
+    else:
+        report(Stage("proving by numbers on a twin"))
+        with one_thread():
+            anatomy = proved_on(twin, anatomy)
+    origin = weights or source.weights_location()
+    return Opened(source, model, inputs, origin or f"random, seed {seed}", origin is not None, anatomy, seed)
+
+
+def analyse_with_twin(
+    source: Source, model: nn.Module, stack: str | None
+) -> tuple[dict[str, Any], Anatomy, Twin | None]:
+    """Example inputs, anatomy and a twin. Where a twin confirms the batch axis, no second batch size is recorded."""
+    inputs, anatomy = analyse_empty(source, model, stack, grow=False)
+    with one_thread():
+        twin = find_twin(source, anatomy, stack)
+        if twin is None:
+            inputs, anatomy = analyse_empty(source, model, stack, grow=True)
+            twin = find_twin(source, anatomy, stack)
+    return inputs, anatomy, twin
+
+
+def analyse_empty(source: Source, model: nn.Module, stack: str | None, *, grow: bool) -> tuple[dict[str, Any], Anatomy]:
+    """Example inputs and anatomy of a network without numbers.
+
+    Raises:
+        DBConvertError: its forward pass depends on the numbers of its weights.
+    """
+    try:
+        with runnable_on_fake(model):
+            inputs = source.example_inputs(model)
+            return inputs, analyse(model, inputs, stack=stack, grow=grow)
+    except NEEDS_NUMBERS as error:
+        raise DBConvertError(
+            "the forward pass depends on numbers, which a network analysed without its weights does not have",
+            where=type(model).__name__,
+            why=str(error).strip().split("\n", 1)[0],
+            hint="--prove builds it with its weights, whatever they take",
+        ) from error
+
+
+def materialised(source: Source, model: nn.Module, seed: int) -> nn.Module:
+    """A network with numbers in the place of an empty one.
+
+    Raises:
+        DBConvertError: it does not fit into memory; nothing has been allocated then.
+    """
+    refuse_too_large(parameter_bytes(model.parameters()), type(model).__name__)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return source.build()
+
+
+def filled(opened: Opened, weights: str | None) -> Opened:
+    """A large network with its weights in memory.
+
+    Raises:
+        DBConvertError: they do not fit there, or are not the network's.
+    """
+    model = materialised(opened.source, opened.model, opened.seed)
+    fill_weights(opened.source, model, weights)
+    return replace(opened, model=model)
 
 
 def fill_weights(source: Source, model: nn.Module, weights: str | None) -> str | None:

@@ -14,7 +14,7 @@ from dbconvert.engine.convert import converted
 from dbconvert.engine.decide import cautions, decide, decide_blocks
 from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.engine.noise import UNIFORM, fit_noise
-from dbconvert.engine.opening import Opened, open_and_analyse
+from dbconvert.engine.opening import Opened, filled, open_and_analyse
 from dbconvert.engine.package import (
     MODEL,
     NOISE,
@@ -60,6 +60,7 @@ def split(
     seed: int = 0,
     force: bool = False,
     dry_run: bool = False,
+    prove: bool = False,
     report: Reporter = silent,
 ) -> SplitResult:
     """Cuts a network into blocks and writes a package that trains.
@@ -70,6 +71,7 @@ def split(
         data: where examples come from, which lets `auto` noise be fitted now.
         force: replace a package that is already there.
         dry_run: decide and return, write nothing.
+        prove: prove a large network on its own weights, not on a small twin.
 
     Raises:
         Refused, UsageError, DBConvertError: nothing is written then.
@@ -78,11 +80,14 @@ def split(
         data = replace(data, source=settled(data.source, Path()))
     if out is not None and not dry_run:
         refuse_occupied(Path(out), force=force)
-    opened = open_and_analyse(source, stack=options.stack, weights=weights, seed=seed, report=report)
+    opened = open_and_analyse(source, stack=options.stack, weights=weights, seed=seed, whole=prove, report=report)
     anatomy = opened.anatomy
     blocks = decide_blocks(anatomy, options)
     chosen = choose_task(anatomy, task)
     plan, fit = decide(opened, options, noise, chosen, blocks)
+    if opened.large and not dry_run:
+        report(Stage("loading the weights"))
+        opened = filled(opened, weights)
     network = convert_whole(opened, plan, chosen, seed)
     if data is not None and data.source is not None and plan.task is not None:
         fit = fit_to_data(network, data)

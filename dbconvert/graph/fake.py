@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,8 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.weak import WeakIdKeyDictionary
+
+from dbconvert.errors import DBConvertError
 
 NEEDS_NUMBERS = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
 """What a network raises on fake tensors when it asks for a value."""
@@ -41,6 +43,29 @@ def empty_weights() -> Iterator[None]:
     hook = register_module_parameter_registration_hook(empty)
     try:
         yield
+    finally:
+        hook.remove()
+
+
+class _TooLarge(DBConvertError):
+    """Ends a build; an error of our own passes through a source's explanations unchanged."""
+
+
+def build_up_to(build: Callable[[], nn.Module], limit: int) -> nn.Module | None:
+    """What `build` makes, or None as soon as it has registered parameters of more than `limit` bytes."""
+    total = 0
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal total
+        total += 0 if parameter is None else parameter.numel() * parameter.element_size()
+        if total > limit:
+            raise _TooLarge("the network is large")
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        return build()
+    except _TooLarge:
+        return None
     finally:
         hook.remove()
 

@@ -130,9 +130,20 @@ def is_norm_module(module: nn.Module | None) -> bool:
 
 def ignores_scale(module: nn.Module, like: torch.Tensor) -> bool:
     """f(3x) = f(x) on random numbers; a module whose weights hold no numbers is tried with ones in their place."""
-    if without_numbers(like):
-        module = with_ones(module)
-        like = torch.ones(like.shape)
+    if not without_numbers(like):
+        return scale_is_lost(module, like)
+    plain = tuple((k, v) for k, v in vars(module).items() if isinstance(v, int | float | str) and k != "training")
+    key = (type(module), tuple(p.shape for p in module.parameters()), plain)
+    if key not in _tried:
+        _tried[key] = scale_is_lost(with_ones(module), torch.ones(like.shape))
+    return _tried[key]
+
+
+_tried: dict[object, bool] = {}
+"""Modules with ones for weights differ by nothing else: a hundred layers' norms are tried once."""
+
+
+def scale_is_lost(module: nn.Module, like: torch.Tensor) -> bool:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 5, like.shape[0], generator=generator).to(like.device, like.dtype)
     try:

@@ -13,11 +13,15 @@ import torch
 from torch import nn
 
 from dbconvert.errors import DBConvertError
+from dbconvert.graph.account import parameter_bytes
+from dbconvert.graph.fake import empty_weights
 from dbconvert.plan import SourceRef
 from dbconvert.schema import identity
 from dbconvert.sources.base import Source
+from dbconvert.sources.twin import shrunken
 
 BATCH, TOKENS = 2, 16
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -89,8 +93,30 @@ class TransformersSource(Source):
             model.config.use_cache = False  # a cache would hide keys and values from the tape
         return model.float()
 
+    def build_within(self, limit: int) -> nn.Module:
+        with torch.random.fork_rng(devices=[]), empty_weights():
+            model = self.build()
+        return model if parameter_bytes(model.parameters()) > limit else self.build()
+
+    def weights_location(self) -> str | None:
+        return self.location if self.location is not None and self.has_weights() else None
+
+    def twins(self) -> Iterator[Source]:
+        for content in shrunken(plain_config(self.config, everything=True)):
+            try:
+                with quiet():
+                    twin = TransformersSource.from_config(content, self.name)
+            except Exception:  # a configuration checks itself in ways of its own: one that does not fit is no twin
+                continue
+            yield twin
+
+    def longest(self) -> int | None:
+        text = self.config.get_text_config() if hasattr(self.config, "get_text_config") else self.config
+        limits = (getattr(text, name, None) for name in POSITIONS)
+        return next((limit for limit in limits if isinstance(limit, int)), None)
+
     def load_weights(self, model: nn.Module) -> str | None:
-        if self.location is None or not self.has_weights():
+        if self.weights_location() is None:
             return None
         with quiet():
             trained = self.cls.from_pretrained(self.location, config=self.config, dtype=torch.float32)
@@ -146,9 +172,9 @@ def architecture(name: str) -> Any:
     return cls
 
 
-def plain_config(config: Any) -> dict[str, Any]:
-    """The configuration as JSON data, without what depends on this machine."""
-    content = json.loads(config.to_json_string(use_diff=True))
+def plain_config(config: Any, *, everything: bool = False) -> dict[str, Any]:
+    """What differs from the defaults of a configuration, or everything, as JSON data; nothing of this machine."""
+    content = json.loads(config.to_json_string(use_diff=not everything))
     for key in ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures"):
         content.pop(key, None)
     return {"model_type": config.model_type, **content}
