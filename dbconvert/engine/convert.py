@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from dbconvert.engine.network import OWN, BlockwiseNetwork, check_keys
 from dbconvert.errors import DBConvertError
 from dbconvert.graph.cut import strip
+from dbconvert.graph.fake import empty_weights, is_empty
 from dbconvert.graph.inject import PREFIX, Run, inject
 from dbconvert.plan import Plan
 from dbconvert.sources.base import Source
@@ -35,10 +36,14 @@ def task_of(plan: Plan, name: str | None = None) -> Task:
 
 
 def converted(model: nn.Module, plan: Plan, task: Task | None, *, seed: int = 0) -> Run:
-    """Injects what the plan says into a fresh network; `seed` is that of new parameters."""
+    """Injects what the plan says into a fresh network; `seed` is that of new parameters.
+
+    Conditioning is on the meta device where the network is; what a task registers, small tables, is not.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        run = inject(model, plan.anatomy, blocks=len(plan.blocks), width=plan.condition_width, start=plan.start)
+        with empty_weights() if is_empty(model) else nullcontext():
+            run = inject(model, plan.anatomy, blocks=len(plan.blocks), width=plan.condition_width, start=plan.start)
         if task is not None:
             task.register(model.get_submodule(PREFIX), blocks=len(plan.blocks), width=plan.condition_width, seed=seed)
     return run
@@ -62,7 +67,7 @@ def single_block(plan: Plan, source: Source, block: int, tensors: Mapping[str, T
         DBConvertError: they do not fit.
     """
     task = task_of(plan)
-    with init_empty_weights():
+    with empty_weights():
         model = source.build()
         run = converted(model, plan, task)
     strip(model, plan.anatomy, plan.layers_of(block))

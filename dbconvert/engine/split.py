@@ -11,7 +11,7 @@ from dbconvert.engine.convert import converted
 from dbconvert.engine.decide import cautions, decide, decide_blocks
 from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.engine.noise import UNIFORM, fit_noise
-from dbconvert.engine.opening import Opened, open_and_analyse
+from dbconvert.engine.opening import Opened, materialised, open_and_analyse
 from dbconvert.engine.package import (
     MODEL,
     NOISE,
@@ -62,6 +62,7 @@ def split(
     trust: bool = False,
     force: bool = False,
     dry_run: bool = False,
+    prove: bool = False,
     report: Reporter = silent,
 ) -> SplitResult:
     """Cuts a network into blocks and writes a package that trains.
@@ -73,6 +74,7 @@ def split(
         trust: run the code that a Transformers folder or repository brings along.
         force: replace a package that is already there.
         dry_run: decide and return, write nothing.
+        prove: prove a large network on its own weights, not on a small twin.
 
     Raises:
         Refused, UsageError, DBConvertError: nothing is written then.
@@ -81,11 +83,16 @@ def split(
         data = replace(data, source=settled(data.source, Path()))
     if out is not None and not dry_run:
         refuse_occupied(Path(out), force=force)
-    opened = open_and_analyse(source, stack=options.stack, weights=weights, seed=seed, trust=trust, report=report)
+    opened = open_and_analyse(
+        source, stack=options.stack, weights=weights, seed=seed, trust=trust, whole=prove, report=report
+    )
     anatomy = opened.anatomy
     blocks = decide_blocks(anatomy, options)
     chosen = choose_task(anatomy, task)
     plan, fit = decide(opened, options, noise, chosen, blocks)
+    if opened.large and opened.trained is None and not dry_run:
+        report(Stage("building the network"))
+        opened = replace(opened, model=materialised(opened.source, opened.model, seed))
     network = convert_whole(opened, plan, chosen, seed)
     if data is not None and data.source is not None and plan.task is not None:
         fit = fit_to_data(network, data)

@@ -8,10 +8,12 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from dbconvert.checkpoint import load_tensors
 from dbconvert.engine.network import shortened
 from dbconvert.errors import DBConvertError
 from dbconvert.sources.base import Source
 from dbconvert.stream import Item, kind_of
+from dbconvert.tensorfile import Stored
 from dbconvert.weights import Trained, equal, open_weights
 
 Tied = Iterable[tuple[str, ...]]
@@ -63,6 +65,14 @@ def fit_weights(source: Source, model: nn.Module, weights: str | None, *, fetch:
     for group in groups:
         items = without_copies(items, homes, group, trained.location)
     return Fitted(weights or source.ref.location, items, {key: homes[key] for key in items}, frozenset(missing))
+
+
+def fill_in(source: Source, model: nn.Module, fitted: Fitted) -> None:
+    """Copies trained weights into a network."""
+    tensors = {key: item for key, item in fitted.items.items() if isinstance(item, Tensor)}
+    for path in {item.path for item in fitted.items.values() if isinstance(item, Stored)}:
+        tensors.update(load_tensors(path, set(fitted.items)))
+    model.load_state_dict(source.to_network(tensors), strict=False)
 
 
 def tied_names(state: Mapping[str, Tensor]) -> list[tuple[str, ...]]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 ADDITIONS = {"add", "iadd", "radd", "add_"}
 RESHAPES = {
@@ -127,9 +129,21 @@ def is_norm_module(module: nn.Module | None) -> bool:
 
 
 def ignores_scale(module: nn.Module, like: torch.Tensor) -> bool:
-    """f(3x) = f(x) on random numbers; weights on the meta device are read by name, since they hold no numbers."""
-    if like.device.type == "meta" or type(like).__name__ == "FakeTensor":
-        return "norm" in type(module).__name__.lower()
+    """f(3x) = f(x) on random numbers; a module whose weights hold no numbers is tried with ones in their place."""
+    if not without_numbers(like):
+        return scale_is_lost(module, like)
+    plain = tuple((k, v) for k, v in vars(module).items() if isinstance(v, int | float | str) and k != "training")
+    key = (type(module), tuple(p.shape for p in module.parameters()), plain)
+    if key not in _tried:
+        _tried[key] = scale_is_lost(with_ones(module), torch.ones(like.shape))
+    return _tried[key]
+
+
+_tried: dict[object, bool] = {}
+"""Modules with ones for weights differ by nothing else: a hundred layers' norms are tried once."""
+
+
+def scale_is_lost(module: nn.Module, like: torch.Tensor) -> bool:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 5, like.shape[0], generator=generator).to(like.device, like.dtype)
     try:
@@ -139,6 +153,19 @@ def ignores_scale(module: nn.Module, like: torch.Tensor) -> bool:
         return False
     comparable = isinstance(once, torch.Tensor) and isinstance(thrice, torch.Tensor) and once.shape == x.shape
     return comparable and torch.allclose(once, thrice, rtol=1e-2, atol=1e-2)
+
+
+def without_numbers(tensor: torch.Tensor) -> bool:
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
+
+
+def with_ones(module: nn.Module) -> nn.Module:
+    """A childless module that shares everything with `module` but its tensors, which are ones."""
+    other = copy.copy(module)
+    for kind in ("_parameters", "_buffers"):
+        tensors = getattr(module, kind)
+        setattr(other, kind, {n: t if t is None else torch.ones(t.shape) for n, t in tensors.items()})
+    return other
 
 
 def is_norm(node: fx.Node, model: nn.Module) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,20 @@ class Source(ABC):
         """A fresh network with its own initialisation; the caller seeds."""
 
     @abstractmethod
+    def build_within(self, limit: int) -> nn.Module:
+        """As `build`; a network whose parameters take more than `limit` bytes has them on the meta device instead."""
+
+    @abstractmethod
+    def twins(self) -> Iterator[Source]:
+        """Smaller networks of the same architecture, the likeliest first; none where the source tells no sizes."""
+
+    @abstractmethod
     def example_inputs(self, model: nn.Module) -> dict[str, Any]:
-        """Arguments of the network's forward by name, batch first."""
+        """Arguments of the network's forward by name, batch first. The network must be able to run."""
+
+    @abstractmethod
+    def longest(self) -> int | None:
+        """How many tokens the network's positions reach; None where the source does not tell."""
 
     @abstractmethod
     def copy_to(self, folder: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dbconvert.errors import DBConvertError, UsageError
+from dbconvert.graph.fake import build_up_to, empty_weights
 from dbconvert.plan import SourceRef
 from dbconvert.sources.base import Source
 from dbconvert.sources.examples import guess_inputs, run_quietly
@@ -67,6 +68,22 @@ class ModelFile(Source):
                 f"{self.entry_name}() in {self.path.name} returned a {type(model).__name__}, not an nn.Module"
             )
         return model
+
+    def build_within(self, limit: int) -> nn.Module:
+        model = build_up_to(self.build, limit)
+        if model is not None:
+            return model
+        try:
+            with empty_weights():
+                return self.build()
+        except DBConvertError:
+            return self.build()  # its code wants the numbers of its parameters
+
+    def twins(self) -> Iterator[Source]:
+        return iter(())
+
+    def longest(self) -> int | None:
+        return None
 
     def example_inputs(self, model: nn.Module) -> dict[str, Any]:
         function = getattr(self.module, "example_inputs", None)

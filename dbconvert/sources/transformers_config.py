@@ -101,9 +101,9 @@ def code_identity(name: str, content: dict[str, Any], folder: Path | None, code:
     return identity(facts)
 
 
-def plain_config(config: Any) -> dict[str, Any]:
-    """The configuration as JSON data, without what depends on this machine."""
-    content = json.loads(config.to_json_string(use_diff=True))
+def plain_config(config: Any, *, everything: bool = False) -> dict[str, Any]:
+    """What differs from the defaults of a configuration, or everything, as JSON data; nothing of this machine."""
+    content = json.loads(config.to_json_string(use_diff=not everything))
     for key in ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures"):
         content.pop(key, None)
     return {"model_type": config.model_type, **content}

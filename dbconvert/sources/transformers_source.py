@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from dbconvert.errors import DBConvertError
+from dbconvert.graph.account import parameter_bytes
+from dbconvert.graph.fake import empty_weights
 from dbconvert.plan import SourceRef
 from dbconvert.sources.base import Source
 from dbconvert.sources.transformers_config import (
@@ -40,9 +42,11 @@ from dbconvert.sources.transformers_files import (
     quiet,
 )
 from dbconvert.sources.transformers_keys import KeyMap
+from dbconvert.sources.twin import shrunken
 from dbconvert.weights import Trained, find_weights, open_weights
 
 BATCH, TOKENS = 2, 16
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 
 
 class TransformersSource(Source):
@@ -157,6 +161,26 @@ class TransformersSource(Source):
         if hasattr(model.config, "use_cache"):
             model.config.use_cache = False  # a cache would hide keys and values from the tape
         return model.float()
+
+    def build_within(self, limit: int) -> nn.Module:
+        with torch.random.fork_rng(devices=[]), empty_weights():
+            model = self.build()
+        return model if parameter_bytes(model.parameters()) > limit else self.build()
+
+    def twins(self) -> Iterator[Source]:
+        for content in shrunken(plain_config(self.config, everything=True)):
+            fields = {key: value for key, value in content.items() if key != "model_type"}
+            try:
+                with quiet():
+                    twin = TransformersSource(None, None, type(self.config)(**fields), self.name, self.cls)
+            except Exception:  # a configuration checks itself in ways of its own: one that does not fit is no twin
+                continue
+            yield twin
+
+    def longest(self) -> int | None:
+        text = self.config.get_text_config() if hasattr(self.config, "get_text_config") else self.config
+        limits = (getattr(text, name, None) for name in POSITIONS)
+        return next((limit for limit in limits if isinstance(limit, int)), None)
 
     def example_inputs(self, model: nn.Module) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(0)
