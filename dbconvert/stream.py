@@ -52,6 +52,7 @@ def write_items(path: Path, items: Mapping[str, Item], metadata: Mapping[str, st
             write_all(file, len(text).to_bytes(LENGTH_BYTES, "little") + text)
             for key in order:
                 write_item(file, items[key], sources)
+            file.truncate(file.tell())
     finally:
         for source in sources.values():
             source.close()
@@ -62,9 +63,16 @@ def write_item(file: Any, item: Item, sources: dict[Path, BinaryIO]) -> None:
         if item.path not in sources:
             sources[item.path] = item.path.open("rb", buffering=0)
         copy_bytes(sources[item.path], file, item)
+    elif is_zero(item):
+        file.seek(size_of(item), os.SEEK_CUR)  # a hole in the file, which reads as zeros
     elif item.numel():
         flat = item.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
         write_all(file, flat.numpy().data)
+
+
+def is_zero(tensor: Tensor) -> bool:
+    """Whether a tensor is a single zero in memory, expanded to its shape."""
+    return bool(tensor.dim() and tensor.numel() and not any(tensor.stride()) and tensor[(0,) * tensor.dim()] == 0)
 
 
 def write_all(file: Any, data: Any) -> None:

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
+from dbconvert.conditioning.embedding import NoiseEmbedding
 from dbconvert.engine.network import OWN, BlockwiseNetwork, check_keys
 from dbconvert.errors import DBConvertError
 from dbconvert.graph.cut import strip
@@ -47,6 +48,24 @@ def converted(model: nn.Module, plan: Plan, task: Task | None, *, seed: int = 0)
         if task is not None:
             task.register(model.get_submodule(PREFIX), blocks=len(plan.blocks), width=plan.condition_width, seed=seed)
     return run
+
+
+def begin_conditioning(network: BlockwiseNetwork, *, seed: int) -> None:
+    """Gives what conversion added to a network on the meta device the numbers that it begins with.
+
+    They are those that `converted` gives a network with numbers: embedders come first from the seed, and modulations
+    are zero, which as one expanded zero takes no memory however large the network is.
+    """
+    conditioning = network.conditioning
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for embedder in conditioning.embedder.values():
+            fresh = NoiseEmbedding(network.plan.condition_width)
+            embedder.load_state_dict(fresh.state_dict(), assign=True)
+    for module in conditioning.modulation.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(torch.zeros(()).expand(parameter.shape))
 
 
 def whole_network(plan: Plan, source: Source) -> BlockwiseNetwork:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dbconvert.data.datasets import open_part
 from dbconvert.data.examples import Examples
-from dbconvert.engine.convert import converted
+from dbconvert.engine.convert import begin_conditioning, converted
 from dbconvert.engine.decide import cautions, decide, decide_blocks
 from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.engine.noise import UNIFORM, fit_noise
@@ -94,6 +94,8 @@ def split(
         report(Stage("building the network"))
         opened = replace(opened, model=materialised(opened.source, opened.model, seed))
     network = convert_whole(opened, plan, chosen, seed)
+    if opened.large and not dry_run:
+        begin_conditioning(network, seed=seed)
     if data is not None and data.source is not None and plan.task is not None:
         fit = fit_to_data(network, data)
     plan = replace(plan, preview=fit, shapes={k: tuple(v.shape) for k, v in network.tensors().items()})
@@ -104,7 +106,7 @@ def split(
         return SplitResult(plan, fit, None, warnings)
     folder = Path(out) if out is not None else default_folder(source, len(blocks))
     report(Stage("writing the package"))
-    plan = write_package(folder, plan, fit, opened, network, data, force=force)
+    plan = write_package(folder, plan, fit, opened, network, data, force=force, report=report)
     return SplitResult(plan, fit, folder, warnings)
 
 
@@ -139,22 +141,24 @@ def write_package(
     data: DataOptions | None,
     *,
     force: bool,
+    report: Reporter,
 ) -> Plan:
     with atomic_folder(folder, force=force) as temporary:
         opened.source.copy_to(temporary / MODEL)
-        (temporary / WEIGHTS).mkdir()
-        files = {}
-        for name, items in parts(network, opened.trained).items():
-            write_items(temporary / WEIGHTS / name, items)
-            files[name] = quick_digest(temporary / WEIGHTS / name)
-        plan = replace(plan, files=files, keys="network" if opened.trained is None else "source")
-        (temporary / PLAN).write_text(to_json(plan), encoding="utf-8")
         if fit.basis != UNIFORM:
             (temporary / NOISE).write_text(to_json(fit), encoding="utf-8")
         (temporary / RECIPE).write_text(package_recipe(plan, data), encoding="utf-8")
         (temporary / README).write_text(package_readme(plan, fit), encoding="utf-8")
         (temporary / TRAIN).write_text(train_script(), encoding="utf-8")
         draw_noise(fit, temporary / PICTURE)
+        (temporary / WEIGHTS).mkdir()
+        report(Stage("writing the weights"))
+        files = {}
+        for name, items in parts(network, opened.trained).items():
+            write_items(temporary / WEIGHTS / name, items)
+            files[name] = quick_digest(temporary / WEIGHTS / name)
+        plan = replace(plan, files=files, keys="network" if opened.trained is None else "source")
+        (temporary / PLAN).write_text(to_json(plan), encoding="utf-8")
     return plan
 
 

@@ -129,6 +129,16 @@ def test_whole_networks_and_single_blocks_get_the_trained_weights(split_once, na
         assert f"vit.layers.{2 * block}.attention.q_proj.weight" in alone
 
 
+def test_a_large_network_s_package_is_the_same(split_once, monkeypatch):
+    """Above the limit the network is never built with numbers; what conversion adds takes no memory either."""
+    _, folder, package = split_once("llama")
+    monkeypatch.setattr("dbconvert.engine.opening.LARGE", 0)
+    result = dbconvert.split(str(folder), out="large", options=TWO)
+    assert result.plan.files == open_package(package).plan.files
+    modulation = next(k for k in result.plan.shapes if k.startswith("dbconvert.modulation"))
+    assert modulation in load_file("large/weights/block-0.safetensors")
+
+
 def test_a_state_dict_is_read_like_safetensors(tmp_path):
     config = families.save("llama_tied", tmp_path / "m")
     model = from_disk(config, tmp_path / "m")
