@@ -22,9 +22,11 @@ INDEX_SUFFIX = ".index.json"
 # -- tensors ------------------------------------------------------------------------------------------------
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Item], metadata: Mapping[str, str] | None = None) -> None:
+def save_tensors(
+    path: Path, tensors: Mapping[str, Item], metadata: Mapping[str, str] | None = None, *, flush: bool = True
+) -> None:
     """Writes one safetensors file through a temporary one; tensors that lie in other files are copied from there."""
-    with atomic_file(path) as temporary:
+    with atomic_file(path, flush=flush) as temporary:
         write_items(temporary, tensors, metadata)
 
 
@@ -62,11 +64,11 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Item], metadata: Mapping[s
     """One safetensors file, or shards and an index when the tensors exceed `shard_bytes`.
 
     Shards are written first and the index last, so that a checkpoint is either whole or absent. Returns the path
-    to load: the file, or the index.
+    to load: the file, or the index. The disk is not waited for: what it is made from is still there.
     """
     shards = list(_shards(tensors, shard_bytes))
     if len(shards) == 1:
-        save_tensors(path, tensors, metadata)
+        save_tensors(path, tensors, metadata, flush=False)
         return path
     files = [
         path.with_name(f"{path.stem}-{n:05d}-of-{len(shards):05d}{path.suffix}") for n in range(1, len(shards) + 1)
@@ -77,7 +79,7 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Item], metadata: Mapping[s
     content = {"metadata": {"total_size": total, **metadata}, "weight_map": weight_map}
     try:
         for file, keys in zip(files, shards, strict=True):
-            save_tensors(file, {key: tensors[key] for key in keys}, metadata)
+            save_tensors(file, {key: tensors[key] for key in keys}, metadata, flush=False)
         write_text(index, json.dumps(content, indent=2) + "\n")
     except BaseException:
         for file in files:

@@ -21,8 +21,11 @@ MARKER = ".dbconvert"
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path, *, flush: bool = True) -> Iterator[Path]:
     """A temporary path that becomes `path` when the block ends well, and vanishes otherwise.
+
+    Args:
+        flush: wait until the disk has it; needless for what can be made again from other files.
 
     Raises:
         DBConvertError: the disk is full or the place cannot be written.
@@ -34,7 +37,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
         temporary = Path(name)
         try:
             yield temporary
-            _flush(temporary)
+            if flush:
+                _flush(temporary)
             temporary.chmod(0o644)
             temporary.replace(path)
         finally:

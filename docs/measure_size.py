@@ -1,9 +1,10 @@
 """Measures what splitting and assembling a large checkpoint cost: python docs/measure_size.py [GIGABYTES] [FOLDER].
 
 A random Llama-like checkpoint in bf16 shards is made in FOLDER (the temporary folder by default), copied, split,
-turned back, and assembled as if its blocks had been trained; everything is removed afterwards. Three times as much
-disk is needed. Each measured command runs in a process of its own. Prints one JSON object: seconds, and megabytes of
-resident memory (`ru_maxrss`, what /usr/bin/time -v calls maximum resident set size).
+turned back, and assembled as if its blocks had been trained; everything is removed afterwards. Four times as much
+disk is needed. Each measured command runs in a process of its own, in turns with `cp -r` of the checkpoint. Prints one
+JSON object: medians of seconds, and megabytes of resident memory (`ru_maxrss`, what /usr/bin/time -v calls maximum
+resident set size) beside what a process has that only imports the same modules.
 """
 
 from __future__ import annotations
@@ -19,14 +20,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-REPEATS = 5
+REPEATS = 3
 WIDTH, INNER, VOCABULARY, HEADS = 2048, 5632, 32000, 16
 BYTES_OF_A_LAYER = 2 * (4 * WIDTH * WIDTH + 3 * WIDTH * INNER)
 SHARD = 10**9
 
 IMPORTS = """
-import matplotlib.pyplot, transformers.models.llama.modeling_llama
-import dbconvert.engine.assemble, dbconvert.engine.split, dbconvert.engine.twin, torch._dynamo
+import importlib
+for name in {names!r}:
+    try:
+        importlib.import_module(name)
+    except Exception:
+        pass
 """
 SPLIT = """
 import dbconvert
@@ -45,14 +50,15 @@ import measure_size
 measure_size.{call}
 """
 CHILD = """
-import json, resource, time
+import json, resource, sys, time
 marks = [("begin", time.perf_counter())]
 def report(event):
     marks.append((getattr(event, "name", getattr(event, "text", "")), time.perf_counter()))
 {body}
 marks.append(("end", time.perf_counter()))
 spans = {{name: after - at for (name, at), (_, after) in zip(marks, marks[1:])}}
-print(json.dumps({{"spans": spans, "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}}))
+print(json.dumps({{"spans": spans, "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    "modules": [name for name in sys.modules if not name.startswith("__")]}}))
 """
 
 
@@ -162,7 +168,7 @@ def timed_copy(source: Path, target: Path) -> float:
 
 def measured(work: Path, body: str, out: Path, stage: str, source: Path) -> dict[str, float]:
     """A command against plain copies of the same files, taken in turns."""
-    copies, phases, resident, whole = [], [], [], []
+    copies, phases, resident, whole, names = [], [], [], [], []
     for _ in range(REPEATS):
         copies.append(timed_copy(source, work / "copy"))
         shutil.rmtree(work / "copy")
@@ -171,6 +177,8 @@ def measured(work: Path, body: str, out: Path, stage: str, source: Path) -> dict
         phases.append(found["spans"][stage])
         whole.append(sum(found["spans"].values()))
         resident.append(found["rss"])
+        names = found["modules"]
+    imports = child(IMPORTS.format(names=names))["rss"]
     copy, phase = statistics.median(copies), statistics.median(phases)
     return {
         "cp": round(copy, 2),
@@ -178,6 +186,8 @@ def measured(work: Path, body: str, out: Path, stage: str, source: Path) -> dict
         "ratio": round(phase / copy, 2),
         "whole": round(statistics.median(whole), 2),
         "resident": round(max(resident), 1),
+        "imports": round(imports, 1),
+        "above imports": round(max(resident) - imports, 1),
     }
 
 
@@ -187,8 +197,7 @@ def main(gigabytes: float, parent: str | None) -> None:
     try:
         here(f"make_checkpoint(Path({str(source)!r}), {int(gigabytes * 10**9)})")
         size = sum(file.stat().st_size for file in source.iterdir())
-        imports = child(IMPORTS)["rss"]
-        results: dict[str, Any] = {"bytes": size, "repeats": REPEATS, "imports": round(imports, 1)}
+        results: dict[str, Any] = {"bytes": size, "repeats": REPEATS}
         split = SPLIT.format(source=str(source), out=str(package))
         results["split"] = measured(work, split, package, "writing the weights", source)
         stage = "writing the checkpoint"
@@ -198,8 +207,6 @@ def main(gigabytes: float, parent: str | None) -> None:
         here(f"make_run(Path({str(package)!r}), Path({str(run)!r}))")
         trained = ASSEMBLE.format(source=str(run), out=str(work / "out"), original=False)
         results["assemble"] = measured(work, trained, work / "out", stage, source)
-        for name in ("split", "assemble --original", "assemble"):
-            results[name]["above imports"] = round(results[name]["resident"] - imports, 1)
         say(json.dumps(results, indent=1))
     finally:
         shutil.rmtree(work)
