@@ -13,7 +13,7 @@ from dbconvert.checkpoint import INDEX_SUFFIX, locate_checkpoint, read_index, re
 from dbconvert.errors import DBConvertError
 from dbconvert.files import inside
 from dbconvert.stream import Item
-from dbconvert.tensorfile import Stored, same_bytes
+from dbconvert.tensorfile import DTYPES, Stored, same_bytes
 
 NAMES = (
     "model.safetensors",
@@ -100,6 +100,12 @@ def load_state_dict(path: Path) -> dict[str, Tensor]:
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise DBConvertError(f"{path} is not a state_dict of tensors", hint="save model.state_dict()")
+    for key, value in state.items():
+        if value.dtype not in DTYPES.values() or value.layout is not torch.strided or value.is_quantized:
+            kind = f"{value.dtype}, {value.layout}".replace("torch.", "")
+            raise DBConvertError(
+                f"{key} in {path} is no plain tensor ({kind})", hint="save the weights in 32 or 16 bit"
+            )
     return state
 
 

@@ -37,6 +37,7 @@ SEED = Annotated[int, typer.Option(help="Seed of the random initialisation.")]
 TRUST = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the Python code that a Transformers folder or hub id brings.")
 ]
+DROP = Annotated[bool, typer.Option("--drop-extra", help="Leave out weights that the network does not have.")]
 PROVE = Annotated[bool, typer.Option("--prove", help="Prove a large network on its own weights, whatever they take.")]
 JSON = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 FORCE = Annotated[bool, typer.Option("--force", help="Replace what is there, if dbconvert wrote it.")]
@@ -53,6 +54,7 @@ def inspect(
     weights: WEIGHTS = None,
     seed: SEED = 0,
     trust_remote_code: TRUST = False,
+    drop_extra: DROP = False,
     prove: PROVE = False,
     as_json: JSON = False,
 ) -> None:
@@ -63,7 +65,14 @@ def inspect(
     try:
         with render.progress() as report:
             anatomy = run(
-                source, stack=stack, weights=weights, seed=seed, trust=trust_remote_code, prove=prove, report=report
+                source,
+                stack=stack,
+                weights=weights,
+                seed=seed,
+                trust=trust_remote_code,
+                drop_extra=drop_extra,
+                prove=prove,
+                report=report,
             )
     except Refused as refusal:
         if as_json:
@@ -97,6 +106,7 @@ def split(
     out: Annotated[str | None, typer.Option("--out", "-o", help="Folder to write.")] = None,
     seed: SEED = 0,
     trust_remote_code: TRUST = False,
+    drop_extra: DROP = False,
     force: FORCE = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Decide and show, write nothing.")] = False,
     prove: PROVE = False,
@@ -139,6 +149,7 @@ def split(
                 weights=weights,
                 seed=seed,
                 trust=trust_remote_code,
+                drop_extra=drop_extra,
                 force=force,
                 dry_run=dry_run,
                 prove=prove,

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from dbconvert.anatomy import Anatomy
+from dbconvert.engine.network import shortened
 from dbconvert.engine.ram import refuse_too_large
 from dbconvert.engine.trained import Fitted, fill_in, fit_weights
 from dbconvert.engine.twin import Twin, find_twin, one_thread, proved_on
 from dbconvert.errors import DBConvertError
-from dbconvert.events import Reporter, Stage, silent
+from dbconvert.events import Note, Reporter, Stage, silent
 from dbconvert.graph.account import parameter_bytes
 from dbconvert.graph.analysis import analyse
 from dbconvert.graph.fake import NEEDS_NUMBERS, is_empty
@@ -69,6 +70,7 @@ def inspect(
     weights: str | None = None,
     seed: int = 0,
     trust: bool = False,
+    drop_extra: bool = False,
     prove: bool = False,
     report: Reporter = silent,
 ) -> Anatomy:
@@ -80,6 +82,7 @@ def inspect(
         weights: a file of trained weights.
         seed: of the random initialisation where there are none.
         trust: run the code that a Transformers folder or repository brings along.
+        drop_extra: leave out stored tensors that the network does not have.
         prove: prove a large network on its own weights, not on a small twin.
 
     Raises:
@@ -87,7 +90,15 @@ def inspect(
         DBConvertError: the source cannot be opened, or its weights do not fit it.
     """
     opened = open_and_analyse(
-        source, stack=stack, weights=weights, seed=seed, trust=trust, fetch=prove, whole=prove, report=report
+        source,
+        stack=stack,
+        weights=weights,
+        seed=seed,
+        trust=trust,
+        drop_extra=drop_extra,
+        fetch=prove,
+        whole=prove,
+        report=report,
     )
     return opened.anatomy
 
@@ -100,6 +111,7 @@ def open_and_analyse(
     seed: int,
     report: Reporter,
     trust: bool = False,
+    drop_extra: bool = False,
     fetch: bool = True,
     whole: bool = False,
 ) -> Opened:
@@ -107,6 +119,7 @@ def open_and_analyse(
 
     Args:
         trust: run the code that it brings along.
+        drop_extra: leave out stored tensors that the network does not have.
         fetch: download the weights of a hub repository where they are not here yet.
     """
     report(Stage("reading the source"))
@@ -115,7 +128,9 @@ def open_and_analyse(
         torch.manual_seed(seed)
         model = opened.build_within(LARGE)
     refuse_opaque(model)
-    trained = fit_weights(opened, model, weights, fetch=fetch)
+    trained = fit_weights(opened, model, weights, fetch=fetch, drop_extra=drop_extra)
+    if trained is not None and trained.dropped:
+        report(Note(f"left out, since the network lacks them: {shortened(list(trained.dropped))}", warning=True))
     if is_empty(model) and not whole:
         return analyse_large(opened, model, stack, trained, seed, report)
     model = materialised(opened, model, seed) if is_empty(model) else model

@@ -60,6 +60,7 @@ def split(
     weights: str | None = None,
     seed: int = 0,
     trust: bool = False,
+    drop_extra: bool = False,
     force: bool = False,
     dry_run: bool = False,
     prove: bool = False,
@@ -72,6 +73,7 @@ def split(
         out: the package's folder; `<name>-db<B>` in the working directory by default.
         data: where examples come from, which lets `auto` noise be fitted now.
         trust: run the code that a Transformers folder or repository brings along.
+        drop_extra: leave out stored tensors that the network does not have.
         force: replace a package that is already there.
         dry_run: decide and return, write nothing.
         prove: prove a large network on its own weights, not on a small twin.
@@ -84,7 +86,14 @@ def split(
     if out is not None and not dry_run:
         refuse_occupied(Path(out), force=force)
     opened = open_and_analyse(
-        source, stack=options.stack, weights=weights, seed=seed, trust=trust, whole=prove, report=report
+        source,
+        stack=options.stack,
+        weights=weights,
+        seed=seed,
+        trust=trust,
+        drop_extra=drop_extra,
+        whole=prove,
+        report=report,
     )
     anatomy = opened.anatomy
     blocks = decide_blocks(anatomy, options)

@@ -25,20 +25,25 @@ class Fitted:
 
     Args:
         absent: network keys that no weights file need hold: they keep what the network was built with.
+        dropped: stored keys that were left out because the network does not have them, as was asked for.
     """
 
     origin: str
     items: Mapping[str, Item]
     homes: Mapping[str, str]
     absent: frozenset[str]
+    dropped: tuple[str, ...]
 
 
-def fit_weights(source: Source, model: nn.Module, weights: str | None, *, fetch: bool) -> Fitted | None:
+def fit_weights(
+    source: Source, model: nn.Module, weights: str | None, *, fetch: bool, drop_extra: bool
+) -> Fitted | None:
     """The weights file given, else the source's own weights, checked against the network; None where there are none.
 
     Args:
         model: on any device, as the source built it.
         fetch: download them where they are not here yet.
+        drop_extra: leave out tensors that the network does not have.
 
     Raises:
         DBConvertError: tensors are missing, unknown, of another shape, or quantised; the message names them.
@@ -53,18 +58,24 @@ def fit_weights(source: Source, model: nn.Module, weights: str | None, *, fetch:
     found = source.to_network(trained.outlines())
     groups = tied_names(state)
     covered = set(found) | {name for group in groups for name in group if not found.keys().isdisjoint(group)}
-    missing = set(state) - covered
+    missing, extra = set(state) - covered, source.telling(unknown)
     refuse_misfits(
         trained.location,
         {key: tuple(value.shape) for key, value in found.items() if key in state},
         {key: tuple(value.shape) for key, value in state.items()},
         missing=source.needed(missing),
-        unknown=source.telling(unknown),
+        unknown=set() if drop_extra else extra,
     )
     items = {key: item for key, item in trained.items.items() if key not in unknown}
     for group in groups:
         items = without_copies(items, homes, group, trained.location)
-    return Fitted(weights or source.ref.location, items, {key: homes[key] for key in items}, frozenset(missing))
+    return Fitted(
+        weights or source.ref.location,
+        items,
+        {key: homes[key] for key in items},
+        frozenset(missing),
+        tuple(sorted(extra)),
+    )
 
 
 def fill_in(source: Source, model: nn.Module, fitted: Fitted) -> None:
@@ -117,11 +128,14 @@ def refuse_misfits(
     lists = {"missing": sorted(missing), "unknown": sorted(unknown), "of another shape": other}
     parts = [f"{len(names)} {kind}: {shortened(names)}" for kind, names in lists.items() if names]
     if parts:
+        only_extra = bool(unknown) and not missing and not other
         raise DBConvertError(
             "the weights do not fit the network",
             where=location,
             why="; ".join(parts),
-            hint="give the weights of exactly this architecture, or correct the configuration",
+            hint="if the network does not need the unknown ones, leave them out with --drop-extra"
+            if only_extra
+            else "give the weights of exactly this architecture, or correct the configuration",
         )
 
 

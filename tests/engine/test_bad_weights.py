@@ -67,6 +67,18 @@ def test_missing_extra_and_misshapen_tensors_are_listed(tmp_path):
     assert "and 32 more" in refused(tmp_path / "m", "do not fit").why
 
 
+def test_extra_tensors_can_be_left_out(tmp_path):
+    """BERT on the hub comes with the head of a second objective, which its masked language model does not have."""
+    file = one_file(tmp_path / "m", "bert")
+    rewrite(file, lambda tensors: tensors.update({"cls.seq_relationship.weight": torch.ones(2, 32)}))
+    assert "--drop-extra" in refused(tmp_path / "m", "do not fit").hint
+    told = []
+    result = dbconvert.split(str(tmp_path / "m"), out="p", options=TWO, drop_extra=True, report=told.append)
+    assert any("cls.seq_relationship.weight" in getattr(event, "text", "") for event in told)
+    stored = [key for path in (result.package / "weights").iterdir() for key in load_file(path)]
+    assert "cls.seq_relationship.weight" not in stored and "bert.embeddings.word_embeddings.weight" in stored
+
+
 def test_a_missing_expert_is_named(tmp_path):
     file = one_file(tmp_path / "m", "mixtral")
     expert = "model.layers.1.block_sparse_moe.experts.2"
@@ -190,6 +202,8 @@ class Evil:
 
 def test_pickles_are_never_run(tmp_path, capsys):
     networks.llama_config().save_pretrained(tmp_path / "m")
+    torch.save({"a": torch.ones(3).to_sparse()}, tmp_path / "m" / "pytorch_model.bin")
+    assert "no plain tensor" in refused(tmp_path / "m", "a in").message
     torch.save({"a": Evil()}, tmp_path / "m" / "pytorch_model.bin")
     assert "never unpickled" in refused(tmp_path / "m", "cannot read").why
     assert "executed" not in capsys.readouterr().out

@@ -166,6 +166,19 @@ def test_a_state_dict_is_read_like_safetensors(tmp_path):
     assert again.plan.files == result.plan.files
 
 
+def test_a_weights_file_may_have_either_kind_of_keys(tmp_path):
+    """Transformers' own stored keys, or the network's, as torch.save(model.state_dict()) writes them."""
+    config = families.save("mixtral", tmp_path / "m")
+    config.save_pretrained(tmp_path / "bare")
+    state = from_disk(config, tmp_path / "m").state_dict()
+    torch.save(state, tmp_path / "state.pt")
+    for number, weights in enumerate((tmp_path / "m" / "model.safetensors", tmp_path / "state.pt")):
+        result = dbconvert.split(str(tmp_path / "bare"), out=f"p{number}", options=TWO, weights=str(weights))
+        assert result.plan.weights == str(weights)
+        tensors = open_package(result.package).tensors()
+        assert all(torch.equal(tensors[key], value) for key, value in state.items())
+
+
 def test_weights_made_at_random_go_back_too(tmp_path):
     for name in ("vit", "mixtral", "gpt2"):
         config = families.CONFIGS[name]()
