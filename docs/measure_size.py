@@ -1,10 +1,10 @@
-"""Measures what splitting and assembling a large checkpoint cost: python docs/measure_size.py [GIGABYTES] [FOLDER].
+"""What splitting and assembling a large checkpoint cost: python docs/measure_size.py [GIGABYTES] [FOLDER] [--save].
 
 A random Llama-like checkpoint in bf16 shards is made in FOLDER (the temporary folder by default), copied, split,
 turned back, and assembled as if its blocks had been trained; everything is removed afterwards. Four times as much
 disk is needed. Each measured command runs in a process of its own, in turns with `cp -r` of the checkpoint. Prints one
 JSON object: medians of seconds, and megabytes of resident memory (`ru_maxrss`, what /usr/bin/time -v calls maximum
-resident set size) beside what a process has that only imports the same modules.
+resident set size) beside what a process has that only imports the same modules. `--save` keeps it for the README.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+RESULTS = Path(__file__).with_name("size.json")
 REPEATS = 3
 WIDTH, INNER, VOCABULARY, HEADS = 2048, 5632, 32000, 16
 BYTES_OF_A_LAYER = 2 * (4 * WIDTH * WIDTH + 3 * WIDTH * INNER)
@@ -208,9 +209,12 @@ def main(gigabytes: float, parent: str | None) -> None:
         trained = ASSEMBLE.format(source=str(run), out=str(work / "out"), original=False)
         results["assemble"] = measured(work, trained, work / "out", stage, source)
         say(json.dumps(results, indent=1))
+        if "--save" in sys.argv:
+            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     finally:
         shutil.rmtree(work)
 
 
 if __name__ == "__main__":
-    main(float(sys.argv[1]) if len(sys.argv) > 1 else 4.0, sys.argv[2] if len(sys.argv) > 2 else None)
+    given = [argument for argument in sys.argv[1:] if argument != "--save"]
+    main(float(given[0]) if given else 4.0, given[1] if len(given) > 1 else None)

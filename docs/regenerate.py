@@ -24,6 +24,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results.json"
+SIZE = ROOT / "docs" / "size.json"
 PAGES = ("README.md", "docs/training.md")
 SEEDS = (0, 1, 2)
 VARIANTS = {
@@ -104,6 +105,7 @@ def parts(results: dict[str, Any]) -> dict[str, str]:
         "variants": variant_table(results),
         "map": file_map(),
         "machine": machine(results),
+        "size": size_table(),
     }
 
 
@@ -141,6 +143,20 @@ def variant_table(results: dict[str, Any]) -> str:
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def size_table() -> str:
+    """What docs/measure_size.py --save measured."""
+    found = json.loads(SIZE.read_text())
+    lines = [
+        "| command | writing the weights | `cp -r` of them | resident memory above imports |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name in ("split", "assemble --original", "assemble"):
+        row = found[name]
+        lines.append(f"| {name} | {row['writing']:.1f} s | {row['cp']:.1f} s | {row['above imports']:.0f} MB |")
+    head = f"A random Llama of {found['bytes'] / 1e9:.1f} GB in bf16 shards (`docs/measure_size.py`, medians of"
+    return f"{head} {found['repeats']}, in turns with the copies):\n\n" + "\n".join(lines)
 
 
 def file_map() -> str:
