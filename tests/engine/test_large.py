@@ -95,8 +95,7 @@ def test_a_split_of_what_does_not_fit_is_refused_before_it_is_built(tmp_path, ev
     with pytest.raises(DBConvertError, match=r"do not fit into memory: they need .* GB, and 0.0 GB are free"):
         dbconvert.split(source, out="p")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]
-    monkeypatch.undo()
-    monkeypatch.setattr(opening, "LARGE", 0)
+    monkeypatch.setattr(ram, "available_bytes", lambda: 10**9)
     assert dbconvert.split(source, out="p").package is not None
 
 
