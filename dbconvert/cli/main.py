@@ -162,8 +162,8 @@ def estimate(
     """Show what each number of blocks would hold in memory and cost, and the fewest that fit."""
     from dbconvert.cli import render, render_estimate
     from dbconvert.cli.sizes import whole_bytes
-    from dbconvert.engine.estimate import Request
     from dbconvert.engine.estimate import estimate as run
+    from dbconvert.engine.estimate_records import Request
     from dbconvert.schema import parse
 
     options = {

@@ -11,7 +11,7 @@ from rich.table import Table
 from dbconvert.cli.render import grid, out, size
 
 if TYPE_CHECKING:
-    from dbconvert.engine.estimate import Advice, Estimate, Row
+    from dbconvert.engine.estimate_records import Advice, Estimate, Row
     from dbconvert.engine.holdings import Holding
 
 SHORT = 16

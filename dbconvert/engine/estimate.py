@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 from dbconvert.engine.ablation import STEP, evidence
 from dbconvert.engine.convert import converted
 from dbconvert.engine.decide import decide, refuse_uncuttable
+from dbconvert.engine.estimate_records import SETTINGS, Advice, Estimate, Request, Row, Setting
 from dbconvert.engine.holdings import Holding, Inventory, OptimizerName, holding, inventory
 from dbconvert.engine.layer_kinds import layer_kinds
 from dbconvert.engine.meter import Meter
@@ -18,93 +18,9 @@ from dbconvert.engine.rehearsal import Case, Rehearsal
 from dbconvert.events import Reporter, Stage, silent
 from dbconvert.plan import NoiseRule, cut
 from dbconvert.recipe import SplitOptions
-from dbconvert.schema import Positive, record
 from dbconvert.tasks.registry import choose_task
 
-Where = Literal["resident", "away"]
 USUAL_LENGTH = 1024
-
-
-@record
-class Request:
-    """What is asked.
-
-    Args:
-        memory: of the device, in bytes; None chooses nothing.
-        case: batch, length, size and precision of an update.
-    """
-
-    memory: Positive | None = None
-    case: Case = Case()
-    optimizer: OptimizerName = "adamw"
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Where inactive blocks are while one trains, and whether layers are checkpointed."""
-
-    inactive: Where
-    checkpointing: bool
-
-    @property
-    def words(self) -> str:
-        return f"inactive blocks {self.inactive}, {'with' if self.checkpointing else 'without'} checkpointing"
-
-
-SETTINGS = tuple(Setting(where, checkpointing) for where in ("resident", "away") for checkpointing in (False, True))
-
-
-@dataclass(frozen=True)
-class Row:
-    """One number of blocks.
-
-    Args:
-        blocks: None is the network as it is, trained end-to-end.
-        layers: of its largest block: what one update runs forward and backward.
-        holdings: what an update of the block that needs most holds, by setting; end-to-end has no inactive blocks.
-        evaluations: layers that run for one prediction from noise; `passes` counts those through stem and head.
-    """
-
-    blocks: int | None
-    layers: int
-    holdings: dict[Setting, Holding]
-    evaluations: int
-    passes: int
-
-
-@dataclass(frozen=True)
-class Advice:
-    """The least memory, in bytes, that a change of the request would need, and whether that fits."""
-
-    change: str
-    blocks: int
-    setting: Setting
-    total: int
-    fits: bool
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What `estimate` found.
-
-    Args:
-        memory: bytes that must hold everything; None when none were named.
-        best: the fewest blocks that fit, and the setting they fit in; None where nothing fits.
-        advice: when nothing fits, what would.
-    """
-
-    network: str
-    task: str | None
-    depth: int
-    case: Case
-    optimizer: OptimizerName
-    memory: int | None
-    rows: tuple[Row, ...]
-    smallest: dict[Setting, int | None]
-    best: tuple[int, Setting] | None
-    evidence: tuple[str, ...]
-    advice: tuple[Advice, ...]
-    notes: tuple[str, ...]
 
 
 def estimate(

@@ -51,13 +51,23 @@ class Rehearsal:
         network: converted, as one block of all layers.
         example: arguments of its forward, batch first.
         fake: count on fake tensors; else on the network's own.
+        device: where the network is; fake tensors are the CPU's.
     """
 
-    def __init__(self, network: BlockwiseNetwork, example: dict[str, Any], case: Case, *, fake: bool = True) -> None:
+    def __init__(
+        self,
+        network: BlockwiseNetwork,
+        example: dict[str, Any],
+        case: Case,
+        *,
+        fake: bool = True,
+        device: str = "cpu",
+    ) -> None:
         self.network = network
         self.example = example
         self.case = case
         self.fake = fake
+        self.device = device
         self.open = ExitStack()
         self.mode: Any = None
 
@@ -82,7 +92,7 @@ class Rehearsal:
         paths = [self.network.plan.anatomy.layers[i].path for i in active]
         marked = only_inputs_kept([model.get_submodule(path) for path in paths]) if checkpointing else nullcontext()
         with torch.random.fork_rng(devices=[]), marked:
-            inputs = sized(self.example, self.case, self.mode)
+            inputs = self.inputs()
             try:
                 return saved_bytes(lambda: self.loss(layers, inputs), self.network.parameters())
             except NEEDS_NUMBERS as error:
@@ -90,13 +100,25 @@ class Rehearsal:
             except (RuntimeError, ValueError, IndexError, AssertionError, TypeError) as error:
                 raise self.failed(error, str(error).strip().split("\n", 1)[0]) from error
 
+    def update(self, layers: range | None, optimizer: torch.optim.Optimizer) -> float:
+        """One real update on the network's own tensors; returns its loss."""
+        loss = self.loss(layers, self.inputs())
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+    def inputs(self) -> Inputs:
+        resized = sized(self.example, self.case, self.mode)
+        return {name: v.to(self.device) if isinstance(v, Tensor) else v for name, v in resized.items()}
+
     def failed(self, error: Exception, reason: str) -> DBConvertError:
         case = ", ".join(f"{k} {v}" for k, v in vars(self.case).items() if v is not None)
         return DBConvertError(f"the network fails at this size ({case})", why=reason, hint="choose another size")
 
     def loss(self, layers: range | None, inputs: Inputs) -> Tensor:
-        autocast = torch.autocast("cpu", TYPES[self.case.precision], enabled=self.case.precision != "fp32")
-        labels = torch.zeros(self.case.batch, dtype=torch.long)
+        autocast = torch.autocast(self.device, TYPES[self.case.precision], enabled=self.case.precision != "fp32")
+        labels = torch.zeros(self.case.batch, dtype=torch.long, device=self.device)
         with autocast:
             value = self.network.model_output(inputs) if layers is None else self.conditioned(layers, inputs, labels)
         task = self.network.decided_task
@@ -106,14 +128,14 @@ class Rehearsal:
         if self.network.plan.anatomy.head is None:
             return output.float().square().mean()
         scores = output.float().flatten(0, -2)
-        return F.cross_entropy(scores, torch.zeros(len(scores), dtype=torch.long))
+        return F.cross_entropy(scores, torch.zeros(len(scores), dtype=torch.long, device=self.device))
 
     def conditioned(self, layers: range, inputs: Inputs, labels: Tensor) -> Any:
         network = self.network
         network.plan = replace(network.plan, blocks=((layers.start, layers.stop - 1),))
-        sigma = torch.ones(self.case.batch)
+        sigma = torch.ones(self.case.batch, device=self.device)
         if network.decided_task is not None:
-            eps = torch.randn(self.case.batch, network.task.target.width)
+            eps = torch.randn(self.case.batch, network.task.target.width, device=self.device)
             z = network.task.clean(network.conditioning, labels) + sigma[:, None] * eps
             return network.denoised_output(0, inputs, z, sigma)
         network.run.reset()

@@ -14,7 +14,7 @@ import dbconvert
 from dbconvert.engine import opening
 from dbconvert.engine.ablation import evidence
 from dbconvert.engine.decide import default_width
-from dbconvert.engine.estimate import Request, Setting
+from dbconvert.engine.estimate_records import Request, Setting
 from dbconvert.engine.holdings import state_size
 from dbconvert.engine.layer_kinds import layer_kinds
 from dbconvert.engine.meter import Meter
