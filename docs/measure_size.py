@@ -1,220 +1,153 @@
-"""What splitting and assembling a large checkpoint cost: python docs/measure_size.py [GIGABYTES] [FOLDER] [--save].
+"""Measures what docs/size.md says, and writes it to docs/size.json; regenerate.py makes the tables of it.
 
-A random Llama-like checkpoint in bf16 shards is made in FOLDER (the temporary folder by default), copied, split,
-turned back, and assembled as if its blocks had been trained; everything is removed afterwards. Four times as much
-disk is needed. Each measured command runs in a process of its own, in turns with `cp -r` of the checkpoint. Prints one
-JSON object: medians of seconds, and megabytes of resident memory (`ru_maxrss`, what /usr/bin/time -v calls maximum
-resident set size) beside what a process has that only imports the same modules. `--save` keeps it for the README.
+    python docs/measure_size.py            # what size.json lacks
+    python docs/measure_size.py --fresh    # everything again (some minutes)
+
+A 70B-class network is inspected and planned from its configuration alone, in a process of its own, three times.
+Then, for some families, what autograd keeps of an update on real tensors stands beside what `estimate` says.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-import statistics
+import platform
 import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).with_name("size.json")
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs" / "size.json"
 REPEATS = 3
-WIDTH, INNER, VOCABULARY, HEADS = 2048, 5632, 32000, 16
-BYTES_OF_A_LAYER = 2 * (4 * WIDTH * WIDTH + 3 * WIDTH * INNER)
-SHARD = 10**9
-
-IMPORTS = """
-import importlib
-for name in {names!r}:
-    try:
-        importlib.import_module(name)
-    except Exception:
-        pass
-"""
-SPLIT = """
-import dbconvert
-from dbconvert.recipe import SplitOptions
-dbconvert.split({source!r}, out={out!r}, options=SplitOptions(blocks=4), report=report)
-"""
-ASSEMBLE = """
-import dbconvert
-dbconvert.assemble([{source!r}], out={out!r}, original={original}, report=report)
-"""
-HERE = """
-import sys
+LLAMA_70B = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+}
+COMMANDS = {
+    "imports alone": None,
+    "inspect": ["inspect", "LLAMA"],
+    "split --dry-run": ["split", "LLAMA", "--blocks", "8", "--dry-run"],
+    "estimate": ["estimate", "LLAMA", "--memory", "80GB", "--precision", "bf16"],
+}
+IN_ITS_OWN_PROCESS = """
+import os, re, sys
 from pathlib import Path
-sys.path.insert(0, {folder!r})
-import measure_size
-measure_size.{call}
+from dbconvert.cli.main import guarded
+if sys.argv[1:]:
+    guarded(sys.argv[1:], debug=True)
+else:
+    import gc
+    gc.set_threshold(100_000, 50, 50)  # as the command does
+    from dbconvert.engine import estimate, split
+    from transformers import LlamaForCausalLM
+    gc.freeze()
+sys.stdout.flush()
+peak = re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]
+print("peak", peak, file=sys.stderr)
 """
-CHILD = """
-import json, resource, sys, time
-marks = [("begin", time.perf_counter())]
-def report(event):
-    marks.append((getattr(event, "name", getattr(event, "text", "")), time.perf_counter()))
-{body}
-marks.append(("end", time.perf_counter()))
-spans = {{name: after - at for (name, at), (_, after) in zip(marks, marks[1:])}}
-print(json.dumps({{"spans": spans, "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-    "modules": [name for name in sys.modules if not name.startswith("__")]}}))
-"""
+TEXT = {"vocab_size": 8000, "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "pad_token_id": 0}
+FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "Llama": ("LlamaConfig", "LlamaForCausalLM", {**TEXT, "intermediate_size": 688, "num_key_value_heads": 2}),
+    "BERT": ("BertConfig", "BertForMaskedLM", {**TEXT, "intermediate_size": 1024}),
+    "Mixtral": (
+        "MixtralConfig",
+        "MixtralForCausalLM",
+        {**TEXT, "intermediate_size": 512, "num_key_value_heads": 2, "num_local_experts": 8},
+    ),
+    "GPT-2": ("GPT2Config", "GPT2LMHeadModel", {"vocab_size": 8000, "n_embd": 256, "n_layer": 4, "n_head": 4}),
+    "ConvNeXt stage": (
+        "ConvNextConfig",
+        "ConvNextForImageClassification",
+        {"hidden_sizes": [128], "depths": [4], "num_stages": 1, "num_labels": 100},
+    ),
+    "ViT (Transformers)": (
+        "ViTConfig",
+        "ViTForImageClassification",
+        {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 768},
+    ),
+}
+BY_HAND = "ViT (examples/vit.py)"
+PRECISIONS = ("fp32", "bf16")
 
 
-def say(text: str) -> None:
-    sys.stdout.write(text + "\n")
+def main() -> int:
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() and "--fresh" not in sys.argv else {}
+    results.setdefault("versions", {name: version(name) for name in ("dbconvert", "torch", "transformers")})
+    results.setdefault("machine", f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}")
+    with tempfile.TemporaryDirectory() as folder:
+        large = Path(folder) / "llama-70b"
+        large.mkdir()
+        (large / "config.json").write_text(json.dumps(LLAMA_70B))
+        for name, command in COMMANDS.items():
+            if name not in results.setdefault("70b", {}):
+                arguments = [str(large) if word == "LLAMA" else word for word in command or []]
+                results["70b"][name] = [measured(arguments) for _ in range(REPEATS)]
+                save(results)
+        for name in [BY_HAND, *FAMILIES]:
+            for precision in PRECISIONS:
+                if precision not in results.setdefault("activations", {}).setdefault(name, {}):
+                    results["activations"][name][precision] = compared(name, precision, Path(folder))
+                    save(results)
+    return 0
 
 
-def child(body: str) -> dict[str, Any]:
-    """Seconds by stage and the highest resident memory in MB of a Python process."""
+def save(results: dict[str, Any]) -> None:
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def measured(arguments: list[str]) -> dict[str, float]:
+    """Wall time, CPU time (s), peak resident memory (MB) and the load of the machine when it started."""
+    load, before, start = os.getloadavg()[0], os.times(), time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-c", CHILD.format(body=body)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        [sys.executable, "-c", IN_ITS_OWN_PROCESS, *arguments], capture_output=True, text=True, check=True, cwd=ROOT
     )
-    if done.returncode:
-        sys.exit(done.stderr)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    wall, after = time.perf_counter() - start, os.times()
+    cpu = after.children_user + after.children_system - before.children_user - before.children_system
+    peak = int(done.stderr.split()[-1]) * 1024 / 1e6
+    return {"wall": round(wall, 2), "cpu": round(cpu, 2), "peak_mb": round(peak), "load": round(load, 2)}
+
+
+def compared(name: str, precision: Any, folder: Path) -> dict[str, dict[str, int]]:
+    """Bytes that autograd keeps, on real tensors and as estimated: end-to-end, half the layers, one layer."""
+    import torch
+    import transformers
+
+    from dbconvert.engine.estimate import as_one_block, with_usual_length
+    from dbconvert.engine.opening import open_and_analyse
+    from dbconvert.engine.rehearsal import Case, Rehearsal
+    from dbconvert.events import silent
+
+    torch.set_num_threads(1)
+    if name == BY_HAND:
+        source, length = str(ROOT / "examples" / "vit.py") + ":vit_cifar100", None
+    else:
+        kind, architecture, options = FAMILIES[name]
+        getattr(transformers, kind)(**options, architectures=[architecture]).save_pretrained(folder / name)
+        source, length = str(folder / name), 256 if "vocab_size" in options else None
+    opened = open_and_analyse(source, stack=None, weights=None, seed=0, report=silent)
+    network, depth = as_one_block(opened), opened.anatomy.depth
+    case = with_usual_length(opened, Case(batch=8, length=length, precision=precision))
+    found = {}
+    runs = {"end-to-end": None, "2 blocks": range(depth // 2), f"{depth} blocks": range(1)}
+    for label, layers in runs.items():
+        both = {}
+        for fake in (False, True):
+            with Rehearsal(network, opened.inputs, case, fake=fake) as rehearsal:
+                both["estimated" if fake else "measured"] = rehearsal.kept(layers)
+        found[label] = both
     return found
 
 
-def here(call: str) -> None:
-    """Runs a function of this file in a process of its own: a process that starts others hands its size on to them."""
-    child(HERE.format(folder=str(Path(__file__).parent), call=call))
-
-
-def make_checkpoint(folder: Path, size: int) -> None:
-    """Shards of random numbers under Llama's keys."""
-    import torch
-    from transformers import LlamaConfig
-
-    from dbconvert.checkpoint import save_checkpoint
-
-    config = LlamaConfig(
-        hidden_size=WIDTH,
-        intermediate_size=INNER,
-        vocab_size=VOCABULARY,
-        num_attention_heads=HEADS,
-        num_hidden_layers=max(4, round((size - 4 * WIDTH * VOCABULARY) / BYTES_OF_A_LAYER)),
-        architectures=["LlamaForCausalLM"],
-    )
-    config.save_pretrained(folder)
-    shapes = {"model.embed_tokens.weight": (VOCABULARY, WIDTH), "lm_head.weight": (VOCABULARY, WIDTH)}
-    shapes["model.norm.weight"] = (WIDTH,)  # type: ignore[assignment]
-    for i in range(config.num_hidden_layers):
-        layer = f"model.layers.{i}"
-        shapes.update({f"{layer}.self_attn.{name}_proj.weight": (WIDTH, WIDTH) for name in "qkvo"})
-        shapes.update({f"{layer}.mlp.{name}_proj.weight": (INNER, WIDTH) for name in ("gate", "up")})
-        shapes[f"{layer}.mlp.down_proj.weight"] = (WIDTH, INNER)
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            shapes[f"{layer}.{norm}.weight"] = (WIDTH,)  # type: ignore[assignment]
-    numbers = torch.randn(1 << 25).bfloat16()
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for key, shape in shapes.items():
-        count = torch.Size(shape).numel()
-        begin = int(torch.randint(0, len(numbers), (), generator=generator)) % max(1, len(numbers) - count)
-        tensors[key] = numbers[begin : begin + count].reshape(shape) if count <= len(numbers) else None
-        if tensors[key] is None:
-            tensors[key] = numbers.repeat(-(-count // len(numbers)))[:count].reshape(shape)
-    save_checkpoint(folder / "model.safetensors", tensors, {}, SHARD)
-
-
-def make_run(package: Path, folder: Path) -> None:
-    """A run that says it trained the package's blocks: the files are what training writes."""
-    from dbconvert.checkpoint import save_tensors
-    from dbconvert.engine.noise import edm_noise
-    from dbconvert.engine.package import NOISE, NOISE_KEY, PLAN, PLAN_KEY, RECIPE, WEIGHTS
-    from dbconvert.engine.runs import RunInfo, start_run
-    from dbconvert.files import sha256_file, write_text
-    from dbconvert.plan import read_plan
-    from dbconvert.schema import to_json
-    from dbconvert.tensorfile import read_header
-
-    plan = read_plan(package / PLAN)
-    noise = edm_noise(plan.noise, len(plan.blocks))
-    files = {}
-    for file in sorted((package / WEIGHTS).iterdir()):
-        target = folder / WEIGHTS / file.name
-        save_tensors(target, read_header(file)[0], {PLAN_KEY: plan.identity, NOISE_KEY: noise.identity})
-        files[file.name] = sha256_file(target)
-    for name, text in ((PLAN, to_json(plan)), (NOISE, to_json(noise)), (RECIPE, (package / RECIPE).read_text())):
-        write_text(folder / name, text)
-    blocks = tuple(range(len(plan.blocks)))
-    info = RunInfo(
-        "complete",
-        "blocks",
-        str(package),
-        str(package),
-        plan.identity,
-        noise.identity,
-        blocks,
-        None,
-        "shared",
-        1,
-        files,
-    )
-    start_run(folder, info)
-
-
-def timed_copy(source: Path, target: Path) -> float:
-    begin = time.perf_counter()
-    subprocess.run(["cp", "-r", source, target], check=True)
-    return time.perf_counter() - begin
-
-
-def measured(work: Path, body: str, out: Path, stage: str, source: Path) -> dict[str, float]:
-    """A command against plain copies of the same files, taken in turns."""
-    copies, phases, resident, whole, names = [], [], [], [], []
-    for _ in range(REPEATS):
-        copies.append(timed_copy(source, work / "copy"))
-        shutil.rmtree(work / "copy")
-        shutil.rmtree(out, ignore_errors=True)
-        found = child(body)
-        phases.append(found["spans"][stage])
-        whole.append(sum(found["spans"].values()))
-        resident.append(found["rss"])
-        names = found["modules"]
-    imports = child(IMPORTS.format(names=names))["rss"]
-    copy, phase = statistics.median(copies), statistics.median(phases)
-    return {
-        "cp": round(copy, 2),
-        "writing": round(phase, 2),
-        "ratio": round(phase / copy, 2),
-        "whole": round(statistics.median(whole), 2),
-        "resident": round(max(resident), 1),
-        "imports": round(imports, 1),
-        "above imports": round(max(resident) - imports, 1),
-    }
-
-
-def main(gigabytes: float, parent: str | None) -> None:
-    work = Path(tempfile.mkdtemp(dir=parent, prefix="measure-size-"))
-    source, package, run = work / "checkpoint", work / "package", work / "run"
-    try:
-        here(f"make_checkpoint(Path({str(source)!r}), {int(gigabytes * 10**9)})")
-        size = sum(file.stat().st_size for file in source.iterdir())
-        results: dict[str, Any] = {"bytes": size, "repeats": REPEATS}
-        split = SPLIT.format(source=str(source), out=str(package))
-        results["split"] = measured(work, split, package, "writing the weights", source)
-        stage = "writing the checkpoint"
-        back = ASSEMBLE.format(source=str(package), out=str(work / "out"), original=True)
-        results["assemble --original"] = measured(work, back, work / "out", stage, source)
-        shutil.rmtree(work / "out")
-        here(f"make_run(Path({str(package)!r}), Path({str(run)!r}))")
-        trained = ASSEMBLE.format(source=str(run), out=str(work / "out"), original=False)
-        results["assemble"] = measured(work, trained, work / "out", stage, source)
-        say(json.dumps(results, indent=1))
-        if "--save" in sys.argv:
-            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    finally:
-        shutil.rmtree(work)
-
-
 if __name__ == "__main__":
-    given = [argument for argument in sys.argv[1:] if argument != "--save"]
-    main(float(given[0]) if given else 4.0, given[1] if len(given) > 1 else None)
+    sys.exit(main())

@@ -163,6 +163,48 @@ def split(
 
 
 @app.command()
+def estimate(
+    source: SOURCE,
+    memory: Annotated[str | None, typer.Option(help="Of the device, e.g. 24GB (10^9 bytes) or 24GiB.")] = None,
+    batch: Annotated[int, typer.Option(help="Examples an update.")] = 8,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens an example; what positions reach, up to 1024, by default.")
+    ] = None,
+    size: Annotated[int | None, typer.Option(help="Height and width of pictures.")] = None,
+    precision: Annotated[str, typer.Option(help="fp32, or bf16 (autocast: weights stay in 32 bits).")] = "fp32",
+    optimizer: Annotated[str, typer.Option(help="adamw, adamw8bit or sgd.")] = "adamw",
+    stack: STACK = None,
+    seed: SEED = 0,
+    everything: Annotated[bool, typer.Option("--all", help="Show every number of blocks.")] = False,
+    as_json: JSON = False,
+) -> None:
+    """Show what each number of blocks would hold in memory and cost, and the fewest that fit."""
+    from dbconvert.cli import render, render_estimate
+    from dbconvert.cli.sizes import whole_bytes
+    from dbconvert.engine.estimate import estimate as run
+    from dbconvert.engine.estimate_records import Request
+    from dbconvert.schema import parse
+
+    options = {
+        "memory": None if memory is None else whole_bytes(memory, "--memory"),
+        "case": {"batch": batch, "length": length, "size": size, "precision": precision},
+        "optimizer": optimizer,
+    }
+    request = parse(Request, options, file="the command line")
+    try:
+        with render.progress() as report:
+            found = run(source, request=request, stack=stack, seed=seed, report=report)
+    except Refused as refusal:
+        if as_json:
+            emit(render.refusal_json(refusal))
+        raise
+    if as_json:
+        emit(render_estimate.estimate_json(found))
+    else:
+        render_estimate.show_estimate(found, everything=everything)
+
+
+@app.command()
 def train(
     target: Annotated[str, typer.Argument(help="A recipe, a package, or the name of a shipped recipe.")],
     overrides: OVERRIDES = None,

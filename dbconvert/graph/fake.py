@@ -40,7 +40,7 @@ def empty_weights() -> Iterator[None]:
         kept: nn.Parameter = emptied[parameter]
         return kept
 
-    hook = register_module_parameter_registration_hook(empty)
+    hook = register_module_parameter_registration_hook(empty)  # type: ignore[arg-type]
     try:
         yield
     finally:
@@ -99,7 +99,7 @@ def on_fake_tensors(model: nn.Module) -> Iterator[FakeTensorMode]:
                 replaced.append((tensors, dict(tensors)))
                 for name, tensor in tensors.items():
                     if tensor is not None and (tensor.is_floating_point() or tensor.is_meta):
-                        tensors[name] = fake(tensor)
+                        tensors[name] = fake(tensor)  # type: ignore[assignment]
         yield mode
     finally:
         for tensors, before in replaced:
