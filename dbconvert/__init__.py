@@ -1,7 +1,7 @@
 """dbconvert: converts a residual network into DiffusionBlocks form and trains it one block at a time.
 
-The public API is the command line's verbs: `inspect`, `split`, `train`, `assemble`, `evaluate` and `load`. They
-are imported when first used, so that `import dbconvert` is quick.
+The public API is the command line's verbs: `inspect`, `estimate`, `split`, `train`, `assemble`, `evaluate` and `load`.
+They are imported when first used, so that `import dbconvert` is quick.
 """
 
 from __future__ import annotations
@@ -11,17 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dbconvert.engine.assemble import assemble
+    from dbconvert.engine.estimate import estimate
     from dbconvert.engine.evaluate import evaluate
     from dbconvert.engine.load import load
-    from dbconvert.engine.split import inspect, split
+    from dbconvert.engine.opening import inspect
+    from dbconvert.engine.split import split
     from dbconvert.engine.train import train
 
-__all__ = ["assemble", "evaluate", "inspect", "load", "split", "train"]
+__all__ = ["assemble", "estimate", "evaluate", "inspect", "load", "split", "train"]
 
 _HOMES = {
     "assemble": "dbconvert.engine.assemble",
+    "estimate": "dbconvert.engine.estimate",
     "evaluate": "dbconvert.engine.evaluate",
-    "inspect": "dbconvert.engine.split",
+    "inspect": "dbconvert.engine.opening",
     "load": "dbconvert.engine.load",
     "split": "dbconvert.engine.split",
     "train": "dbconvert.engine.train",

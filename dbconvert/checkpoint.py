@@ -1,157 +1,33 @@
-"""Weights on disk: safetensors in, safetensors out, atomic, hashed. Nothing is ever unpickled."""
+"""safetensors checkpoints of one or several files: written whole or not at all, read or only located."""
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from dbconvert.errors import DBConvertError, UsageError
+from dbconvert.errors import DBConvertError
+from dbconvert.files import atomic_file, inside, write_text
+from dbconvert.stream import Item, size_of, write_items
+from dbconvert.tensorfile import Stored, damaged, read_header
 
 INDEX_SUFFIX = ".index.json"
-MARKER = ".dbconvert"
-"""A file of this name marks a folder as one of ours: only such a folder is ever replaced."""
-
-
-# -- atomic files and folders -------------------------------------------------------------------------------
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary path that becomes `path` when the block ends well, and vanishes otherwise.
-
-    Raises:
-        DBConvertError: the disk is full or the place cannot be written.
-    """
-    with _explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        os.close(handle)
-        temporary = Path(name)
-        try:
-            yield temporary
-            _flush(temporary)
-            temporary.chmod(0o644)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def atomic_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
-    """A temporary folder that becomes `path` when the block ends well, and vanishes otherwise.
-
-    Args:
-        force: replace a folder that is there, if it carries our marker.
-
-    Raises:
-        UsageError: `path` is occupied.
-        DBConvertError: the disk is full or the place cannot be written.
-    """
-    refuse_occupied(path, force=force)
-    with _explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
-        try:
-            (temporary / MARKER).touch()
-            yield temporary
-            temporary.chmod(0o755)
-            if path.exists():
-                retired = temporary.with_suffix(".old")
-                path.replace(retired)
-                temporary.replace(path)
-                shutil.rmtree(retired)
-            else:
-                temporary.replace(path)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def refuse_occupied(path: Path, *, force: bool) -> None:
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        return
-    ours = (path / MARKER).exists()
-    if not force:
-        hint = "give another -o, or --force to replace it" if ours else "give another -o"
-        raise UsageError(f"{path} exists already", hint=hint)
-    if not ours:
-        raise UsageError(
-            f"{path} was not written by dbconvert, so --force does not replace it",
-            hint="remove it, or give another -o",
-        )
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Errors of the file system, said for people."""
-    try:
-        yield
-    except OSError as error:
-        raise write_error(error, path) from error
-    except SafetensorError as error:
-        full = "No space left" in str(error) or "os error 28" in str(error)
-        raise write_error(OSError(errno.ENOSPC if full else errno.EIO, str(error)), path) from error
-
-
-def write_error(error: OSError, path: Path) -> DBConvertError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DBConvertError(
-            f"no space left on the disk while writing {path}",
-            why="what was there before is untouched, and nothing half-written is left behind",
-            hint="free some space, or write to another disk with -o",
-        )
-    return DBConvertError(f"cannot write {path}", why=error.strerror or str(error))
-
-
-def append_line(path: Path, line: str) -> None:
-    """Adds a line to a text file."""
-    with _explained(path), path.open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def sha256_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 # -- tensors ------------------------------------------------------------------------------------------------
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
-    """Writes one safetensors file through a temporary one and returns its SHA-256."""
-    ready = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
-    with atomic_file(path) as temporary:
-        save_file(ready, temporary, metadata={"format": "pt", **(metadata or {})})
-        digest = sha256_file(temporary)
-    return digest
+def save_tensors(
+    path: Path, tensors: Mapping[str, Item], metadata: Mapping[str, str] | None = None, *, flush: bool = True
+) -> None:
+    """Writes one safetensors file through a temporary one; tensors that lie in other files are copied from there."""
+    with atomic_file(path, flush=flush) as temporary:
+        write_items(temporary, tensors, metadata)
 
 
 def load_tensors(path: Path, keys: set[str] | None = None) -> dict[str, Tensor]:
@@ -178,43 +54,45 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except SafetensorError as error:
-        raise DBConvertError(
-            f"{path} is not a whole safetensors file",
-            why=str(error),
-            hint="it may be truncated: copy or download it again",
-        ) from None
+        raise damaged(path, str(error)) from None
 
 
 # -- checkpoints of one or several files ----------------------------------------------------------------------
 
 
-def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], shard_bytes: int) -> Path:
+def save_checkpoint(path: Path, tensors: Mapping[str, Item], metadata: Mapping[str, str], shard_bytes: int) -> Path:
     """One safetensors file, or shards and an index when the tensors exceed `shard_bytes`.
 
     Shards are written first and the index last, so that a checkpoint is either whole or absent. Returns the path
-    to load: the file, or the index.
+    to load: the file, or the index. The disk is not waited for: what it is made from is still there.
     """
     shards = list(_shards(tensors, shard_bytes))
     if len(shards) == 1:
-        save_tensors(path, tensors, metadata)
+        save_tensors(path, tensors, metadata, flush=False)
         return path
-    weight_map, total = {}, 0
-    for number, keys in enumerate(shards, 1):
-        name = f"{path.stem}-{number:05d}-of-{len(shards):05d}{path.suffix}"
-        save_tensors(path.with_name(name), {key: tensors[key] for key in keys}, metadata)
-        weight_map.update(dict.fromkeys(keys, name))
-        total += sum(tensors[key].numel() * tensors[key].element_size() for key in keys)
+    files = [
+        path.with_name(f"{path.stem}-{n:05d}-of-{len(shards):05d}{path.suffix}") for n in range(1, len(shards) + 1)
+    ]
     index = path.with_name(path.name + INDEX_SUFFIX)
+    total = sum(map(size_of, tensors.values()))
+    weight_map = {key: file.name for file, keys in zip(files, shards, strict=True) for key in keys}
     content = {"metadata": {"total_size": total, **metadata}, "weight_map": weight_map}
-    write_text(index, json.dumps(content, indent=2) + "\n")
+    try:
+        for file, keys in zip(files, shards, strict=True):
+            save_tensors(file, {key: tensors[key] for key in keys}, metadata, flush=False)
+        write_text(index, json.dumps(content, indent=2) + "\n")
+    except BaseException:
+        for file in files:
+            file.unlink(missing_ok=True)
+        raise
     return index
 
 
-def _shards(tensors: Mapping[str, Tensor], limit: int) -> Iterator[list[str]]:
+def _shards(tensors: Mapping[str, Item], limit: int) -> Iterator[list[str]]:
     shard: list[str] = []
     filled = 0
     for key, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
+        size = size_of(tensor)
         if shard and filled + size > limit:
             yield shard
             shard, filled = [], 0
@@ -227,37 +105,47 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a checkpoint: a safetensors file or the index of shards."""
     if not path.name.endswith(INDEX_SUFFIX):
         return load_tensors(path), read_metadata(path)
-    index = json.loads(path.read_text(encoding="utf-8"))
+    weight_map, metadata = read_index(path)
     tensors: dict[str, Tensor] = {}
-    for name in dict.fromkeys(index["weight_map"].values()):
-        if Path(name).name != name:
-            raise DBConvertError(f"{path.name} points outside of its folder: {name}")
-        tensors.update(load_tensors(path.with_name(name)))
-    missing = sorted(set(index["weight_map"]) - set(tensors))
-    if missing:
-        raise DBConvertError(f"{path} names tensors that its shards lack: {', '.join(missing[:5])}")
-    return tensors, {key: value for key, value in index["metadata"].items() if isinstance(value, str)}
+    for file in dict.fromkeys(weight_map.values()):
+        tensors.update(load_tensors(file))
+    refuse_absent(path, weight_map, tensors)
+    return tensors, metadata
 
 
-def load_weights(path: Path) -> dict[str, Tensor]:
-    """A user's trained weights: safetensors, or a state_dict read with `weights_only`.
+def locate_checkpoint(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """Where the tensors of a checkpoint lie, and its metadata; no tensor is read.
 
     Raises:
-        DBConvertError: no such file, or it holds anything but tensors.
+        DBConvertError: a file is missing, damaged, or lies outside of the index's folder.
     """
-    if path.suffix == ".safetensors" or path.name.endswith(INDEX_SUFFIX):
-        return load_checkpoint(path)[0]
-    if not path.is_file():
-        raise DBConvertError(f"{path} does not exist")
+    if not path.name.endswith(INDEX_SUFFIX):
+        return read_header(path)
+    weight_map, metadata = read_index(path)
+    found: dict[str, Stored] = {}
+    for file in dict.fromkeys(weight_map.values()):
+        found.update(read_header(file)[0])
+    refuse_absent(path, weight_map, found)
+    return found, metadata
+
+
+def read_index(path: Path) -> tuple[dict[str, Path], dict[str, str]]:
+    """The file of each tensor, and the metadata that are words.
+
+    Raises:
+        DBConvertError: it is not an index, or a file it names lies elsewhere.
+    """
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise DBConvertError(
-            f"cannot read {path} as a state_dict",
-            why=f"it is damaged, or holds more than tensors, which are never unpickled ({type(error).__name__})",
-            hint="save the weights with safetensors, or torch.save(model.state_dict(), ...)",
-        ) from None
-    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise DBConvertError(f"{path} is not a state_dict of tensors", hint="save model.state_dict()")
-    return state
+        index = json.loads(path.read_text(encoding="utf-8"))
+        files = {name: inside(path.parent, name) for name in dict.fromkeys(index["weight_map"].values())}
+        weight_map = {key: files[name] for key, name in index["weight_map"].items()}
+        metadata = {k: v for k, v in (index.get("metadata") or {}).items() if isinstance(v, str)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DBConvertError(f"{path} is not an index of shards", why=str(error), hint="download it again") from None
+    return weight_map, metadata
+
+
+def refuse_absent(path: Path, weight_map: Mapping[str, Path], found: Mapping[str, object]) -> None:
+    absent = sorted(set(weight_map) - set(found))
+    if absent:
+        raise DBConvertError(f"{path} names tensors that its shards lack: {', '.join(absent[:5])}")

@@ -125,8 +125,10 @@ class Plan:
         preview: the noise as far as it is known at the split (for `auto` without data: uniform labels).
         weights: what the weights are: `random, seed N` or the file they came from.
         pretrained: whether they were trained before.
-        files: SHA-256 of each weights file of the package.
-        shapes: shape of every tensor in them.
+        files: digest of each weights file of the package (`files.quick_digest`).
+        shapes: shape of every tensor of the converted network.
+        keys: what its weights files hold: the network's own tensors, or the source's as they were stored, which the
+            source turns into the network's.
     """
 
     schema_version: int
@@ -144,6 +146,7 @@ class Plan:
     pretrained: bool
     files: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
+    keys: Literal["network", "source"] = "network"
 
     @property
     def identity(self) -> str:

@@ -24,7 +24,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results.json"
-PAGES = ("README.md", "docs/training.md")
+SIZE = ROOT / "docs" / "size.json"
+COPYING = ROOT / "docs" / "copying.json"
+PAGES = ("README.md", "docs/training.md", "docs/size.md")
 SEEDS = (0, 1, 2)
 VARIANTS = {
     "shared": ["train.periphery=shared"],
@@ -34,6 +36,7 @@ VARIANTS = {
 }
 TOUR = {
     "inspect": ["inspect", "examples/vit.py"],
+    "estimate": ["estimate", "examples/vit.py", "--memory", "20MB", "--batch", "128"],
     "split": ["split", "examples/vit.py", "--blocks", "3", "--data", "digits", "--dry-run"],
     "dry-run": ["train", "vit_digits", "--dry-run"],
 }
@@ -104,6 +107,8 @@ def parts(results: dict[str, Any]) -> dict[str, str]:
         "variants": variant_table(results),
         "map": file_map(),
         "machine": machine(results),
+        "copying": copying_table(),
+        **size_parts(json.loads(SIZE.read_text())),
     }
 
 
@@ -140,6 +145,51 @@ def variant_table(results: dict[str, Any]) -> str:
             for key in next(iter(seeds.values()))
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def copying_table() -> str:
+    """What docs/measure_copying.py --save measured."""
+    found = json.loads(COPYING.read_text())
+    lines = [
+        "| command | writing the weights | `cp -r` of them | resident memory above imports |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name in ("split", "assemble --original", "assemble"):
+        row = found[name]
+        lines.append(f"| {name} | {row['writing']:.1f} s | {row['cp']:.1f} s | {row['above imports']:.0f} MB |")
+    head = f"A random Llama of {found['bytes'] / 1e9:.1f} GB in bf16 shards (`docs/measure_copying.py`, medians of"
+    return f"{head} {found['repeats']}, in turns with the copies):\n\n" + "\n".join(lines)
+
+
+def size_parts(size: dict[str, Any]) -> dict[str, str]:
+    """The tables that docs/measure_size.py measured."""
+    libraries = ", ".join(f"{name} {number}" for name, number in size["versions"].items())
+    return {
+        "size-70b": large_table(size["70b"]),
+        "size-activations": activation_table(size["activations"]),
+        "size-machine": f"Measured with `python docs/measure_size.py` on {size['machine']}; {libraries}.",
+    }
+
+
+def large_table(found: dict[str, list[dict[str, float]]]) -> str:
+    lines = ["| command | wall s | CPU s | peak resident | load |", "| --- | --- | --- | --- | --- |"]
+    for name, runs in found.items():
+        wall, cpu, load = (" / ".join(f"{run[key]:.1f}" for run in runs) for key in ("wall", "cpu", "load"))
+        lines.append(f"| {name} | {wall} | {cpu} | {max(run['peak_mb'] for run in runs):.0f} MB | {load} |")
+    return "\n".join(lines)
+
+
+def activation_table(found: dict[str, dict[str, dict[str, dict[str, int]]]]) -> str:
+    lines = ["| network | precision | update of | autograd keeps | estimated | off by |", "| --- " * 6 + "|"]
+    for network, precisions in found.items():
+        for precision, runs in precisions.items():
+            for label, both in runs.items():
+                real, told = both["measured"], both["estimated"]
+                off = 100 * (told / real - 1)
+                lines.append(
+                    f"| {network} | {precision} | {label} | {real / 1e6:.2f} MB | {told / 1e6:.2f} MB | {off:+.2f} % |"
+                )
     return "\n".join(lines)
 
 

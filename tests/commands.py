@@ -26,3 +26,12 @@ def dbconvert(*arguments, code=0, env=None, cwd=None):
 
 def as_json(*arguments, code=0, env=None, cwd=None):
     return json.loads(dbconvert(*arguments, code=code, env=env, cwd=cwd).stdout)
+
+
+def python(*arguments, code=0, env=None):
+    """Runs a Python script; fails the test on another exit code."""
+    done = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env={**os.environ, **(env or {})}, check=False
+    )
+    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done

@@ -1,8 +1,11 @@
 """What every test gets: few threads, a working directory of its own, no network."""
 
 import os
+import tempfile
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_MODULES_CACHE", str(Path(tempfile.gettempdir()) / "dbconvert-tests-modules"))
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

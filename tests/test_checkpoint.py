@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dbconvert import checkpoint as ck
+from dbconvert import files, weights
 from dbconvert.errors import DBConvertError, UsageError
 
 
@@ -15,13 +16,12 @@ def some_tensors():
     return {"a": torch.randn(3, 4), "b": torch.arange(5), "c": torch.randn(2).bfloat16()}
 
 
-def test_round_trip_with_metadata_and_digest(tmp_path):
+def test_round_trip_with_metadata(tmp_path):
     tensors = some_tensors()
-    digest = ck.save_tensors(tmp_path / "x.safetensors", tensors, {"key": "value"})
+    ck.save_tensors(tmp_path / "x.safetensors", tensors, {"key": "value"})
     loaded = ck.load_tensors(tmp_path / "x.safetensors")
     assert all(torch.equal(loaded[k], v) and loaded[k].dtype == v.dtype for k, v in tensors.items())
     assert ck.read_metadata(tmp_path / "x.safetensors")["key"] == "value"
-    assert digest == ck.sha256_file(tmp_path / "x.safetensors")
 
 
 def test_shards_and_index(tmp_path):
@@ -57,7 +57,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "x.safetensors"
     ck.save_tensors(path, {"a": torch.zeros(2)})
     before = path.read_bytes()
-    monkeypatch.setattr(ck, "save_file", full_disk)
+    monkeypatch.setattr(ck, "write_items", full_disk)
     with pytest.raises(DBConvertError, match="no space left"):
         ck.save_tensors(path, some_tensors())
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
@@ -65,24 +65,24 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_a_folder_is_replaced_only_if_it_is_ours(tmp_path):
     target = tmp_path / "out"
-    with ck.atomic_folder(target) as temporary:
+    with files.atomic_folder(target) as temporary:
         (temporary / "one").write_text("1")
-    with pytest.raises(UsageError, match="exists already"), ck.atomic_folder(target):
+    with pytest.raises(UsageError, match="exists already"), files.atomic_folder(target):
         pass
-    with ck.atomic_folder(target, force=True) as temporary:
+    with files.atomic_folder(target, force=True) as temporary:
         (temporary / "two").write_text("2")
     assert sorted(p.name for p in target.iterdir()) == [".dbconvert", "two"]
     theirs = tmp_path / "theirs"
     theirs.mkdir()
     (theirs / "thesis.tex").touch()
-    with pytest.raises(UsageError, match="not written by dbconvert"), ck.atomic_folder(theirs, force=True):
+    with pytest.raises(UsageError, match="not written by dbconvert"), files.atomic_folder(theirs, force=True):
         pass
     assert (theirs / "thesis.tex").exists()
 
 
 def test_a_failed_folder_leaves_nothing(tmp_path):
     target = tmp_path / "out"
-    with pytest.raises(DBConvertError, match="no space left"), ck.atomic_folder(target) as temporary:
+    with pytest.raises(DBConvertError, match="no space left"), files.atomic_folder(target) as temporary:
         (temporary / "half").write_text("...")
         full_disk()
     assert list(tmp_path.iterdir()) == []
@@ -95,13 +95,13 @@ class Evil:
 
 def test_weights_are_never_unpickled(tmp_path, capsys):
     torch.save({"a": torch.ones(2)}, tmp_path / "good.pt")
-    assert torch.equal(ck.load_weights(tmp_path / "good.pt")["a"], torch.ones(2))
+    assert torch.equal(weights.load_state_dict(tmp_path / "good.pt")["a"], torch.ones(2))
     torch.save({"state_dict": {"a": torch.ones(2)}}, tmp_path / "nested.pt")
-    assert list(ck.load_weights(tmp_path / "nested.pt")) == ["a"]
+    assert list(weights.load_state_dict(tmp_path / "nested.pt")) == ["a"]
     torch.save({"a": Evil()}, tmp_path / "evil.pt")
     (tmp_path / "evil.pkl").write_bytes(pickle.dumps(Evil()))
     torch.save({"a": 3}, tmp_path / "numbers.pt")
     for name in ("evil.pt", "evil.pkl", "numbers.pt", "missing.pt"):
         with pytest.raises(DBConvertError):
-            ck.load_weights(tmp_path / name)
+            weights.load_state_dict(tmp_path / name)
     assert "executed" not in capsys.readouterr().out

@@ -5,6 +5,7 @@ torch and the engine are imported inside the commands, so that --help is quick.
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -13,6 +14,10 @@ from typing import Annotated, Any
 import typer
 
 from dbconvert.errors import DBConvertError, Refused, UsageError
+
+COLLECT = (100_000, 50, 50)
+"""When Python looks for cyclic garbage. Its usual 700 new objects start it hundreds of times while torch and
+Transformers are imported: 1.1 of 5.2 CPU seconds, and 1.4 more at the end (see `guarded`)."""
 
 app = typer.Typer(
     name="dbconvert",
@@ -29,6 +34,11 @@ SOURCE = Annotated[
 STACK = Annotated[str | None, typer.Option(help="Path of the module that holds the layers, when there are several.")]
 WEIGHTS = Annotated[str | None, typer.Option(help="Trained weights: safetensors, or a state_dict.")]
 SEED = Annotated[int, typer.Option(help="Seed of the random initialisation.")]
+TRUST = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the Python code that a Transformers folder or hub id brings.")
+]
+DROP = Annotated[bool, typer.Option("--drop-extra", help="Leave out weights that the network does not have.")]
+PROVE = Annotated[bool, typer.Option("--prove", help="Prove a large network on its own weights, whatever they take.")]
 JSON = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 FORCE = Annotated[bool, typer.Option("--force", help="Replace what is there, if dbconvert wrote it.")]
 OVERRIDES = Annotated[
@@ -39,15 +49,31 @@ OVERRIDES = Annotated[
 
 @app.command()
 def inspect(
-    source: SOURCE, stack: STACK = None, weights: WEIGHTS = None, seed: SEED = 0, as_json: JSON = False
+    source: SOURCE,
+    stack: STACK = None,
+    weights: WEIGHTS = None,
+    seed: SEED = 0,
+    trust_remote_code: TRUST = False,
+    drop_extra: DROP = False,
+    prove: PROVE = False,
+    as_json: JSON = False,
 ) -> None:
     """Show what the analysis sees: stack, proof, branches, stem, readout; or why it refuses."""
     from dbconvert.cli import render
-    from dbconvert.engine.split import inspect as run
+    from dbconvert.engine.opening import inspect as run
 
     try:
         with render.progress() as report:
-            anatomy = run(source, stack=stack, weights=weights, seed=seed, report=report)
+            anatomy = run(
+                source,
+                stack=stack,
+                weights=weights,
+                seed=seed,
+                trust=trust_remote_code,
+                drop_extra=drop_extra,
+                prove=prove,
+                report=report,
+            )
     except Refused as refusal:
         if as_json:
             emit(render.refusal_json(refusal))
@@ -79,8 +105,11 @@ def split(
     start: Annotated[str | None, typer.Option(help="original or zero.")] = None,
     out: Annotated[str | None, typer.Option("--out", "-o", help="Folder to write.")] = None,
     seed: SEED = 0,
+    trust_remote_code: TRUST = False,
+    drop_extra: DROP = False,
     force: FORCE = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Decide and show, write nothing.")] = False,
+    prove: PROVE = False,
     as_json: JSON = False,
 ) -> None:
     """Cut a network into blocks and write a package that trains."""
@@ -119,8 +148,11 @@ def split(
                 data=DataOptions(source=data) if data is not None else None,
                 weights=weights,
                 seed=seed,
+                trust=trust_remote_code,
+                drop_extra=drop_extra,
                 force=force,
                 dry_run=dry_run,
+                prove=prove,
                 report=report,
             )
     except Refused as refusal:
@@ -128,6 +160,48 @@ def split(
             emit(render.refusal_json(refusal))
         raise
     emit(render.split_json(result)) if as_json else render.show_split(result)
+
+
+@app.command()
+def estimate(
+    source: SOURCE,
+    memory: Annotated[str | None, typer.Option(help="Of the device, e.g. 24GB (10^9 bytes) or 24GiB.")] = None,
+    batch: Annotated[int, typer.Option(help="Examples an update.")] = 8,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens an example; what positions reach, up to 1024, by default.")
+    ] = None,
+    size: Annotated[int | None, typer.Option(help="Height and width of pictures.")] = None,
+    precision: Annotated[str, typer.Option(help="fp32, or bf16 (autocast: weights stay in 32 bits).")] = "fp32",
+    optimizer: Annotated[str, typer.Option(help="adamw, adamw8bit or sgd.")] = "adamw",
+    stack: STACK = None,
+    seed: SEED = 0,
+    everything: Annotated[bool, typer.Option("--all", help="Show every number of blocks.")] = False,
+    as_json: JSON = False,
+) -> None:
+    """Show what each number of blocks would hold in memory and cost, and the fewest that fit."""
+    from dbconvert.cli import render, render_estimate
+    from dbconvert.cli.sizes import whole_bytes
+    from dbconvert.engine.estimate import estimate as run
+    from dbconvert.engine.estimate_records import Request
+    from dbconvert.schema import parse
+
+    options = {
+        "memory": None if memory is None else whole_bytes(memory, "--memory"),
+        "case": {"batch": batch, "length": length, "size": size, "precision": precision},
+        "optimizer": optimizer,
+    }
+    request = parse(Request, options, file="the command line")
+    try:
+        with render.progress() as report:
+            found = run(source, request=request, stack=stack, seed=seed, report=report)
+    except Refused as refusal:
+        if as_json:
+            emit(render.refusal_json(refusal))
+        raise
+    if as_json:
+        emit(render_estimate.estimate_json(found))
+    else:
+        render_estimate.show_estimate(found, everything=everything)
 
 
 @app.command()
@@ -155,7 +229,12 @@ def train(
 @app.command()
 def assemble(
     runs: Annotated[list[str] | None, typer.Argument(help="Runs; by default the newest complete one.")] = None,
-    out: Annotated[str, typer.Option("--out", "-o", help="Checkpoint to write.")] = "model.safetensors",
+    out: Annotated[
+        str, typer.Option("--out", "-o", help="What to write: a file *.safetensors, or a folder.")
+    ] = "model.safetensors",
+    original: Annotated[
+        bool, typer.Option("--original", help="Turn an untrained package back into the original network.")
+    ] = False,
     force: FORCE = False,
 ) -> None:
     """Put trained blocks together into one safetensors checkpoint."""
@@ -163,7 +242,7 @@ def assemble(
     from dbconvert.engine.assemble import assemble as run
 
     with render.progress() as report:
-        path = run(runs or [], out=out, force=force, report=report)
+        path = run(runs or [], out=out, original=original, force=force, report=report)
     render.say(f"wrote {path}")
 
 
@@ -243,6 +322,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def guarded(arguments: list[str], *, debug: bool) -> int:
     """Runs a command and turns what it raises into a message and an exit code."""
+    gc.set_threshold(*COLLECT)
     try:
         app(args=arguments, standalone_mode=True, prog_name="dbconvert")
     except SystemExit as end:
@@ -260,6 +340,8 @@ def guarded(arguments: list[str], *, debug: bool) -> int:
             raise
         complain(unexpected(error))
         return 1
+    finally:
+        gc.freeze()  # else Python walks through all of the libraries' objects once more before it ends
     return 0
 
 

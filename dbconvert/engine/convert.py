@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 
+from dbconvert.conditioning.embedding import NoiseEmbedding
 from dbconvert.engine.network import OWN, BlockwiseNetwork, check_keys
 from dbconvert.errors import DBConvertError
 from dbconvert.graph.cut import strip
+from dbconvert.graph.fake import empty_weights, is_empty
 from dbconvert.graph.inject import PREFIX, Run, inject
 from dbconvert.plan import Plan
 from dbconvert.sources.base import Source
@@ -35,13 +37,35 @@ def task_of(plan: Plan, name: str | None = None) -> Task:
 
 
 def converted(model: nn.Module, plan: Plan, task: Task | None, *, seed: int = 0) -> Run:
-    """Injects what the plan says into a fresh network; `seed` is that of new parameters."""
+    """Injects what the plan says into a fresh network; `seed` is that of new parameters.
+
+    Conditioning is on the meta device where the network is; what a task registers, small tables, is not.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        run = inject(model, plan.anatomy, blocks=len(plan.blocks), width=plan.condition_width, start=plan.start)
+        with empty_weights() if is_empty(model) else nullcontext():
+            run = inject(model, plan.anatomy, blocks=len(plan.blocks), width=plan.condition_width, start=plan.start)
         if task is not None:
             task.register(model.get_submodule(PREFIX), blocks=len(plan.blocks), width=plan.condition_width, seed=seed)
     return run
+
+
+def begin_conditioning(network: BlockwiseNetwork, *, seed: int) -> None:
+    """Gives what conversion added to a network on the meta device the numbers that it begins with.
+
+    They are those that `converted` gives a network with numbers: embedders come first from the seed, and modulations
+    are zero, which as one expanded zero takes no memory however large the network is.
+    """
+    conditioning = network.conditioning
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for embedder in conditioning.embedder.values():
+            fresh = NoiseEmbedding(network.plan.condition_width)
+            embedder.load_state_dict(fresh.state_dict(), assign=True)
+    for module in conditioning.modulation.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(torch.zeros(()).expand(parameter.shape))
 
 
 def whole_network(plan: Plan, source: Source) -> BlockwiseNetwork:
@@ -62,7 +86,7 @@ def single_block(plan: Plan, source: Source, block: int, tensors: Mapping[str, T
         DBConvertError: they do not fit.
     """
     task = task_of(plan)
-    with init_empty_weights():
+    with empty_weights():
         model = source.build()
         run = converted(model, plan, task)
     strip(model, plan.anatomy, plan.layers_of(block))

@@ -3,37 +3,23 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
-from typing import Any
 
 import torch
-from torch import nn
 
 from dbconvert.anatomy import Anatomy
 from dbconvert.conditioning.modulation import Start, condition_width
 from dbconvert.engine.noise import UNIFORM, edm_noise, fit_noise
+from dbconvert.engine.opening import Opened
 from dbconvert.errors import Refused, UsageError
 from dbconvert.graph.inject import site_features
 from dbconvert.plan import SCHEMA_VERSION, NoiseFit, NoiseRule, Plan, cut
 from dbconvert.recipe import SplitOptions
-from dbconvert.sources.base import Source
 from dbconvert.tasks.base import Task
 from dbconvert.tasks.registry import reasons
 
 LIBRARIES = ("dbconvert", "torch", "transformers", "accelerate", "safetensors")
-
-
-@dataclass
-class Opened:
-    """A network with what the analysis says of it."""
-
-    source: Source
-    model: nn.Module
-    inputs: dict[str, Any]
-    weights: str
-    pretrained: bool
-    anatomy: Anatomy
 
 
 def decide_blocks(anatomy: Anatomy, options: SplitOptions) -> tuple[tuple[int, int], ...]:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import yaml
 
-from dbconvert.checkpoint import MARKER, write_text
 from dbconvert.engine.assemble import assemble
 from dbconvert.engine.evaluate import evaluate
 from dbconvert.engine.memory import MemoryReport
@@ -18,6 +17,7 @@ from dbconvert.engine.runs import new_run_folder
 from dbconvert.engine.split import split
 from dbconvert.engine.train import train
 from dbconvert.events import Note, Reporter, silent
+from dbconvert.files import MARKER, write_text
 from dbconvert.recipe import DataOptions, SplitOptions, read_recipe
 from dbconvert.schema import to_data
 from dbconvert.shipped import shipped

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dbconvert.checkpoint import INDEX_SUFFIX, load_checkpoint
+from dbconvert.checkpoint import INDEX_SUFFIX, load_checkpoint, locate_checkpoint
 from dbconvert.data.images import normalise
 from dbconvert.diffusion.intervals import Intervals
-from dbconvert.engine.assemble import DATA_KEY, source_folder
+from dbconvert.engine.assemble import CHECKPOINT, DATA_KEY, source_folder
 from dbconvert.engine.convert import single_block, whole_network, with_own_peripheries
 from dbconvert.engine.infer import Begin, sample
 from dbconvert.engine.jobs import baseline_layers
@@ -33,11 +33,15 @@ from dbconvert.engine.package import (
 from dbconvert.engine.runs import RUN, RunInfo, read_info
 from dbconvert.engine.train import NETWORK_FILE
 from dbconvert.errors import DBConvertError, UsageError
+from dbconvert.files import inside
 from dbconvert.plan import NoiseFit, Plan, parse_plan, read_plan
 from dbconvert.recipe import DataOptions, Recipe, read_recipe
 from dbconvert.schema import parse
 from dbconvert.sources.base import Source
-from dbconvert.sources.resolve import reopen_source
+from dbconvert.sources.resolve import HUB_ID, has_code, reopen_source
+from dbconvert.sources.transformers_files import COMPANIONS, CONFIG, SAFETENSORS, fetch
+
+EVERYTHING = (CONFIG, "*.py", "model.source/*", *COMPANIONS, *SAFETENSORS)
 
 
 @dataclass(frozen=True)
@@ -80,35 +84,64 @@ class Loaded:
         return sample(self.network, self.intervals, ready, steps=steps, begin=begin)[-1]
 
 
-def load(path: str | Path, source: str | Path | None = None) -> Loaded:
+def load(path: str | Path, source: str | Path | None = None, *, trust: bool = False) -> Loaded:
     """Rebuilds a trained network.
 
     Args:
-        path: a checkpoint that `assemble` wrote, or a run.
+        path: a checkpoint that `assemble` wrote (a file, the index of its shards, a folder or a hub id), or a run.
         source: the network's Python file, or its folder, where it does not lie beside the checkpoint. Code is only
             run from a file whose content matches the plan; nothing in the metadata is executed.
+        trust: run the code that a hub repository brings along.
 
     Raises:
-        UsageError: `path` is neither.
-        DBConvertError: it is damaged, or the source is missing or changed.
+        UsageError: `path` is none of these.
+        DBConvertError: it is damaged, cannot be fetched, or the source is missing or changed.
     """
-    path = Path(path)
     extra = [] if source is None else [Path(source) if Path(source).is_dir() else Path(source).parent]
-    loaded = load_run(path, extra) if path.is_dir() else load_file(path, extra)
+    if not Path(path).exists() and not index_of(Path(path)).exists() and HUB_ID.match(str(path)):
+        folder = fetch(str(path), EVERYTHING)
+        loaded = load_file(checkpoint_in(folder), extra, code=trust or source is not None)
+    elif (Path(path) / RUN).is_file():
+        loaded = load_run(Path(path), extra)
+    else:
+        loaded = load_file(checkpoint_in(Path(path)) if Path(path).is_dir() else Path(path), extra)
     loaded.network.eval()
     return loaded
 
 
-def load_file(path: Path, extra: list[Path]) -> Loaded:
-    if not path.is_file() and path.with_name(path.name + INDEX_SUFFIX).is_file():
-        path = path.with_name(path.name + INDEX_SUFFIX)
-    tensors, metadata = load_checkpoint(path)
+def index_of(path: Path) -> Path:
+    return path.with_name(path.name + INDEX_SUFFIX)
+
+
+def checkpoint_in(folder: Path) -> Path:
+    for path in (folder / CHECKPOINT, index_of(folder / CHECKPOINT)):
+        if path.exists():
+            return inside(folder, path.name)
+    raise UsageError(f"{folder} is neither a checkpoint nor a run")
+
+
+def load_file(path: Path, extra: list[Path], *, code: bool = True) -> Loaded:
+    """A checkpoint file or index.
+
+    Args:
+        code: whether Python files that lie with it may be run.
+    """
+    if not path.is_file() and index_of(path).is_file():
+        path = index_of(path)
+    metadata = locate_checkpoint(path)[1]
     if PLAN_KEY not in metadata:
         raise UsageError(f"{path} carries no plan", hint="give a checkpoint that dbconvert assemble wrote, or a run")
     plan = parse_plan(read_metadata_json(metadata, PLAN_KEY, path), file=f"the plan in {path}")
+    if has_code(plan.source) and not code:
+        raise DBConvertError(
+            "the network is built by Python files of the repository, which are not run unasked",
+            where=", ".join(plan.source.files),
+            hint="read them, then load with trust=True; or give your own copy with source=PATH",
+        )
     noise = parse(NoiseFit, read_metadata_json(metadata, NOISE_KEY, path), file=f"the noise in {path}")
     data = parse(DataOptions, read_metadata_json(metadata, DATA_KEY, path), file=f"the data options in {path}")
     folders = [*extra, source_folder(path), path.parent / MODEL, path.parent]
+    tensors = load_checkpoint(path)[0]
     return Loaded(filled(plan, reopen_source(plan.source, folders), noise, tensors, path), noise, data)
 
 
@@ -120,8 +153,6 @@ def read_metadata_json(metadata: Mapping[str, str], key: str, path: Path) -> obj
 
 
 def load_run(folder: Path, extra: list[Path]) -> Loaded:
-    if not (folder / RUN).is_file():
-        raise UsageError(f"{folder} is neither a checkpoint nor a run")
     info, recipe, plan, noise = read_run(folder)
     source = reopen_source(plan.source, [*extra, Path(info.package) / MODEL])
     if info.method != "blocks":

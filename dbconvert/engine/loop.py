@@ -14,7 +14,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from dbconvert.checkpoint import append_line
 from dbconvert.data.batches import OrderedBatches, block_order, derive, load_batches, seed_all
 from dbconvert.data.examples import LABEL, Batch
 from dbconvert.data.images import augmentation, normalise
@@ -28,6 +27,7 @@ from dbconvert.engine.state import load_state, newest_state, save_state, truncat
 from dbconvert.engine.units import Unit
 from dbconvert.errors import DBConvertError
 from dbconvert.events import Advance, Reporter, Stage
+from dbconvert.files import append_line
 
 
 class Loop:

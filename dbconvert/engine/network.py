@@ -106,6 +106,10 @@ class BlockwiseNetwork(nn.Module):
 
     def denoise(self, block: int, inputs: Inputs, z: Tensor, sigma: Tensor) -> Tensor:
         """The output of one block for noisy targets z [N, d] at levels sigma [N]."""
+        return self.output(self.denoised_output(block, inputs, z, sigma))
+
+    def denoised_output(self, block: int, inputs: Inputs, z: Tensor, sigma: Tensor) -> Any:
+        """All that the network returns then."""
         if block not in self.present:
             raise DBConvertError(f"block {block} is not in memory", why=f"only blocks {list(self.present)} are")
         scaling = Preconditioning(self.sigma_data)
@@ -116,13 +120,17 @@ class BlockwiseNetwork(nn.Module):
         self.run.condition = condition
         self.run.entry = self.task.entry(corruption)
         self.run.exit = self.task.exit(self.conditioning, block, corruption)
-        return self.output(self.call(block, inputs))
+        return self.call(block, inputs)
 
     def plain(self, inputs: Inputs, layers: range | None = None) -> Tensor:
         """The output of the unconditioned network: all layers, or only some of them."""
+        return self.output(self.model_output(inputs, layers))
+
+    def model_output(self, inputs: Inputs, layers: range | None = None) -> Any:
+        """All that the unconditioned network returns."""
         self.run.reset()
         self.run.active = layers
-        return self.output(self.model(**inputs))
+        return self.model(**inputs)
 
     def call(self, block: int, inputs: Inputs) -> Any:
         if self.periphery != "own":

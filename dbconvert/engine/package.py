@@ -7,8 +7,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dbconvert.checkpoint import load_tensors, sha256_file, write_text
+from dbconvert.checkpoint import load_tensors
+from dbconvert.engine.trained import settled
 from dbconvert.errors import DBConvertError, UsageError
+from dbconvert.files import matches, write_text
+from dbconvert.graph.inject import PREFIX
 from dbconvert.plan import NoiseFit, Plan, read_plan
 from dbconvert.schema import parse, read_json, to_json
 from dbconvert.sources.base import Source
@@ -39,7 +42,7 @@ class Package:
         return reopen_source(self.plan.source, [self.folder / MODEL])
 
     def tensors(self, *, block: int | None = None) -> dict[str, Tensor]:
-        """The package's weights: of all blocks, or of one; the periphery's always.
+        """The network's weights: of all blocks, or of one; the periphery's always. Stored ones keep their dtype.
 
         Raises:
             DBConvertError: a file is missing or is not the one that was written.
@@ -48,13 +51,22 @@ class Package:
         tensors: dict[str, Tensor] = {}
         for name in [*map(block_file, blocks), PERIPHERY]:
             path = self.folder / WEIGHTS / name
-            if path.is_file() and sha256_file(path) != self.plan.files[name]:
-                raise DBConvertError(
-                    f"{path} is not the file that the plan names: its SHA-256 differs",
-                    hint="copy the package again; it may be truncated, or from another split",
-                )
+            self.check(name)
             tensors.update(load_tensors(path))
-        return tensors
+        if self.plan.keys == "network":
+            return tensors
+        added = {key: tensor for key, tensor in tensors.items() if key.startswith(PREFIX + ".")}
+        stored = {key: tensor for key, tensor in tensors.items() if key not in added}
+        return {**settled(self.source().to_network(stored), self.plan.anatomy.tied), **added}
+
+    def check(self, name: str) -> None:
+        """Refuses a weights file that is not the one that was written."""
+        path = self.folder / WEIGHTS / name
+        if path.is_file() and not matches(path, self.plan.files[name]):
+            raise DBConvertError(
+                f"{path} is not the file that the plan names: its content differs",
+                hint="copy the package again; it may be truncated, or from another split",
+            )
 
     def keep_noise(self, noise: NoiseFit) -> None:
         """Writes the fit into the package, so that the jobs of other blocks use the same."""

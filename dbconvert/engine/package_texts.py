@@ -83,3 +83,23 @@ def package_readme(plan: Plan, noise: NoiseFit) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def checkpoint_readme(plan: Plan) -> str:
+    """What lies beside an assembled checkpoint."""
+    return f"""# {plan.anatomy.network} in {len(plan.blocks)} trained blocks
+
+Trained block by block with dbconvert {plan.versions["dbconvert"]}, from `{plan.source.location}`; weights before
+training: {plan.weights}. The plan, the noise and what the data looked like are in the metadata of the safetensors
+file or index.
+
+It runs in block form only: loaded as an ordinary `{plan.source.name}` it gives nonsense, because each block
+denoises.
+
+```python
+import dbconvert
+
+network = dbconvert.load("THIS_FOLDER")
+output = network(inputs)  # block by block, from z = 0
+```
+"""

@@ -17,8 +17,8 @@ from dataclasses import field
 from pathlib import Path
 from typing import Literal
 
-from dbconvert.checkpoint import MARKER, write_text
 from dbconvert.errors import DBConvertError, UsageError
+from dbconvert.files import MARKER, write_text
 from dbconvert.recipe import Method
 from dbconvert.schema import parse, read_json, record, to_json
 

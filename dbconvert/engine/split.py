@@ -5,17 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-
-from dbconvert.anatomy import Anatomy
-from dbconvert.checkpoint import atomic_folder, load_weights, refuse_occupied, save_tensors
 from dbconvert.data.datasets import open_part
 from dbconvert.data.examples import Examples
-from dbconvert.engine.convert import converted
-from dbconvert.engine.decide import Opened, cautions, decide, decide_blocks
-from dbconvert.engine.network import BlockwiseNetwork, check_keys
+from dbconvert.engine.convert import begin_conditioning, converted
+from dbconvert.engine.decide import cautions, decide, decide_blocks
+from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.engine.noise import UNIFORM, fit_noise
+from dbconvert.engine.opening import Opened, materialised, open_and_analyse
 from dbconvert.engine.package import (
     MODEL,
     NOISE,
@@ -31,15 +27,14 @@ from dbconvert.engine.package import (
 from dbconvert.engine.package_texts import package_readme, package_recipe, train_script
 from dbconvert.engine.paths import settled
 from dbconvert.engine.picture import draw_noise
+from dbconvert.engine.trained import Fitted
 from dbconvert.events import Note, Reporter, Stage, silent
-from dbconvert.graph.analysis import analyse
-from dbconvert.graph.proof import prove
-from dbconvert.graph.tape import refuse_opaque
+from dbconvert.files import atomic_folder, quick_digest, refuse_occupied
+from dbconvert.graph.inject import PREFIX
 from dbconvert.plan import NoiseFit, NoiseRule, Plan
 from dbconvert.recipe import DataOptions, SplitOptions
 from dbconvert.schema import to_json
-from dbconvert.sources.base import Source
-from dbconvert.sources.resolve import open_source
+from dbconvert.stream import Item, write_items
 from dbconvert.tasks.base import Task
 from dbconvert.tasks.registry import choose_task
 
@@ -54,60 +49,6 @@ class SplitResult:
     warnings: tuple[str, ...]
 
 
-def inspect(
-    source: str,
-    *,
-    stack: str | None = None,
-    weights: str | None = None,
-    seed: int = 0,
-    report: Reporter = silent,
-) -> Anatomy:
-    """What the analysis sees of a network, proved by numbers.
-
-    Args:
-        source: `model.py`, `model.py:name`, a folder with a Transformers config.json, or a hub id.
-        stack: path of the layers' container, when there are several.
-        weights: a file of trained weights.
-        seed: of the random initialisation where there are none.
-
-    Raises:
-        Refused: the network cannot be converted; the error names the node and the reason.
-        DBConvertError: the source cannot be opened.
-    """
-    return open_and_analyse(source, stack=stack, weights=weights, seed=seed, report=report).anatomy
-
-
-def open_and_analyse(source: str, *, stack: str | None, weights: str | None, seed: int, report: Reporter) -> Opened:
-    report(Stage("reading the source"))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        opened = open_source(source)
-        model = opened.build()
-    refuse_opaque(model)
-    origin = fill_weights(opened, model, weights)
-    inputs = opened.example_inputs(model)
-    report(Stage("analysing the graph"))
-    anatomy = analyse(model, inputs, stack=stack)
-    report(Stage("proving by numbers"))
-    anatomy = prove(model, anatomy, inputs)
-    return Opened(opened, model, inputs, origin or f"random, seed {seed}", origin is not None, anatomy)
-
-
-def fill_weights(source: Source, model: nn.Module, weights: str | None) -> str | None:
-    """Trained weights from the file given, else from the source itself; returns where they came from."""
-    if weights is None:
-        return source.load_weights(model)
-    given = load_weights(Path(weights))
-    own = model.state_dict(keep_vars=True)
-    first: dict[int, str] = {}
-    for name, tensor in own.items():
-        first.setdefault(id(tensor), name)
-    needed = {name: tensor for name, tensor in own.items() if name in given or first[id(tensor)] == name}
-    check_keys(given, needed, weights)
-    model.load_state_dict(given, strict=False)
-    return weights
-
-
 def split(
     source: str,
     *,
@@ -118,8 +59,11 @@ def split(
     data: DataOptions | None = None,
     weights: str | None = None,
     seed: int = 0,
+    trust: bool = False,
+    drop_extra: bool = False,
     force: bool = False,
     dry_run: bool = False,
+    prove: bool = False,
     report: Reporter = silent,
 ) -> SplitResult:
     """Cuts a network into blocks and writes a package that trains.
@@ -128,8 +72,11 @@ def split(
         source: see `inspect`.
         out: the package's folder; `<name>-db<B>` in the working directory by default.
         data: where examples come from, which lets `auto` noise be fitted now.
+        trust: run the code that a Transformers folder or repository brings along.
+        drop_extra: leave out stored tensors that the network does not have.
         force: replace a package that is already there.
         dry_run: decide and return, write nothing.
+        prove: prove a large network on its own weights, not on a small twin.
 
     Raises:
         Refused, UsageError, DBConvertError: nothing is written then.
@@ -138,12 +85,26 @@ def split(
         data = replace(data, source=settled(data.source, Path()))
     if out is not None and not dry_run:
         refuse_occupied(Path(out), force=force)
-    opened = open_and_analyse(source, stack=options.stack, weights=weights, seed=seed, report=report)
+    opened = open_and_analyse(
+        source,
+        stack=options.stack,
+        weights=weights,
+        seed=seed,
+        trust=trust,
+        drop_extra=drop_extra,
+        whole=prove,
+        report=report,
+    )
     anatomy = opened.anatomy
     blocks = decide_blocks(anatomy, options)
     chosen = choose_task(anatomy, task)
     plan, fit = decide(opened, options, noise, chosen, blocks)
+    if opened.large and opened.trained is None and not dry_run:
+        report(Stage("building the network"))
+        opened = replace(opened, model=materialised(opened.source, opened.model, seed))
     network = convert_whole(opened, plan, chosen, seed)
+    if opened.large and not dry_run:
+        begin_conditioning(network, seed=seed)
     if data is not None and data.source is not None and plan.task is not None:
         fit = fit_to_data(network, data)
     plan = replace(plan, preview=fit, shapes={k: tuple(v.shape) for k, v in network.tensors().items()})
@@ -154,7 +115,7 @@ def split(
         return SplitResult(plan, fit, None, warnings)
     folder = Path(out) if out is not None else default_folder(source, len(blocks))
     report(Stage("writing the package"))
-    plan = write_package(folder, plan, fit, opened, network, data, force=force)
+    plan = write_package(folder, plan, fit, opened, network, data, force=force, report=report)
     return SplitResult(plan, fit, folder, warnings)
 
 
@@ -189,29 +150,42 @@ def write_package(
     data: DataOptions | None,
     *,
     force: bool,
+    report: Reporter,
 ) -> Plan:
     with atomic_folder(folder, force=force) as temporary:
         opened.source.copy_to(temporary / MODEL)
-        files = {}
-        for name, tensors in parts(network).items():
-            files[name] = save_tensors(temporary / WEIGHTS / name, tensors)
-        plan = replace(plan, files=files)
-        (temporary / PLAN).write_text(to_json(plan), encoding="utf-8")
         if fit.basis != UNIFORM:
             (temporary / NOISE).write_text(to_json(fit), encoding="utf-8")
         (temporary / RECIPE).write_text(package_recipe(plan, data), encoding="utf-8")
         (temporary / README).write_text(package_readme(plan, fit), encoding="utf-8")
         (temporary / TRAIN).write_text(train_script(), encoding="utf-8")
         draw_noise(fit, temporary / PICTURE)
+        (temporary / WEIGHTS).mkdir()
+        report(Stage("writing the weights"))
+        files = {}
+        for name, items in parts(network, opened.trained).items():
+            write_items(temporary / WEIGHTS / name, items)
+            files[name] = quick_digest(temporary / WEIGHTS / name)
+        plan = replace(plan, files=files, keys="network" if opened.trained is None else "source")
+        (temporary / PLAN).write_text(to_json(plan), encoding="utf-8")
     return plan
 
 
-def parts(network: BlockwiseNetwork) -> dict[str, dict[str, Tensor]]:
-    """The weights by file: one a block, one for the periphery."""
-    return {
-        **{block_file(b): network.block_tensors(b) for b in network.present},
-        PERIPHERY: network.periphery_tensors(),
-    }
+def parts(network: BlockwiseNetwork, trained: Fitted | None) -> dict[str, dict[str, Item]]:
+    """The weights by file, one a block and one for the periphery: trained ones as they are stored, with what
+    conversion adds beside them."""
+    found: dict[str, dict[str, Item]] = {**{block_file(b): {} for b in network.present}, PERIPHERY: {}}
+
+    def put(key: str, owner: int | None, item: Item) -> None:
+        found[PERIPHERY if owner is None else block_file(owner)][key] = item
+
+    for key, tensor in network.tensors().items():
+        if trained is None or key in trained.absent or key.startswith(PREFIX + "."):
+            put(key, network.owner(key), tensor)
+    if trained is not None:
+        for key, item in trained.items.items():
+            put(key, network.owner(trained.homes[key]), item)
+    return found
 
 
 def default_folder(source: str, blocks: int) -> Path:

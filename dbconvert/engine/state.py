@@ -12,10 +12,11 @@ from typing import Any
 
 from torch import Tensor
 
-from dbconvert.checkpoint import MARKER, atomic_folder, load_tensors, save_tensors
+from dbconvert.checkpoint import load_tensors, save_tensors
 from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.engine.units import Unit
 from dbconvert.errors import DBConvertError
+from dbconvert.files import MARKER, atomic_folder
 from dbconvert.schema import parse, read_json, record, to_json
 
 WEIGHTS, OPTIMIZERS, STATE = "weights.safetensors", "optimizers.safetensors", "state.json"

@@ -11,7 +11,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration
 
-from dbconvert.checkpoint import save_tensors, write_text
+from dbconvert.checkpoint import save_tensors
 from dbconvert.engine.jobs import Job
 from dbconvert.engine.loop import Loop
 from dbconvert.engine.memory import MemoryReport, measure
@@ -39,6 +39,7 @@ from dbconvert.engine.runs import (
 )
 from dbconvert.errors import UsageError
 from dbconvert.events import Reporter, silent
+from dbconvert.files import sha256_file, write_text
 from dbconvert.plan import NoiseFit, Plan
 from dbconvert.recipe import Recipe
 from dbconvert.schema import to_data, to_json, to_yaml
@@ -210,6 +211,9 @@ def finish(folder: Path, info: RunInfo, job: Job) -> None:
     if job.layers is None:
         parts = {block_file(b): network.block_tensors(b) for b in network.present}
         parts[PERIPHERY] = network.periphery_tensors()
-    files = {name: save_tensors(folder / WEIGHTS / name, tensors, metadata) for name, tensors in parts.items()}
+    files = {}
+    for name, tensors in parts.items():
+        save_tensors(folder / WEIGHTS / name, tensors, metadata)
+        files[name] = sha256_file(folder / WEIGHTS / name)
     write_info(folder, replace(info, status="complete", files=files))
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from dbconvert.graph.tape import tensors
+from dbconvert.graph.values import replaced
 
 
 def saved_bytes(loss: Callable[[], Tensor], parameters: Iterable[nn.Parameter]) -> int:
@@ -39,3 +45,42 @@ def parameter_bytes(parameters: Iterable[nn.Parameter]) -> int:
 def state_bytes(parameters: Iterable[nn.Parameter], moments: int) -> int:
     """Parameters, their gradients and `moments` optimiser tensors of the same size."""
     return (2 + moments) * parameter_bytes(parameters)
+
+
+@contextmanager
+def only_inputs_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Autograd keeps of each module's call what enters it, as activation checkpointing does; for counting only."""
+    changed = list(modules)
+    for module in changed:
+        module.forward = partial(_call_kept, module, module.forward)
+    try:
+        yield
+    finally:
+        for module in changed:
+            del module.forward
+
+
+def _call_kept(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    entering = [tensor for _, tensor in [*tensors(args), *tensors(kwargs)]]
+    returned: list[Any] = []
+
+    def run() -> tuple[Tensor, ...]:
+        returned.append(forward(*args, **kwargs))
+        return tuple(tensor for _, tensor in tensors(returned[0]))
+
+    made = _Kept.apply(run, len(entering), *entering, *module.parameters())  # type: ignore[no-untyped-call]
+    out = returned[0]
+    for (path, _), tensor in zip(tensors(out), made, strict=True):
+        out = replaced(out, path, tensor)
+    return out
+
+
+class _Kept(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, run: Callable[[], tuple[Tensor, ...]], count: int, *given: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*given[:count])
+        return run()
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise RuntimeError("this pass counts what is kept, and keeps nothing to go back with")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,18 +20,20 @@ from dbconvert.graph.tape import Recording, record
 
 Inputs = dict[str, Any]
 """Arguments of the network's forward by name."""
+ONE_BATCH_SIZE = "the network runs one batch size only, so the batch axis is taken to be the first"
 
 CHOICES = ("several-stacks", "dimensions")
 """Refusals that leave the choice of a stack to the user."""
 
 
-def analyse(model: nn.Module, inputs: Inputs, *, stack: str | None = None) -> Anatomy:
+def analyse(model: nn.Module, inputs: Inputs, *, stack: str | None = None, grow: bool = True) -> Anatomy:
     """Finds the residual stack of a network and everything needed to cut it.
 
     Args:
         model: any module; it is put into eval mode for the recording and back afterwards.
         inputs: arguments of its forward, batch first, at least one example.
         stack: path of the module that holds the layers, when there are several.
+        grow: record a larger batch too, which tells the batch axis; else it is taken to be the first.
 
     Raises:
         Refused: the network cannot be cut; the error names the node and the reason.
@@ -38,16 +41,18 @@ def analyse(model: nn.Module, inputs: Inputs, *, stack: str | None = None) -> An
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        evidence = gather(model, inputs)
-        return read(evidence, inputs, stack)
+        evidence = gather(model, inputs, grow)
+        anatomy = read(evidence, inputs, stack)
+        untold = grow and evidence.grown is None
+        return replace(anatomy, notes=(ONE_BATCH_SIZE, *anatomy.notes)) if untold else anatomy
     finally:
         for module, training in modes.items():
             module.training = training
 
 
-def gather(model: nn.Module, inputs: Inputs) -> Evidence:
+def gather(model: nn.Module, inputs: Inputs, grow: bool = True) -> Evidence:
     recording = record(model, (), inputs)
-    return Evidence(model, recording, find_spines(recording, model), record_grown(model, inputs))
+    return Evidence(model, recording, find_spines(recording, model), record_grown(model, inputs) if grow else None)
 
 
 def record_grown(model: nn.Module, inputs: Inputs) -> Recording | None:
@@ -184,8 +189,6 @@ def notes(
     stack: Stack, others: list[Stack], layers: tuple[Layer, ...], tapped: list[str], evidence: Evidence
 ) -> tuple[str, ...]:
     found = []
-    if evidence.grown is None:
-        found.append("the network runs one batch size only, so the batch axis is taken to be the first")
     if stack.left_out:
         found.append(f"not part of the stack: {', '.join(stack.left_out)}")
     if tapped:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 ADDITIONS = {"add", "iadd", "radd", "add_"}
 RESHAPES = {
@@ -160,20 +162,49 @@ def is_norm_module(module: nn.Module | None) -> bool:
     parameters = list(module.parameters())
     if any(True for _ in module.children()) or not parameters or any(p.dim() != 1 for p in parameters):
         return False
-    like = parameters[0]
-    if like.device.type == "meta" or type(like).__name__ == "FakeTensor":  # weights without numbers
-        return "norm" in type(module).__name__.lower()
+    return normalises(module, parameters[0])
+
+
+def normalises(module: nn.Module, like: torch.Tensor) -> bool:
+    """Whether f(3x) = f(x), or f(x) = w x + b, on random numbers; a module whose weights hold no numbers is tried with
+    ones in their place."""
+    if not without_numbers(like):
+        return behaves_as_norm(module, like)
+    plain = tuple((k, v) for k, v in vars(module).items() if isinstance(v, int | float | str) and k != "training")
+    key = (type(module), tuple(p.shape for p in module.parameters()), plain)
+    if key not in _tried:
+        _tried[key] = behaves_as_norm(with_ones(module), torch.ones(like.shape))
+    return _tried[key]
+
+
+_tried: dict[object, bool] = {}
+"""Modules with ones for weights differ by nothing else: a hundred layers' norms are tried once."""
+
+
+def behaves_as_norm(module: nn.Module, like: torch.Tensor) -> bool:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 5, like.shape[0], generator=generator).to(like.device, like.dtype)
     try:
         with torch.no_grad():
             at_x, at_3x, at_0, at_1 = (module(v) for v in (x, 3 * x, torch.zeros_like(x), torch.ones_like(x)))
             ignores_scale = torch.allclose(at_x, at_3x, rtol=1e-2, atol=1e-2)
-            return at_x.shape == x.shape and (
-                ignores_scale or torch.allclose(at_x, at_0 + x * (at_1 - at_0), atol=1e-5)
-            )
+            affine = torch.allclose(at_x, at_0 + x * (at_1 - at_0), atol=1e-5)
+            return at_x.shape == x.shape and (ignores_scale or affine)
     except Exception:  # the network's own code, on a made-up input
         return False
+
+
+def without_numbers(tensor: torch.Tensor) -> bool:
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
+
+
+def with_ones(module: nn.Module) -> nn.Module:
+    """A childless module that shares everything with `module` but its tensors, which are ones."""
+    other = copy.copy(module)
+    for kind in ("_parameters", "_buffers"):
+        tensors = getattr(module, kind)
+        setattr(other, kind, {n: t if t is None else torch.ones(t.shape) for n, t in tensors.items()})
+    return other
 
 
 def is_norm(node: fx.Node, model: nn.Module) -> bool:

@@ -101,8 +101,11 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R
 
 
 def refuse_opaque(model: nn.Module) -> None:
+    dynamo = sys.modules.get(
+        "torch._dynamo.eval_frame"
+    )  # importing it takes a second, and without it nothing is compiled
     for path, module in model.named_modules():
-        if isinstance(module, torch._dynamo.eval_frame.OptimizedModule):
+        if dynamo is not None and isinstance(module, dynamo.OptimizedModule):
             raise Refused(
                 "a compiled module hides what it computes",
                 node=path or type(module).__name__,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import shutil
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dbconvert.errors import DBConvertError, UsageError
+from dbconvert.graph.fake import build_up_to, empty_weights
 from dbconvert.plan import SourceRef
 from dbconvert.sources.base import Source
 from dbconvert.sources.examples import guess_inputs, run_quietly
@@ -21,8 +23,10 @@ from dbconvert.sources.python_files import (
     imported_neighbours,
     load_file,
     neighbours_importable,
+    real,
     sha256_files,
 )
+from dbconvert.weights import Trained
 
 DEFAULT_NAME = "build_model"
 
@@ -57,7 +61,7 @@ class ModelFile(Source):
         self.built = True
         if isinstance(self.entry, nn.Module):
             return copy.deepcopy(self.entry)
-        with neighbours_importable(self.path.resolve().parent), explained(self.path):
+        with neighbours_importable(real(self.path).parent), explained(self.path):
             model = self.entry()
         if not isinstance(model, nn.Module):
             raise DBConvertError(
@@ -65,17 +69,30 @@ class ModelFile(Source):
             )
         return model
 
-    def load_weights(self, model: nn.Module) -> str | None:
+    def build_within(self, limit: int) -> nn.Module:
+        model = build_up_to(self.build, limit)
+        if model is not None:
+            return model
+        try:
+            with empty_weights():
+                return self.build()
+        except DBConvertError:
+            return self.build()  # its code wants the numbers of its parameters
+
+    def twins(self) -> Iterator[Source]:
+        return iter(())
+
+    def longest(self) -> int | None:
         return None
 
     def example_inputs(self, model: nn.Module) -> dict[str, Any]:
         function = getattr(self.module, "example_inputs", None)
         if function is None:
             return guess_inputs(model)
-        with neighbours_importable(self.path.resolve().parent), explained(self.path):
+        with neighbours_importable(real(self.path).parent), explained(self.path):
             given = function()
         inputs = self.named(given, model)
-        with neighbours_importable(self.path.resolve().parent), explained(self.path):
+        with neighbours_importable(real(self.path).parent), explained(self.path):
             run_quietly(model, inputs)
         return inputs
 
@@ -92,6 +109,26 @@ class ModelFile(Source):
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self.path.parent / name, target)
+
+    # -- weights: they are stored under the network's own keys ----------------------------------------------
+
+    def trained(self, *, fetch: bool) -> Trained | None:
+        return None
+
+    def homes(self, keys: Iterable[str]) -> dict[str, str]:
+        return {key: key for key in keys}
+
+    def to_network(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(tensors)
+
+    def to_stored(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(tensors)
+
+    def needed(self, missing: set[str]) -> set[str]:
+        return missing
+
+    def telling(self, unknown: set[str]) -> set[str]:
+        return unknown
 
 
 def by_argument_name(model: nn.Module, values: tuple[Any, ...], path: Path) -> dict[str, Any]:

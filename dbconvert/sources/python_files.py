@@ -24,7 +24,7 @@ def load_file(path: Path) -> ModuleType:
         UsageError: there is no such file.
         DBConvertError: it fails; the message holds the traceback, shortened to the user's frames.
     """
-    path = path.resolve()
+    path = real(path)
     if not path.is_file():
         raise UsageError(f"{path} does not exist")
     name = f"dbconvert_source_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}_{path.stem}"
@@ -36,6 +36,12 @@ def load_file(path: Path) -> ModuleType:
     with neighbours_importable(path.parent), explained(path):
         spec.loader.exec_module(module)
     return module
+
+
+def real(path: Path) -> Path:
+    """The file itself, links followed, but for those to a file of another name: the hub cache's blobs have none."""
+    resolved = path.resolve()
+    return resolved if resolved.name == path.name else path.absolute()
 
 
 @contextmanager
@@ -63,14 +69,14 @@ def own_file(module: ModuleType | None, folder: Path) -> Path | None:
     file = getattr(module, "__file__", None)
     if not file:
         return None
-    path = Path(file).resolve()
+    path = real(Path(file))
     inside = path.is_relative_to(folder) and "site-packages" not in path.relative_to(folder).parts
     return path.relative_to(folder) if inside else None
 
 
 def imported_neighbours(path: Path) -> tuple[Path, ...]:
     """The file itself and the files of its folder that it has imported, relative to the folder."""
-    folder = path.resolve().parent
+    folder = real(path).parent
     found = {own_file(sys.modules.get(name), folder) for name, home in _loaded_from.items() if home == folder}
     others = sorted(file for file in found if file is not None and file.name != path.name)
     return (Path(path.name), *others)
@@ -84,7 +90,7 @@ def explained(path: Path) -> Iterator[None]:
     except (DBConvertError, KeyboardInterrupt):
         raise
     except BaseException as error:
-        frames = user_traceback(error, path.resolve().parent)
+        frames = user_traceback(error, real(path).parent)
         raise DBConvertError(f"{path.name} failed:\n{frames}", hint=f"python {path} should run on its own") from error
 
 

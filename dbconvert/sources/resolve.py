@@ -10,13 +10,18 @@ from dbconvert.plan import SourceRef
 from dbconvert.sources.base import Source
 from dbconvert.sources.model_file import ModelFile
 from dbconvert.sources.python_files import sha256_files
+from dbconvert.sources.transformers_config import code_identity, read_settings
+from dbconvert.sources.transformers_files import CONFIG
 from dbconvert.sources.transformers_source import TransformersSource
 
 HUB_ID = re.compile(r"^\w[\w.-]*/[\w.-]+$")
 
 
-def open_source(text: str) -> Source:
+def open_source(text: str, *, trust: bool = False) -> Source:
     """`model.py`, `model.py:name`, a folder with config.json, or a hub id.
+
+    Args:
+        trust: run the code that a Transformers folder or repository brings along.
 
     Raises:
         UsageError: it is none of these.
@@ -30,12 +35,12 @@ def open_source(text: str) -> Source:
         return ModelFile(path)
     if path.is_dir():
         if (path / "config.json").is_file():
-            return TransformersSource.open(text)
+            return TransformersSource.open(text, trust=trust)
         raise UsageError(f"{text} holds no config.json", hint="give a model.py, or a Transformers folder")
     if path.exists():
         raise UsageError(f"{text} is not a source", hint="give a model.py, a Transformers folder or a hub id")
     if HUB_ID.match(text):
-        return TransformersSource.open(text)
+        return TransformersSource.open(text, trust=trust)
     raise UsageError(f"{text} does not exist", hint="give a model.py, model.py:name, a Transformers folder or a hub id")
 
 
@@ -48,11 +53,13 @@ def reopen_source(ref: SourceRef, folders: list[Path]) -> Source:
     Raises:
         DBConvertError: no folder holds the files, or their content has changed.
     """
-    if ref.kind == "transformers":
-        return TransformersSource.from_config(ref.config or {}, ref.name)
+    if ref.kind == "transformers" and not has_code(ref):
+        return TransformersSource.from_plan(ref)
     changed = []
     for folder in folders:
         if holds(folder, ref):
+            if ref.kind == "transformers":
+                return TransformersSource.from_plan(ref, folder)
             return ModelFile(folder / ref.files[0], ref.name)
         if complete(folder, ref):
             changed.append(folder / ref.files[0])
@@ -68,9 +75,19 @@ def reopen_source(ref: SourceRef, folders: list[Path]) -> Source:
     )
 
 
+def has_code(ref: SourceRef) -> bool:
+    """Whether building the network runs Python files that are not Transformers' own."""
+    return ref.kind == "model_file" or len(ref.files) > 1
+
+
 def holds(folder: Path, ref: SourceRef) -> bool:
     """Whether a folder holds exactly the files that a plan names."""
-    return complete(folder, ref) and sha256_files(folder, ref.files) == ref.sha256
+    if not complete(folder, ref):
+        return False
+    if ref.kind == "transformers":
+        settings = read_settings(folder / CONFIG, str(folder))
+        return code_identity(ref.name, settings, folder, ref.files[1:]) == ref.sha256
+    return sha256_files(folder, ref.files) == ref.sha256
 
 
 def complete(folder: Path, ref: SourceRef) -> bool:

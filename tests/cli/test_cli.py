@@ -100,7 +100,7 @@ def test_a_broken_model_shows_its_own_traceback(tmp_path):
 def test_debug_shows_everything(tmp_path):
     (tmp_path / "model.py").write_text("def build_model():\n    return 1 / 0\n")
     for arguments in (["--debug", "inspect", "model.py"], ["inspect", "model.py", "--debug"]):
-        assert "dbconvert/engine/split.py" in dbconvert(*arguments, code=1).stderr
+        assert "dbconvert/engine/opening.py" in dbconvert(*arguments, code=1).stderr
 
 
 def test_a_full_disk(model, tmp_path):

@@ -27,6 +27,14 @@ def write_model(folder):
     return folder / "model.py"
 
 
+@pytest.fixture(scope="module")
+def no_pictures():
+    """Drawing takes most of a small split's time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dbconvert.engine.split.draw_noise", lambda *_: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def model_file(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("source"))

@@ -4,14 +4,17 @@ import json
 import shutil
 from pathlib import Path
 
+import commands
+import fake_hub
 import networks
 import pytest
 import torch
-from engine.conftest import ALONE, QUICK
+from engine.conftest import ALONE, QUICK, write_model
 
 import dbconvert
 from dbconvert.checkpoint import load_tensors, read_metadata, save_tensors
 from dbconvert.errors import DBConvertError, UsageError
+from dbconvert.files import sha256_file
 from dbconvert.recipe import DataOptions, SplitOptions
 
 
@@ -105,17 +108,20 @@ def test_damage_is_told(run_of_all):
     block.write_bytes(block.read_bytes()[:-3])
     with pytest.raises(DBConvertError, match="is damaged"):
         dbconvert.assemble([str(run)])
-    digest = save_tensors(block, {**tensors, "extra": torch.ones(1)}, metadata)
+    save_tensors(block, {**tensors, "extra": torch.ones(1)}, metadata)
+    digest = sha256_file(block)
     files = json.loads((run / "run.json").read_text())["files"]
     edit(run / "run.json", files={**files, "block-1.safetensors": digest})
     with pytest.raises(DBConvertError, match="1 unknown"):
         dbconvert.assemble([str(run)])
     key = next(iter(tensors))
-    digest = save_tensors(block, {**tensors, key: tensors[key][:1].clone()}, metadata)
+    save_tensors(block, {**tensors, key: tensors[key][:1].clone()}, metadata)
+    digest = sha256_file(block)
     edit(run / "run.json", files={**files, "block-1.safetensors": digest})
     with pytest.raises(DBConvertError, match="and the split says"):
         dbconvert.assemble([str(run)])
-    digest = save_tensors(block, tensors, {"dbconvert.plan": "another"})
+    save_tensors(block, tensors, {"dbconvert.plan": "another"})
+    digest = sha256_file(block)
     edit(run / "run.json", files={**files, "block-1.safetensors": digest})
     with pytest.raises(DBConvertError, match="another split than its run"):
         dbconvert.assemble([str(run)])
@@ -208,3 +214,20 @@ def test_prediction_options(run_of_all):
 def test_single_block_runs_are_evaluated_by_their_losses(runs_of_one):
     found = dbconvert.evaluate(str(runs_of_one[1].folder), overrides=["eval.sigmas=3"])
     assert "loss_block_1" in found.metrics and "accuracy_zero" not in found.metrics
+
+
+def test_a_repository_s_python_files_are_not_run_unasked(tmp_path):
+    path = write_model(tmp_path / "m")
+    (tmp_path / "m" / "neighbour.py").write_text("WIDTH = 16\n")
+    path.write_text(path.read_text().replace("width=16", "width=__import__('neighbour').WIDTH"))
+    dbconvert.split(str(path), out="p", data=DataOptions(source="digits"))
+    dbconvert.train("p", overrides=QUICK)
+    dbconvert.assemble(out="out")
+    (tmp_path / "script.py").write_text(
+        "import sys, torch, dbconvert\n"
+        "print(tuple(dbconvert.load('some/vit', trust='--trust' in sys.argv)(torch.rand(2, 1, 8, 8)).shape))\n"
+    )
+    with fake_hub.serving(tmp_path / "out", tmp_path / "cache") as environment:
+        refused = commands.python("script.py", env=environment, code=1)
+        assert "not run unasked" in refused.stderr
+        assert commands.python("script.py", "--trust", env=environment).stdout.strip() == "(2, 10)"

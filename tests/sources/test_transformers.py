@@ -1,15 +1,13 @@
 """Transformers sources: a folder with or without weights, a hub id behind a faked endpoint, a plan's own config."""
 
-import functools
-import http.server
-import threading
-
 import commands
+import fake_hub
 import networks
 import pytest
 import torch
 import transformers
 
+from dbconvert.checkpoint import load_tensors
 from dbconvert.errors import DBConvertError
 from dbconvert.sources.resolve import open_source, reopen_source
 
@@ -31,7 +29,7 @@ def test_a_folder_without_weights(tmp_path, make):
     inputs = source.example_inputs(model)
     with torch.no_grad():
         model.eval()(**inputs)
-    assert source.load_weights(model) is None
+    assert source.trained(fetch=True) is None
     assert reopen_source(source.ref, []).ref == source.ref.__class__(**{**source.ref.__dict__, "location": ""})
 
 
@@ -41,7 +39,7 @@ def test_a_folder_with_weights(tmp_path):
     source = open_source(location)
     model = source.build().eval()
     trained = transformers.ViTForImageClassification.from_pretrained(location).eval()
-    assert source.load_weights(model) == location
+    model.load_state_dict(source.to_network(load_tensors(tmp_path / "m" / "model.safetensors")))
     inputs = source.example_inputs(model)
     with torch.no_grad():
         assert torch.equal(model(**inputs).logits, trained(**inputs).logits)
@@ -59,41 +57,11 @@ def test_wrong_folders(tmp_path):
         open_source(str(tmp_path))
 
 
-class Hub(http.server.SimpleHTTPRequestHandler):
-    """Serves /org/name/resolve/main/FILE from a folder, with the headers that the hub's client asks for."""
-
-    def translate_path(self, path):
-        return super().translate_path(path.split("/resolve/main", 1)[-1].split("?")[0])
-
-    def end_headers(self):
-        self.send_header("X-Repo-Commit", "0" * 40)
-        self.send_header("ETag", '"' + self.path.replace("/", "-") + '"')
-        super().end_headers()
-
-    def send_error(self, code, message=None, explain=None):
-        self.send_response(code)
-        self.send_header("X-Error-Code", "EntryNotFound")
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture
 def hub(tmp_path):
     folder_with(networks.vit_config(), tmp_path / "hub", weights=True)
-    handler = functools.partial(Hub, directory=str(tmp_path / "hub"))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield {
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-        "HF_HUB_OFFLINE": "0",
-        "HF_HOME": str(tmp_path / "cache"),
-        "HF_HUB_DISABLE_XET": "1",
-    }
-    server.shutdown()
-    server.server_close()
+    with fake_hub.serving(tmp_path / "hub", tmp_path / "cache") as environment:
+        yield environment
 
 
 def test_a_hub_id(hub):

@@ -1,0 +1,140 @@
+"""Drawing what `estimate` found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from dbconvert.cli.render import grid, out, size
+
+if TYPE_CHECKING:
+    from dbconvert.engine.estimate_records import Advice, Estimate, Row
+    from dbconvert.engine.holdings import Holding
+
+SHORT = 16
+"""Up to so many layers every number of blocks is shown."""
+
+
+def estimate_json(found: Estimate) -> dict[str, Any]:
+    from dbconvert.schema import to_data
+
+    return {
+        "network": found.network,
+        "task": found.task,
+        "layers": found.depth,
+        "case": to_data(found.case),
+        "optimizer": found.optimizer,
+        "memory": found.memory,
+        "rows": [row_json(row, found) for row in found.rows],
+        "smallest": [{**to_data(setting), "blocks": blocks} for setting, blocks in found.smallest.items()],
+        "best": None if found.best is None else {"blocks": found.best[0], **to_data(found.best[1])},
+        "evidence": list(found.evidence),
+        "advice": to_data(found.advice),
+        "notes": list(found.notes),
+    }
+
+
+def row_json(row: Row, found: Estimate) -> dict[str, Any]:
+    from dbconvert.schema import to_data
+
+    held = [
+        {**to_data(setting), **to_data(holding), "total": holding.total, "fits": fits(holding, found)}
+        for setting, holding in row.holdings.items()
+    ]
+    counts = {"blocks": row.blocks, "layers": row.layers, "evaluations": row.evaluations, "passes": row.passes}
+    return {**counts, "updates": held}
+
+
+def show_estimate(found: Estimate, *, everything: bool) -> None:
+    case = found.case
+    sizes = [f"length {case.length}"] * bool(case.length) + [f"size {case.size}"] * bool(case.size)
+    what = ", ".join([f"batch {case.batch}", *sizes, case.precision, found.optimizer])
+    limit = "" if found.memory is None else f"; memory {size(found.memory)}"
+    out.print(f"[bold]{escape(found.network)}[/]: {found.depth} layers, one update at {what}{limit}")
+    shown = [row for row in found.rows if everything or is_shown(row, found)]
+    out.print(memory_table(shown, found))
+    out.print(cost_table(shown))
+    if len(shown) < len(found.rows):
+        out.print(f"{len(found.rows) - len(shown)} more numbers of blocks with --all")
+    for text in verdict(found):
+        out.print(escape(text))
+    for note in found.notes:
+        out.print(f"[dim]{escape(note)}[/]")
+
+
+def is_shown(row: Row, found: Estimate) -> bool:
+    """Of a deep stack what divides its depth, and what is the answer."""
+    picked = [*found.smallest.values(), None if found.best is None else found.best[0]]
+    return found.depth <= SHORT or row.blocks is None or found.depth % row.blocks == 0 or row.blocks in picked
+
+
+def memory_table(rows: list[Row], found: Estimate) -> Table:
+    """Parts of an update without checkpointing and with inactive blocks away, then the sums of every setting."""
+    table = grid(
+        "blocks", "layers", "parameters", "gradients", "optimiser", "activations", "with check-\npointing",
+        "sum, away", "away and\ncheckpointing", "sum,\nresident", "resident and\ncheckpointing",
+    )  # fmt: skip
+    for row in rows:
+        settings = {(s.inactive, s.checkpointing): held for s, held in row.holdings.items()}
+        plain = settings.get(("away", False)) or settings["resident", False]
+        kept = settings.get(("away", True)) or settings["resident", True]
+        parts = (plain.parameters, plain.gradients, plain.optimizer, plain.activations, kept.activations)
+        sums = [total(settings.get((where, on)), found) for where in ("away", "resident") for on in (False, True)]
+        table.add_row(name(row), str(row.layers), *map(size, parts), *sums)
+    return table
+
+
+def name(row: Row) -> str:
+    return "end-to-end" if row.blocks is None else str(row.blocks)
+
+
+def total(held: Holding | None, found: Estimate) -> str:
+    if held is None:
+        return "-"
+    colour = None if found.memory is None else ("green" if fits(held, found) else "red")
+    return size(held.total) if colour is None else f"[{colour}]{size(held.total)}[/]"
+
+
+def fits(held: Holding, found: Estimate) -> bool | None:
+    return None if found.memory is None else held.total <= found.memory
+
+
+def cost_table(rows: list[Row]) -> Table:
+    whole = rows[0].layers
+    table = grid(
+        "blocks", "layers an\nupdate", "updates for the\nlayers of one\nend-to-end", "evaluations\na prediction",
+        "layers a\nprediction", "against\nend-to-end",
+    )  # fmt: skip
+    for row in rows:
+        ratio = f"{row.evaluations / whole:.2f} x"
+        updates = "1" if row.blocks is None else str(row.blocks)
+        table.add_row(name(row), str(row.layers), updates, str(row.passes), str(row.evaluations), ratio)
+    return table
+
+
+def verdict(found: Estimate) -> Iterator[str]:
+    if found.memory is None:
+        yield "no --memory was given, so nothing is chosen"
+        return
+    whole = {on: held for setting, held in found.rows[0].holdings.items() for on in [setting.checkpointing]}
+    for on in (False, True):
+        if whole[on].total <= found.memory:
+            yield f"end-to-end training fits{' with activation checkpointing' if on else ''}: {size(whole[on].total)}"
+            break
+    if found.best is None:
+        yield f"nothing fits into {size(found.memory)}"
+        yield from map(advised, found.advice)
+        return
+    for setting, blocks in found.smallest.items():
+        yield f"fewest blocks, {setting.words}: {'none fits' if blocks is None else blocks}"
+    blocks, setting = found.best
+    yield f"so the fewest blocks that fit are {blocks}, {setting.words}; the paper's evidence for so many:"
+    yield from (f"  {line}" for line in found.evidence)
+
+
+def advised(advice: Advice) -> str:
+    so = "fits" if advice.fits else "does not fit"
+    return f"{advice.change}: {size(advice.total)}, which {so} ({advice.blocks} blocks, {advice.setting.words})"

@@ -1,0 +1,185 @@
+"""estimate: what every number of blocks would hold on a device, and cost, before anything is split."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from dbconvert.engine.ablation import STEP, evidence
+from dbconvert.engine.convert import converted
+from dbconvert.engine.decide import decide, refuse_uncuttable
+from dbconvert.engine.estimate_records import SETTINGS, Advice, Estimate, Request, Row, Setting
+from dbconvert.engine.holdings import Holding, Inventory, OptimizerName, holding, inventory
+from dbconvert.engine.layer_kinds import layer_kinds
+from dbconvert.engine.meter import Meter
+from dbconvert.engine.network import BlockwiseNetwork
+from dbconvert.engine.opening import Opened, open_and_analyse
+from dbconvert.engine.rehearsal import Case, Rehearsal
+from dbconvert.events import Reporter, Stage, silent
+from dbconvert.plan import NoiseRule, cut
+from dbconvert.recipe import SplitOptions
+from dbconvert.tasks.registry import choose_task
+
+USUAL_LENGTH = 1024
+
+
+def estimate(
+    source: str,
+    *,
+    request: Request = Request(),
+    stack: str | None = None,
+    seed: int = 0,
+    report: Reporter = silent,
+) -> Estimate:
+    """Measures an update of every number of blocks on fake tensors, and says which fit.
+
+    Args:
+        source: see `inspect`.
+        request: memory, size of an update, optimiser.
+
+    Raises:
+        Refused: the network cannot be cut.
+        DBConvertError, UsageError: it cannot be opened, or does not run at this size.
+    """
+    opened = open_and_analyse(source, stack=stack, weights=None, seed=seed, report=report)
+    refuse_uncuttable(opened.anatomy)
+    case, optimizer, memory = with_usual_length(opened, request.case), request.optimizer, request.memory
+    network = as_one_block(opened)
+    report(Stage("measuring the updates"))
+    rows = rows_at(opened, network, case, optimizer)
+    smallest = {setting: fewest(rows, setting, memory) for setting in SETTINGS}
+    best = choose(smallest)
+    found = Estimate(
+        network=opened.anatomy.network,
+        task=None if network.decided_task is None else network.decided_task.name,
+        depth=opened.anatomy.depth,
+        case=case,
+        optimizer=optimizer,
+        memory=memory,
+        rows=rows,
+        smallest=smallest,
+        best=best,
+        evidence=() if best is None else evidence(best[0]),
+        advice=(),
+        notes=tuple(notes(network, optimizer)),
+    )
+    if memory is None or best is not None:
+        return found
+    return replace(found, advice=tuple(what_would_fit(opened, network, found)))
+
+
+def rows_at(
+    opened: Opened, network: BlockwiseNetwork, case: Case, optimizer: OptimizerName, *, only: int | None = None
+) -> tuple[Row, ...]:
+    """End-to-end and every number of blocks; or `only` one number."""
+    depth = opened.anatomy.depth
+    weights = inventory(network, optimizer)
+    with Rehearsal(network, opened.inputs, case) as rehearsal:
+        meter = Meter(rehearsal, layer_kinds(opened.model, opened.anatomy))
+        if only is not None:
+            return (row(meter, weights, depth, only),)
+        return (end_to_end(meter, weights), *(row(meter, weights, depth, count) for count in range(1, depth + 1)))
+
+
+def with_usual_length(opened: Opened, case: Case) -> Case:
+    """The length asked for, else the longest that positions reach, up to 1024; the example's where that is unknown."""
+    longest = opened.source.longest()
+    tokens = any(given.dtype == "int64" and len(given.shape) == 2 for given in opened.anatomy.inputs)
+    if case.length is None and longest is not None and tokens:
+        return replace(case, length=min(USUAL_LENGTH, longest))
+    return case
+
+
+def as_one_block(opened: Opened) -> BlockwiseNetwork:
+    """The network converted as one block of all layers, from which every run of layers can be tried."""
+    anatomy = opened.anatomy
+    chosen = choose_task(anatomy, None)
+    options, whole = SplitOptions(start="original"), cut(anatomy.depth, blocks=1)
+    plan, _ = decide(opened, options, NoiseRule(rule="edm"), chosen, whole)
+    task = chosen(anatomy, plan.target) if chosen is not None and plan.target is not None else None
+    run = converted(opened.model, plan, task)
+    return BlockwiseNetwork(opened.model, run, task, plan, (0,), "shared")
+
+
+# -- rows ---------------------------------------------------------------------------------------------------------
+
+
+def end_to_end(meter: Meter, weights: Inventory) -> Row:
+    depth = len(meter.kinds)
+    own = weights.originals
+    holdings = {Setting("resident", on): holding(own, own, meter.end_to_end(on)) for on in (False, True)}
+    return Row(None, depth, holdings, depth, 1)
+
+
+def row(meter: Meter, weights: Inventory, depth: int, count: int) -> Row:
+    blocks = cut(depth, blocks=count)
+    sizes = [last - first + 1 for first, last in blocks]
+    holdings = {}
+    for setting in SETTINGS:
+        needs = (block_holding(meter, weights, block, count, setting) for block in blocks)
+        holdings[setting] = max(needs, key=lambda need: need.total)
+    # Levels from sigma_max to sigma_min, one at each boundary: every block runs once, the last one twice.
+    return Row(count, max(sizes), holdings, depth + sizes[-1], count + 1)
+
+
+def block_holding(meter: Meter, weights: Inventory, block: tuple[int, int], count: int, setting: Setting) -> Holding:
+    in_use = weights.in_use(*block)
+    resident = weights.all_blocks(count) if setting.inactive == "resident" else in_use
+    return holding(resident, in_use, meter.peak(*block, setting.checkpointing))
+
+
+# -- choosing ---------------------------------------------------------------------------------------------------
+
+
+def fewest(rows: tuple[Row, ...], setting: Setting, memory: int | None) -> int | None:
+    """The smallest number of blocks whose update fits into `memory` bytes."""
+    fitting = (r.blocks for r in rows if memory is not None and r.blocks and r.holdings[setting].total <= memory)
+    return min(fitting, default=None)
+
+
+def choose(smallest: dict[Setting, int | None]) -> tuple[int, Setting] | None:
+    """The fewest blocks; of settings that need as few, the one that is least trouble."""
+    found = [(count, order, setting) for order, (setting, count) in enumerate(smallest.items()) if count is not None]
+    if not found:
+        return None
+    count, _, setting = min(found, key=lambda each: each[:2])
+    return count, setting
+
+
+def what_would_fit(opened: Opened, network: BlockwiseNetwork, found: Estimate) -> Iterator[Advice]:
+    """The least that this update needs, and what one example an update and 8-bit state would need."""
+    yield advice("the least that this update needs", found.rows, found.memory)
+    if found.case.batch > 1:
+        alone = rows_at(opened, network, replace(found.case, batch=1), found.optimizer, only=found.depth)
+        yield advice("with one example an update", alone, found.memory)
+    if found.optimizer == "adamw":
+        smaller = rows_at(opened, network, found.case, "adamw8bit", only=found.depth)
+        yield advice("with AdamW's state in 8 bits", smaller, found.memory)
+
+
+def advice(change: str, rows: tuple[Row, ...], memory: int | None) -> Advice:
+    """The smallest update of some rows; of equals the fewest blocks."""
+    every = [(row.blocks, setting, held.total) for row in rows if row.blocks for setting, held in row.holdings.items()]
+    blocks, setting, total = min(every, key=lambda each: (each[2], each[0]))
+    return Advice(change, blocks, setting, total, memory is not None and total <= memory)
+
+
+def notes(network: BlockwiseNetwork, optimizer: OptimizerName) -> Iterator[str]:
+    yield (
+        "not counted: the context of CUDA and its libraries, workspaces of kernels and of the optimiser's step, "
+        "gradients of activations on their way back, the batch itself, what the allocator loses to fragmentation"
+    )
+    yield (
+        "checkpointing runs every layer's forward twice. One update of each block runs the layers of one end-to-end "
+        f"update, and stem and readout as often as there are blocks: {STEP}"
+    )
+    yield "measured as what autograd saves on the kernels of the CPU; those of other devices may save other tensors"
+    yield (
+        "resident: `train` of all blocks; away: a job of one block (`train --block N`). `train` offers no activation "
+        "checkpointing" + (", and no 8-bit AdamW" if optimizer == "adamw8bit" else "") + " yet"
+    )
+    if network.decided_task is None:
+        yield (
+            "no task can train this network yet: measured is one pass of its own forward with the cross-entropy of all "
+            "its outputs. Autoregressive training runs [clean ; noisy], twice the length: ask for twice --length"
+        )

@@ -1,0 +1,94 @@
+"""What `estimate` is asked and what it answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dbconvert.engine.holdings import Holding, OptimizerName
+from dbconvert.engine.rehearsal import Case
+from dbconvert.schema import Positive, record
+
+Where = Literal["resident", "away"]
+
+
+@record
+class Request:
+    """What is asked.
+
+    Args:
+        memory: of the device, in bytes; None chooses nothing.
+        case: batch, length, size and precision of an update.
+    """
+
+    memory: Positive | None = None
+    case: Case = Case()
+    optimizer: OptimizerName = "adamw"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where inactive blocks are while one trains, and whether layers are checkpointed."""
+
+    inactive: Where
+    checkpointing: bool
+
+    @property
+    def words(self) -> str:
+        return f"inactive blocks {self.inactive}, {'with' if self.checkpointing else 'without'} checkpointing"
+
+
+SETTINGS = tuple(Setting(where, checkpointing) for where in ("resident", "away") for checkpointing in (False, True))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number of blocks.
+
+    Args:
+        blocks: None is the network as it is, trained end-to-end.
+        layers: of its largest block: what one update runs forward and backward.
+        holdings: what an update of the block that needs most holds, by setting; end-to-end has no inactive blocks.
+        evaluations: layers that run for one prediction from noise; `passes` counts those through stem and head.
+    """
+
+    blocks: int | None
+    layers: int
+    holdings: dict[Setting, Holding]
+    evaluations: int
+    passes: int
+
+
+@dataclass(frozen=True)
+class Advice:
+    """The least memory, in bytes, that a change of the request would need, and whether that fits."""
+
+    change: str
+    blocks: int
+    setting: Setting
+    total: int
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What `estimate` found.
+
+    Args:
+        memory: bytes that must hold everything; None when none were named.
+        best: the fewest blocks that fit, and the setting they fit in; None where nothing fits.
+        advice: when nothing fits, what would.
+    """
+
+    network: str
+    task: str | None
+    depth: int
+    case: Case
+    optimizer: OptimizerName
+    memory: int | None
+    rows: tuple[Row, ...]
+    smallest: dict[Setting, int | None]
+    best: tuple[int, Setting] | None
+    evidence: tuple[str, ...]
+    advice: tuple[Advice, ...]
+    notes: tuple[str, ...]

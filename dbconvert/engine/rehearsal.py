@@ -1,0 +1,202 @@
+"""One update of some layers of a converted network, rehearsed: what autograd would keep of it, and no more.
+
+On fake tensors it costs neither the memory nor the arithmetic of the real update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dbconvert.engine.network import BlockwiseNetwork, Inputs
+from dbconvert.errors import DBConvertError, UsageError
+from dbconvert.graph.account import only_inputs_kept, saved_bytes
+from dbconvert.graph.fake import NEEDS_NUMBERS, fake_like
+from dbconvert.graph.proof import is_tokens
+from dbconvert.graph.tape import tensors
+from dbconvert.schema import Positive, record
+from dbconvert.sources.fake_runs import runnable_on_fake
+
+Precision = Literal["fp32", "bf16"]
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@record
+class Case:
+    """What is fed to the network.
+
+    Args:
+        batch: examples an update.
+        length: tokens an example; None leaves the example input's, and there must be tokens otherwise.
+        size: height and width of pictures; None leaves the example input's.
+        precision: `bf16` is autocast, as in training: weights and their state stay in 32 bits.
+    """
+
+    batch: Positive = 8
+    length: Positive | None = None
+    size: Positive | None = None
+    precision: Precision = "fp32"
+
+
+class Rehearsal:
+    """Counts what autograd keeps in an update of any run of layers; to be used in a `with`.
+
+    Args:
+        network: converted, as one block of all layers.
+        example: arguments of its forward, batch first.
+        fake: count on fake tensors; else on the network's own.
+        device: where the network is; fake tensors are the CPU's.
+    """
+
+    def __init__(
+        self,
+        network: BlockwiseNetwork,
+        example: dict[str, Any],
+        case: Case,
+        *,
+        fake: bool = True,
+        device: str = "cpu",
+    ) -> None:
+        self.network = network
+        self.example = example
+        self.case = case
+        self.fake = fake
+        self.device = device
+        self.open = ExitStack()
+        self.mode: Any = None
+
+    def __enter__(self) -> Rehearsal:
+        self.network.train()
+        if self.fake:
+            self.mode = self.open.enter_context(runnable_on_fake(self.network))
+        self.open.enter_context(embeddings_in_range(self.network.model))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.open.close()
+
+    def kept(self, layers: range | None, *, checkpointing: bool = False) -> int:
+        """Bytes that autograd keeps when `layers` run conditioned; None runs all of them unconditioned, as end-to-end.
+
+        Raises:
+            DBConvertError: the network fails on inputs of this size.
+        """
+        model = self.network.model
+        active = layers if layers is not None else range(self.network.plan.anatomy.depth)
+        paths = [self.network.plan.anatomy.layers[i].path for i in active]
+        marked = only_inputs_kept([model.get_submodule(path) for path in paths]) if checkpointing else nullcontext()
+        with torch.random.fork_rng(devices=[]), marked:
+            inputs = self.inputs()
+            try:
+                return saved_bytes(lambda: self.loss(layers, inputs), self.network.parameters())
+            except NEEDS_NUMBERS as error:
+                raise self.failed(error, "its forward pass depends on numbers") from error
+            except (RuntimeError, ValueError, IndexError, AssertionError, TypeError) as error:
+                raise self.failed(error, str(error).strip().split("\n", 1)[0]) from error
+
+    def update(self, layers: range | None, optimizer: torch.optim.Optimizer) -> float:
+        """One real update on the network's own tensors; returns its loss."""
+        loss = self.loss(layers, self.inputs())
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+    def inputs(self) -> Inputs:
+        resized = sized(self.example, self.case, self.mode)
+        return {name: v.to(self.device) if isinstance(v, Tensor) else v for name, v in resized.items()}
+
+    def failed(self, error: Exception, reason: str) -> DBConvertError:
+        case = ", ".join(f"{k} {v}" for k, v in vars(self.case).items() if v is not None)
+        return DBConvertError(f"the network fails at this size ({case})", why=reason, hint="choose another size")
+
+    def loss(self, layers: range | None, inputs: Inputs) -> Tensor:
+        autocast = torch.autocast(self.device, TYPES[self.case.precision], enabled=self.case.precision != "fp32")
+        labels = torch.zeros(self.case.batch, dtype=torch.long, device=self.device)
+        with autocast:
+            value = self.network.model_output(inputs) if layers is None else self.conditioned(layers, inputs, labels)
+        task = self.network.decided_task
+        output = self.network.output(value) if self.network.plan.anatomy.head is not None else first_floating(value)
+        if task is not None:
+            return task.losses(output, labels).mean()
+        if self.network.plan.anatomy.head is None:
+            return output.float().square().mean()
+        scores = output.float().flatten(0, -2)
+        return F.cross_entropy(scores, torch.zeros(len(scores), dtype=torch.long, device=self.device))
+
+    def conditioned(self, layers: range, inputs: Inputs, labels: Tensor) -> Any:
+        network = self.network
+        network.plan = replace(network.plan, blocks=((layers.start, layers.stop - 1),))
+        sigma = torch.ones(self.case.batch, device=self.device)
+        if network.decided_task is not None:
+            eps = torch.randn(self.case.batch, network.task.target.width, device=self.device)
+            z = network.task.clean(network.conditioning, labels) + sigma[:, None] * eps
+            return network.denoised_output(0, inputs, z, sigma)
+        network.run.reset()
+        network.run.active = layers
+        network.run.condition = network.conditioning.embedder["0"](sigma)
+        return network.model(**inputs)
+
+
+def first_floating(value: Any) -> Tensor:
+    return next(tensor for _, tensor in tensors(value) if tensor.is_floating_point())
+
+
+# -- inputs -----------------------------------------------------------------------------------------------------
+
+
+def sized(example: dict[str, Any], case: Case, mode: Any) -> Inputs:
+    """The example input at another batch, length and size; floating ones are fake where there is a mode."""
+    batch = next(v.shape[0] for v in example.values() if isinstance(v, Tensor) and v.dim())
+    refuse_idle_options(example, case)
+    resized = {}
+    for name, value in example.items():
+        batched = isinstance(value, Tensor) and value.dim() and value.shape[0] == batch
+        resized[name] = at(value, case, mode) if batched else value
+    return resized
+
+
+def refuse_idle_options(example: dict[str, Any], case: Case) -> None:
+    given = [value for value in example.values() if isinstance(value, Tensor)]
+    if case.length is not None and not any(is_tokens(v) or v.dim() == 3 for v in given):
+        raise UsageError("--length is for sequences, and the network takes none", hint="leave it out")
+    if case.size is not None and not any(v.dim() == 4 for v in given):
+        raise UsageError("--size is for pictures, and the network takes none", hint="leave it out")
+
+
+def at(value: Tensor, case: Case, mode: Any) -> Tensor:
+    shape = [case.batch, *value.shape[1:]]
+    if case.length is not None and (is_tokens(value) or value.dim() == 3):
+        shape[1] = case.length
+    if case.size is not None and value.dim() == 4:
+        shape[2:] = [case.size, case.size]
+    if not value.is_floating_point():
+        for axis, size in enumerate(shape):
+            value = value.index_select(axis, torch.arange(size) % value.shape[axis])
+        return value
+    return torch.randn(shape, dtype=value.dtype) if mode is None else fake_like(mode, tuple(shape), value.dtype)
+
+
+@contextmanager
+def embeddings_in_range(model: nn.Module) -> Iterator[None]:
+    """Fake tables look nothing up, so that numbers beyond their end would go unnoticed."""
+
+    def check(module: nn.Embedding, args: tuple[Any, ...]) -> None:
+        given = args[0] if args else None
+        if isinstance(given, Tensor) and type(given) is Tensor and given.numel() and not given.is_meta:
+            largest = int(given.max())
+            if largest >= module.num_embeddings:
+                raise IndexError(f"number {largest} is looked up in a table of {module.num_embeddings}")
+
+    hooks = [m.register_forward_pre_hook(check) for m in model.modules() if isinstance(m, nn.Embedding)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,254 @@
+"""estimate: its figures against what autograd really keeps and what training really holds, and what it chooses."""
+
+import json
+
+import commands
+import networks
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from engine.conftest import write_model
+
+import dbconvert
+from dbconvert.engine import opening
+from dbconvert.engine.ablation import evidence
+from dbconvert.engine.decide import default_width
+from dbconvert.engine.estimate_records import Request, Setting
+from dbconvert.engine.holdings import state_size
+from dbconvert.engine.layer_kinds import layer_kinds
+from dbconvert.engine.meter import Meter
+from dbconvert.engine.outline import outline
+from dbconvert.engine.rehearsal import Case
+from dbconvert.errors import DBConvertError, Refused, UsageError
+from dbconvert.graph.account import saved_bytes
+from dbconvert.graph.analysis import analyse
+from dbconvert.graph.inject import inject
+from dbconvert.recipe import SplitOptions
+from dbconvert.sources.resolve import open_source
+
+AWAY, CHECKPOINTED = Setting("away", False), Setting("away", True)
+BATCH, TOKENS = 6, 20
+TEXT_FAMILIES = {
+    "llama": (transformers.LlamaConfig, "LlamaForCausalLM", {"num_key_value_heads": 2}),
+    "bert": (transformers.BertConfig, "BertForMaskedLM", {}),
+    "mixtral": (transformers.MixtralConfig, "MixtralForCausalLM", {"num_local_experts": 4, "num_key_value_heads": 2}),
+}
+
+
+def folder(config, path):
+    config.save_pretrained(path)
+    return str(path)
+
+
+def row(found, blocks):
+    return next(row for row in found.rows if row.blocks == blocks)
+
+
+def text_source(name, path):
+    config, architecture, options = TEXT_FAMILIES[name]
+    return folder(config(**networks.TEXT, **options, use_cache=False, architectures=[architecture]), path)
+
+
+def really_kept(source, layers, inputs):
+    """Bytes that autograd keeps on real tensors: the block alone runs, conditioned, with cross-entropy at its end."""
+    opened = open_source(source)
+    model = opened.build()
+    anatomy = analyse(model, opened.example_inputs(model))
+    run = inject(model, anatomy, blocks=1, width=default_width(anatomy), start="original")
+    model.train()
+
+    def loss():
+        run.reset()
+        if layers is not None:
+            run.active, run.condition = layers, model.dbconvert.embedder["0"](torch.ones(BATCH))
+        scores = model(**inputs).logits.flatten(0, -2)
+        return F.cross_entropy(scores, torch.zeros(len(scores), dtype=torch.long))
+
+    return saved_bytes(loss, model.parameters())
+
+
+@pytest.mark.parametrize("name", TEXT_FAMILIES)
+def test_activations_of_text_networks_are_what_autograd_keeps(name, tmp_path):
+    source = text_source(name, tmp_path / "m")
+    found = dbconvert.estimate(source, request=Request(case=Case(BATCH, TOKENS)))
+    inputs = {"input_ids": torch.randint(0, networks.VOCABULARY, (BATCH, TOKENS))}
+    for blocks, layers in ((None, None), (2, range(0, 2)), (4, range(3, 4))):
+        setting = Setting("resident", False) if blocks is None else AWAY
+        assert row(found, blocks).holdings[setting].activations == pytest.approx(
+            really_kept(source, layers, inputs), rel=0.01
+        )
+
+
+@pytest.mark.parametrize("name", ["written by hand", "convnext"])
+def test_activations_of_classifiers_are_what_training_keeps(name, tmp_path, package):
+    """Of the package's own network, measured by `train --dry-run` on real tensors."""
+    if name == "convnext":
+        source = folder(networks.convnext_config(), tmp_path / "m")
+        target = dbconvert.split(source, out="p", options=SplitOptions(blocks=2, start="original")).package
+        batch, blocks = 4, 2
+    else:
+        source, target, batch, blocks = str(package / "model" / "model.py"), package, 32, 3
+    planned = outline(str(target), overrides=["train.steps=1", f"train.batch={batch}", "data.source=null"])
+    found = dbconvert.estimate(source, request=Request(case=Case(batch)))
+    unit, held = planned.memory.largest, row(found, blocks).holdings[AWAY]
+    assert held.activations == pytest.approx(unit.activations, rel=0.01)
+    assert held.parameters + held.gradients + held.optimizer == unit.state
+    whole = planned.controls["end-to-end"].largest
+    assert found.rows[0].holdings[Setting("resident", False)].activations == pytest.approx(whole.activations, rel=0.01)
+    assert found.rows[0].holdings[Setting("resident", False)].optimizer == whole.state // 2
+
+
+def test_checkpointing_is_what_transformers_own_keeps(tmp_path):
+    """Its re-entrant form saves the inputs of layers where hooks see them."""
+    source = text_source("llama", tmp_path / "m")
+    model = open_source(source).build().train()
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    ids = torch.randint(0, networks.VOCABULARY, (BATCH, TOKENS))
+    embedded = model.get_input_embeddings()(ids)
+
+    def loss():
+        scores = model(inputs_embeds=embedded).logits.flatten(0, -2)
+        return F.cross_entropy(scores, torch.zeros(len(scores), dtype=torch.long))
+
+    opened = opening.open_and_analyse(source, stack=None, weights=None, seed=0, report=lambda _: None)
+    from dbconvert.engine.estimate import as_one_block
+    from dbconvert.engine.rehearsal import Rehearsal
+
+    with Rehearsal(as_one_block(opened), opened.inputs, Case(BATCH, TOKENS)) as rehearsal:
+        kept = rehearsal.kept(None, checkpointing=True)
+        meter = Meter(rehearsal, (0, 0, 0, 0))
+        assert meter.end_to_end(True) - kept == meter.recomputed(0) > 0
+    assert kept == pytest.approx(saved_bytes(loss, model.parameters()), rel=0.1)
+
+
+def test_large_networks_give_the_same_estimate(tmp_path, monkeypatch):
+    source = folder(networks.gpt2_config(), tmp_path / "m")
+    real = dbconvert.estimate(source, request=Request(case=Case(3)))
+    assert real.case.length == 64  # what its positions reach
+    monkeypatch.setattr(opening, "LARGE", 0)
+    found = dbconvert.estimate(source, request=Request(case=Case(3)))
+    assert found.rows == real.rows
+
+
+def test_equal_layers_add_up_and_others_are_measured():
+    class Rehearsed:
+        asked = 0
+
+        def kept(self, layers, checkpointing=False):
+            self.asked += 1
+            return 100 + sum(10 if i % 6 else 30 for i in layers) if self.uneven else 100 + 10 * len(layers)
+
+    for uneven, kinds in ((False, (0,) * 12), (True, (1, 0, 0, 0, 0, 0) * 2)):
+        rehearsed = Rehearsed()
+        rehearsed.uneven = uneven
+        meter = Meter(rehearsed, kinds)
+        assert meter.additive != uneven
+        assert meter.kept(2, 7, False) == rehearsed.kept(range(2, 8)) == (180 if uneven else 160)
+        before = rehearsed.asked
+        assert meter.kept(3, 4, False) == 120 and rehearsed.asked == before + uneven
+
+
+def test_kinds_of_layers(tmp_path):
+    options = dict(n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=2, moe_intermediate_size=16)  # noqa: C408
+    config = transformers.DeepseekV3Config(
+        **networks.TEXT, **options, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8,
+        v_head_dim=8, first_k_dense_replace=1, use_cache=False,
+    )  # fmt: skip
+    model = transformers.DeepseekV3ForCausalLM(config).eval()
+    assert layer_kinds(model, analyse(model, {"input_ids": networks.tokens()})) == (0, 1, 1, 1)
+
+
+def test_what_is_chosen(model_file):
+    def ask(memory, **options):
+        return dbconvert.estimate(str(model_file), request=Request(memory=memory, case=Case(16), **options))
+
+    everything = ask(None)
+    assert everything.best is None and not everything.advice and len(everything.rows) == 6
+    totals = {r.blocks: r.holdings[CHECKPOINTED].total for r in everything.rows[1:]}
+    exactly = ask(totals[3])
+    assert exactly.smallest[CHECKPOINTED] == 3 and exactly.best == (3, CHECKPOINTED)
+    assert any("CIFAR-100" in line and "59.30" in line for line in exactly.evidence)
+    assert ask(totals[3] - 1).best[0] > 3
+    none = ask(1000)
+    assert none.best is None and [a.fits for a in none.advice] == [False] * 3
+    assert none.advice[0].total == min(totals.values()) and none.advice[1].total < none.advice[0].total
+    assert [r.layers for r in none.rows] == [5, 5, 3, 2, 2, 1]
+    assert [r.evaluations for r in none.rows] == [5, 10, 7, 6, 6, 6]
+
+
+def test_optimiser_state():
+    assert [state_size(10_000, name) for name in ("adamw", "sgd", "adamw8bit")] == [80_000, 40_000, 20_000 + 8 * 40]
+    assert state_size(100, "adamw8bit") == 800
+
+
+def test_bf16_keeps_less(model_file):
+    full, half = (
+        row(dbconvert.estimate(str(model_file), request=Request(case=Case(16, precision=p))), 1).holdings[AWAY]
+        for p in ("fp32", "bf16")
+    )
+    assert half.activations < full.activations and half.parameters == full.parameters
+
+
+def test_the_evidence_is_the_papers():
+    assert "FID 9.90 with 2 blocks, end-to-end 12.09" in evidence(2)[0]
+    assert "tried no 5 blocks" in evidence(5)[0] and "with 4 blocks" in evidence(5)[1]
+    assert len(evidence(1)) == 1
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        (Case(2, length=8), "--length is for sequences"),
+        (Case(2, size=24), "fails at this size"),
+    ],
+)
+def test_sizes_that_do_not_fit(tmp_path, case, message):
+    source = folder(networks.vit_config(), tmp_path / "m")
+    with pytest.raises((UsageError, DBConvertError), match=message):
+        dbconvert.estimate(source, request=Request(case=case))
+
+
+def test_positions_beyond_a_table_are_noticed(tmp_path):
+    source = folder(networks.gpt2_config(), tmp_path / "m")
+    with pytest.raises(DBConvertError) as caught:
+        dbconvert.estimate(source, request=Request(case=Case(2, length=65)))
+    assert "looked up in a table of 64" in caught.value.why
+
+
+def test_a_looped_network_is_refused(tmp_path):
+    config = transformers.AlbertConfig(**networks.TEXT, embedding_size=16, architectures=["AlbertForMaskedLM"])
+    with pytest.raises(Refused, match="called 4 times"):
+        dbconvert.estimate(folder(config, tmp_path / "m"))
+
+
+def test_the_command(tmp_path):
+    model = write_model(tmp_path / "m")
+    found = commands.as_json("estimate", model, "--memory", "100MB", "--batch", 4, "--json")
+    assert [r["blocks"] for r in found["rows"]] == [None, 1, 2, 3, 4, 5] and found["best"]["blocks"] == 1
+    text = commands.dbconvert("estimate", model, "--memory", "1kB").stdout
+    assert "nothing fits into 1.0 kB" in text and "not counted" in text and "end-to-end" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--memory", "lots"], 2, "--memory lots is not an amount of memory"),
+        (["--memory", "24"], 2, "e.g. --memory 24GB"),
+        (["--memory", "0GB"], 2, "is nothing"),
+        (["--batch", "0"], 2, "batch = 0"),
+        (["--precision", "fp8"], 2, "precision = 'fp8'"),
+        (["--optimizer", "lion"], 2, "optimizer = 'lion'"),
+    ],
+)
+def test_mistakes(tmp_path, capsys, arguments, code, message):
+    from dbconvert.cli.main import guarded
+
+    assert guarded(["estimate", str(write_model(tmp_path / "m")), *arguments], debug=False) == code
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_refused_network(tmp_path):
+    (tmp_path / "bad.py").write_text("import torch\n\ndef build_model():\n    return torch.nn.Linear(3, 3)\n")
+    done = commands.dbconvert("estimate", "bad.py", "--memory", "1GB", "--json", code=1)
+    assert json.loads(done.stdout)["verdict"] == "refused" and "error" in done.stderr
