@@ -66,7 +66,7 @@ def proved(model: nn.Module, inputs: dict[str, Any], stack: str | None) -> Row:
 
 
 def crash(error: Exception) -> Row:
-    tail = "".join(traceback.format_exception(error)[-3:])
+    tail = "".join(traceback.format_exception(error)[-4:])
     return Row("crash", kind=type(error).__name__, reason=str(error)[:300], node=tail)
 
 

@@ -17,6 +17,7 @@ from transformers import PretrainedConfig
 DEPTH = 4
 STAGE_DEPTH = 3
 TOKENS = 131
+CHUNK = 8
 FACTORS = (8, 4, 16, 2)
 IMAGES = (32, 64, 224)
 
@@ -49,6 +50,7 @@ PARTS = {
 FIXED = {**HEADS, **WIDE, **INNER, **PARTS}
 DROPS: tuple[tuple[str, ...], ...] = (
     (),
+    ("None",),
     ("head_dim",),
     ("embedding_size",),
     ("hidden_size",),
@@ -57,7 +59,8 @@ DROPS: tuple[tuple[str, ...], ...] = (
     ("num_key_value_heads", "head_dim"),
     ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "qk_head_dim"),
 )
-"""Fields that are left as they are, one set a try: their name means something else in some configuration."""
+"""Fields that are left as they are, one set a try: their name means something else in some configuration.
+`None` leaves fields without a value without one."""
 
 LAYERS = re.compile(r"^(n_layers?|(num_|n_)?((hidden|encoder|decoder|global|local)_)*layers|depth|num_blocks)$")
 DEPTHS = re.compile(r"^(depths|num_blocks|layers|stage_num_blocks|num_block_repeats|n_layers_list|block_sizes)$")
@@ -101,7 +104,7 @@ def rebuilt(
     """The configuration made again from changed fields, the configurations inside it likewise."""
     own: dict[str, Any] = {}
     for name in names(config) - set(type(config).sub_configs):
-        value = getattr(config, name, None)
+        value = vars(config).get(name)  # past the check of fields that vary by layer
         new = new_value(name, value, config, rule, option, image)
         if new is not value:
             own[name] = new
@@ -115,8 +118,11 @@ def rebuilt(
 def new_value(name: str, value: Any, config: PretrainedConfig, rule: Any, option: Any, image: int) -> Any:
     if isinstance(value, bool) and name != "use_cache":
         return value
-    if name in COMMON and not (isinstance(value, int) and not isinstance(value, bool) and value < COMMON[name]):
-        return COMMON[name] if value is not None or name in SPECIAL_TOKENS else None
+    if name in COMMON:
+        smaller = isinstance(value, int) and not isinstance(value, bool) and 0 < value < COMMON[name]
+        return value if smaller or (value is None and name == "sliding_window") else COMMON[name]
+    if isinstance(value, int) and name.endswith("chunk_size") and value > CHUNK:
+        return CHUNK
     if name == "image_size":
         return image if isinstance(value, int) else type(value)([image] * len(value)) if value else value
     if isinstance(value, int) and LAYERS.match(name):
@@ -145,7 +151,8 @@ def every_kind(values: list[Any]) -> list[Any]:
 def fixed(name: str, value: Any, drop: tuple[str, ...]) -> Any:
     if isinstance(value, list | tuple):
         return divided(name, value, FACTORS[0])
-    return FIXED[name] if name in FIXED and name not in drop and value is not None else value
+    kept = name in drop or (value is None and "None" in drop)
+    return value if name not in FIXED or kept else FIXED[name]
 
 
 def divided(name: str, value: Any, factor: int) -> Any:

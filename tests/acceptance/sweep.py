@@ -25,6 +25,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
 
+from dbconvert.graph.analysis import gather
 from tests.acceptance.classes import KINDS, NotBuilt, build, class_of
 from tests.acceptance.judge import Row, judge
 
@@ -81,6 +82,13 @@ def silence() -> None:
     os.dup2(null, 2)
 
 
+def warm_up() -> None:
+    """Imports what every network needs before the processes fork: several seconds a class otherwise."""
+    for kind, model_type in (("causal", "llama"), ("image", "vit")):
+        model, inputs = build(kind, model_type)
+        gather(model, inputs)
+
+
 def line(model_type: str, name: str, row: Row, seconds: float) -> str:
     what = f"{row.stack}: {row.layers} layers, width {row.width}" if row.stack else ""
     why = f"{row.kind}: {row.reason}" if row.kind else row.reason
@@ -96,6 +104,7 @@ def counts(rows: Rows) -> str:
 def main() -> int:
     options = arguments()
     torch.set_num_threads(1)
+    warm_up()
     found: dict[str, Rows] = {}
     start = time.monotonic()
     for kind in options.kinds or list(KINDS):
