@@ -22,9 +22,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from families import family_parts
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results.json"
-PAGES = ("README.md", "docs/training.md")
+PAGES = ("README.md", "docs/training.md", "docs/families.md")
 SEEDS = (0, 1, 2)
 VARIANTS = {
     "shared": ["train.periphery=shared"],
@@ -104,6 +106,7 @@ def parts(results: dict[str, Any]) -> dict[str, str]:
         "variants": variant_table(results),
         "map": file_map(),
         "machine": machine(results),
+        **family_parts(),
     }
 
 

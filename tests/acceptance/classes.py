@@ -43,8 +43,10 @@ def build(kind: str, model_type: str) -> tuple[nn.Module, dict[str, Any]]:
     cls = getattr(transformers, class_of(kind, model_type))
     failures: list[Exception] = []
     try:
-        default = CONFIG_MAPPING[model_type]()
-        for config in shrunken(default, overrides.CHANGES.get(model_type, {})):
+        default = fitting(CONFIG_MAPPING[model_type](**overrides.START.get(model_type, {})), cls)
+        # A class for causal language modelling may be an encoder otherwise.
+        decoding = {"is_decoder": True} if kind == "causal" and hasattr(default, "is_decoder") else {}
+        for config in shrunken(default, overrides.CHANGES.get(default.model_type, {}) | decoding):
             if isinstance(config, Exception):
                 failures.append(config)
                 continue
@@ -58,6 +60,14 @@ def build(kind: str, model_type: str) -> tuple[nn.Module, dict[str, Any]]:
     raise NotBuilt(f"{type(error).__name__}: {' '.join(str(error).split())}"[:300])
 
 
+def fitting(config: PretrainedConfig, cls: type[nn.Module]) -> PretrainedConfig:
+    """The configuration inside a composite one that the class is made from, as Transformers' Auto classes take it."""
+    if isinstance(config, cls.config_class):
+        return config
+    inner = [getattr(config, name) for name in type(config).sub_configs]
+    return next((sub for sub in inner if isinstance(sub, cls.config_class)), config)
+
+
 def attempt(cls: type[nn.Module], config: PretrainedConfig, kind: str, model_type: str) -> tuple[nn.Module, dict[str, Any]]:
     with torch.device("meta"):
         size = sum(p.numel() for p in cls(copy.deepcopy(config)).parameters())
@@ -67,7 +77,8 @@ def attempt(cls: type[nn.Module], config: PretrainedConfig, kind: str, model_typ
     model = cls(config).eval()
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False
-    inputs = example(model, kind)
+    overrides.PREPARE.get(model_type, lambda _: None)(model)
+    inputs = example(model, kind) | overrides.INPUTS.get(model_type, lambda _: {})(model)
     with torch.no_grad():
         model(**inputs)
     return model, inputs
@@ -84,4 +95,5 @@ def example(model: nn.Module, kind: str) -> dict[str, Any]:
         height, width = (size, size) if isinstance(size, int) else size
         return {"pixel_values": torch.randn(2, getattr(config, "num_channels", 3), height, width, generator=generator)}
     name = "input_ids" if "input_ids" in takes else model.main_input_name
-    return {name: torch.randint(3, 100, (2, LENGTH), generator=generator)}
+    known = min(TOKENS, getattr(config.get_text_config(), "vocab_size", None) or TOKENS)
+    return {name: torch.randint(3, known - 20, (2, LENGTH), generator=generator)}

@@ -64,10 +64,10 @@ DROPS: tuple[tuple[str, ...], ...] = (
 
 LAYERS = re.compile(r"^(n_layers?|(num_|n_)?((hidden|encoder|decoder|global|local)_)*layers|depth|num_blocks)$")
 DEPTHS = re.compile(r"^(depths|num_blocks|layers|stage_num_blocks|num_block_repeats|n_layers_list|block_sizes)$")
-WIDTHS = re.compile(r"(size|dims?|channels?|width|widths|planes|rank|embd|d_model|d_ff|d_kv|inner|latents|features)$")
+WIDTHS = re.compile(r"(sizes?|dims?|channels?|width|widths|planes|rank|embd|d_model|d_ff|d_kv|inner|latents|features)$")
 NOT_WIDTHS = re.compile(
     r"vocab|patch|image|kernel|window|chunk|batch|num_channels|stride|block_size|buckets|ratio|group_size|position"
-    r"|in_channels|max_|grid|crop|pool|tile|conv_size|sr_|depth_size"
+    r"|max_|grid|crop|pool|tile|conv_size|sr_|depth_size"
 )
 
 
@@ -121,6 +121,8 @@ def new_value(name: str, value: Any, config: PretrainedConfig, rule: Any, option
     if name in COMMON:
         smaller = isinstance(value, int) and not isinstance(value, bool) and 0 < value < COMMON[name]
         return value if smaller or (value is None and name == "sliding_window") else COMMON[name]
+    if isinstance(value, int) and "vocab" in name and value > TOKENS:
+        return TOKENS
     if isinstance(value, int) and name.endswith("chunk_size") and value > CHUNK:
         return CHUNK
     if name == "image_size":

@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -121,7 +122,8 @@ def main() -> int:
 
 
 def as_json(found: dict[str, Rows]) -> dict[str, object]:
-    return {k: {t: {"class": class_of(k, t), **row.as_json()} for t, row in rows.items()} for k, rows in found.items()}
+    rows = {k: {t: {"class": class_of(k, t), **row.as_json()} for t, row in rs.items()} for k, rs in found.items()}
+    return {"versions": {name: version(name) for name in ("torch", "transformers")}, "rows": rows}
 
 
 def arguments() -> argparse.Namespace:
