@@ -1,7 +1,7 @@
 """The table of Transformers' classes in docs/families.md, from what the sweep wrote into docs/families.json.
 
-    python -m tests.acceptance.sweep --json docs/families.json    # two minutes on two cores
-    python docs/regenerate.py
+python -m tests.acceptance.sweep --json docs/families.json    # two minutes on two cores
+python docs/regenerate.py
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from transformers.models.auto import CONFIG_MAPPING, modeling_auto
 
 from tests.acceptance import overrides
-from tests.acceptance.shrink import DEPTH, TOKENS, shrunken
+from tests.acceptance.shrink import TOKENS, shrunken
 
 KINDS = {
     "causal": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -68,7 +68,9 @@ def fitting(config: PretrainedConfig, cls: type[nn.Module]) -> PretrainedConfig:
     return next((sub for sub in inner if isinstance(sub, cls.config_class)), config)
 
 
-def attempt(cls: type[nn.Module], config: PretrainedConfig, kind: str, model_type: str) -> tuple[nn.Module, dict[str, Any]]:
+def attempt(
+    cls: type[nn.Module], config: PretrainedConfig, kind: str, model_type: str
+) -> tuple[nn.Module, dict[str, Any]]:
     with torch.device("meta"):
         size = sum(p.numel() for p in cls(copy.deepcopy(config)).parameters())
     if size > LARGEST:

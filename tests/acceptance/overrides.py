@@ -51,7 +51,11 @@ CHANGES: dict[str, dict[str, Any]] = {
         "in_channels": (32, 16, 24, 40, 80, 112, 192), "out_channels": (16, 24, 40, 80, 112, 192, 320),
     },
     # Tokens that stand for the image, and the two answers.
-    "shieldgemma2": {"image_token_index": 130, "boi_token_index": 128, "eoi_token_index": 129, "mm_tokens_per_image": 4},
+    "shieldgemma2": {
+        "image_token_index": 130, "boi_token_index": 128, "eoi_token_index": 129, "mm_tokens_per_image": 4,
+    },
+    # Depth under another name.
+    "perceiver": {"num_self_attends_per_block": 4},
 }  # fmt: skip
 """Fields to set whatever the rules say; those of an inner configuration under its name."""
 
@@ -93,5 +97,10 @@ def codebooks(model: nn.Module) -> dict[str, Any]:
     return {"input_ids": torch.randint(3, 100, (rows, 12), generator=torch.Generator().manual_seed(0))}
 
 
-INPUTS: dict[str, Callable[[nn.Module], dict[str, Any]]] = {"siglip2": patches, "shieldgemma2": image_and_text, "musicgen": codebooks, "musicgen_melody": codebooks}
+INPUTS: dict[str, Callable[[nn.Module], dict[str, Any]]] = {
+    "siglip2": patches,
+    "shieldgemma2": image_and_text,
+    "musicgen": codebooks,
+    "musicgen_melody": codebooks,
+}
 """Arguments of forward beside (or instead of) pixels or tokens."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import fields
+from itertools import chain
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -63,7 +64,7 @@ DROPS: tuple[tuple[str, ...], ...] = (
 `None` leaves fields without a value without one."""
 
 LAYERS = re.compile(r"^(n_layers?|(num_|n_)?((hidden|encoder|decoder|global|local)_)*layers|depth|num_blocks)$")
-DEPTHS = re.compile(r"^(depths|num_blocks|layers|stage_num_blocks|num_block_repeats|n_layers_list|block_sizes)$")
+DEPTHS = re.compile(r"^(depths?|num_blocks|layers|stage_num_blocks|num_block_repeats|n_layers_list|block_sizes)$")
 WIDTHS = re.compile(r"(sizes?|dims?|channels?|width|widths|planes|rank|embd|d_model|d_ff|d_kv|inner|latents|features)$")
 NOT_WIDTHS = re.compile(
     r"vocab|patch|image|kernel|window|chunk|batch|num_channels|stride|block_size|buckets|ratio|group_size|position"
@@ -77,16 +78,22 @@ def shrunken(default: PretrainedConfig, changes: dict[str, Any]) -> Iterator[Pre
     Args:
         changes: fields that are set whatever the rules say.
     """
-    for shrink in (*((fixed, drop) for drop in DROPS), *((divided, factor) for factor in FACTORS)):
+    ways = [[(fixed, drop) for drop in DROPS], [(divided, factor) for factor in FACTORS]]
+    for rule, option in chain(*(reversed(ways) if has_stages(default) else ways)):
         for image in IMAGES if has_images(default) else IMAGES[:1]:
             try:
-                yield rebuilt(default, *shrink, image, changes)
+                yield rebuilt(default, rule, option, image, changes)
             except Exception as error:
                 yield error
 
 
 def has_images(config: PretrainedConfig) -> bool:
     return "image_size" in names(config) or any(has_images(sub) for sub in subs(config).values())
+
+
+def has_stages(config: PretrainedConfig) -> bool:
+    """Whether depths are given stage by stage, as those of a pyramid are."""
+    return any(DEPTHS.match(name) and isinstance(vars(config).get(name), list | tuple) for name in names(config))
 
 
 def names(config: PretrainedConfig) -> set[str]:
@@ -98,9 +105,7 @@ def subs(config: PretrainedConfig) -> dict[str, PretrainedConfig]:
     return {name: sub for name, sub in found.items() if isinstance(sub, PretrainedConfig)}
 
 
-def rebuilt(
-    config: PretrainedConfig, rule: Any, option: Any, image: int, changes: dict[str, Any]
-) -> PretrainedConfig:
+def rebuilt(config: PretrainedConfig, rule: Any, option: Any, image: int, changes: dict[str, Any]) -> PretrainedConfig:
     """The configuration made again from changed fields, the configurations inside it likewise."""
     own: dict[str, Any] = {}
     for name in names(config) - set(type(config).sub_configs):
@@ -116,24 +121,29 @@ def rebuilt(
 
 
 def new_value(name: str, value: Any, config: PretrainedConfig, rule: Any, option: Any, image: int) -> Any:
+    """The first rule that has something to say about a field decides."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    listed = isinstance(value, list | tuple) and len(value) > 0
     if isinstance(value, bool) and name != "use_cache":
-        return value
-    if name in COMMON:
-        smaller = isinstance(value, int) and not isinstance(value, bool) and 0 < value < COMMON[name]
-        return value if smaller or (value is None and name == "sliding_window") else COMMON[name]
-    if isinstance(value, int) and "vocab" in name and value > TOKENS:
-        return TOKENS
-    if isinstance(value, int) and name.endswith("chunk_size") and value > CHUNK:
-        return CHUNK
-    if name == "image_size":
-        return image if isinstance(value, int) else type(value)([image] * len(value)) if value else value
-    if isinstance(value, int) and LAYERS.match(name):
-        return min(value, DEPTH)
-    if isinstance(value, list | tuple) and DEPTHS.match(name) and all(isinstance(v, int) for v in value):
-        return type(value)(min(v, STAGE_DEPTH) for v in value)
-    if isinstance(value, list | tuple) and len(value) == depth_of(config) and len(value) > DEPTH:
-        return type(value)(every_kind(list(value)))
-    return rule(name, value, option)
+        new = value
+    elif name in COMMON:
+        smaller = whole and 0 < value < COMMON[name]
+        new = value if smaller or (value is None and name == "sliding_window") else COMMON[name]
+    elif whole and "vocab" in name:
+        new = min(value, TOKENS)
+    elif whole and name.endswith("chunk_size"):
+        new = min(value, CHUNK)
+    elif name == "image_size" and (whole or listed):
+        new = image if whole else type(value)([image] * len(value))
+    elif whole and LAYERS.match(name):
+        new = min(value, DEPTH)
+    elif listed and DEPTHS.match(name) and all(isinstance(v, int) for v in value):
+        new = type(value)(min(v, STAGE_DEPTH) for v in value)
+    elif listed and DEPTH < len(value) == depth_of(config):
+        new = type(value)(every_kind(list(value)))
+    else:
+        new = rule(name, value, option)
+    return new
 
 
 def depth_of(config: PretrainedConfig) -> int:

@@ -94,7 +94,9 @@ def line(model_type: str, name: str, row: Row, seconds: float) -> str:
     what = f"{row.stack}: {row.layers} layers, width {row.width}" if row.stack else ""
     why = f"{row.kind}: {row.reason}" if row.kind else row.reason
     at = f" [{row.node}]" if row.node and row.verdict == "refused" else ""
-    return f"{model_type:28s} {name:40s} {row.verdict:11s} {'; '.join(filter(None, (what, why)))}{at}  ({seconds:.1f} s)"
+    return (
+        f"{model_type:28s} {name:40s} {row.verdict:11s} {'; '.join(filter(None, (what, why)))}{at}  ({seconds:.1f} s)"
+    )
 
 
 def counts(rows: Rows) -> str:

@@ -127,7 +127,7 @@ ROWS = {
     ),
     "hf_resnet": vision(hf.ResNetForImageClassification, resnet, verdict="refused", node="resnet.encoder.stages"),
     "hf_resnet_stage": vision(
-        hf.ResNetForImageClassification, resnet, size=64, verdict="restricted", layers=2, branches=1, post=True, width=64,
-        stack="resnet.encoder.stages.1.layers",
+        hf.ResNetForImageClassification, resnet, size=64, verdict="restricted", layers=2, branches=1, post=True,
+        width=64, stack="resnet.encoder.stages.1.layers",
     ),
 }  # fmt: skip
