@@ -10,18 +10,6 @@ from dbconvert.graph.analysis import analyse
 from dbconvert.graph.proof import prove
 
 
-@pytest.mark.parametrize("name", networks.REFUSED)
-def test_refused(name):
-    make, kind, node = networks.REFUSED[name]
-    torch.manual_seed(0)
-    model, inputs = make()
-    with pytest.raises(Refused) as caught:
-        prove(model, analyse(model, inputs), inputs)
-    assert caught.value.reason and node in caught.value.node + caught.value.reason
-    if kind is not None:
-        assert caught.value.kind == kind
-
-
 def test_dimensions_name_both_shapes():
     make, _, _ = networks.REFUSED["unet"]
     model, inputs = make()
