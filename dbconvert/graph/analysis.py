@@ -15,7 +15,7 @@ from dbconvert.graph.evidence import Evidence, refuse_divergence
 from dbconvert.graph.layers import entry, layer_calls, outside_parts, read_layers, read_outside
 from dbconvert.graph.parts import find_head, stem_and_readout
 from dbconvert.graph.spine import find_spines
-from dbconvert.graph.stack import Stack, choose_stack, find_stacks, refuse_decisions, wanted_stack
+from dbconvert.graph.stack import Stack, choose_stack, refuse_decisions, wanted_stack
 from dbconvert.graph.tape import Recording, record
 
 Inputs = dict[str, Any]
@@ -51,14 +51,24 @@ def analyse(model: nn.Module, inputs: Inputs, *, stack: str | None = None, grow:
 
 
 def gather(model: nn.Module, inputs: Inputs, grow: bool = True) -> Evidence:
-    recording = record(model, (), inputs)
-    return Evidence(model, recording, find_spines(recording, model), record_grown(model, inputs) if grow else None)
+    """The recordings of a network; where no stack shows, those that also look into layers without child modules."""
+    evidence = gather_once(model, inputs, grow, deep=False)
+    if evidence.stacks:
+        return evidence
+    deeper = gather_once(model, inputs, grow, deep=True)
+    return deeper if deeper.stacks else evidence
 
 
-def record_grown(model: nn.Module, inputs: Inputs) -> Recording | None:
+def gather_once(model: nn.Module, inputs: Inputs, grow: bool, *, deep: bool) -> Evidence:
+    recording = record(model, (), inputs, deep=deep)
+    grown = record_grown(model, inputs, deep=deep) if grow else None
+    return Evidence(model, recording, find_spines(recording, model), grown)
+
+
+def record_grown(model: nn.Module, inputs: Inputs, *, deep: bool) -> Recording | None:
     """A recording with one more example; None if the network is built for one batch size."""
     try:
-        return record(model, (), grow_batch(inputs))
+        return record(model, (), grow_batch(inputs), deep=deep)
     except (RuntimeError, ValueError, IndexError, AssertionError):
         return None
 
@@ -80,7 +90,7 @@ def read(evidence: Evidence, inputs: Inputs, wanted: str | None) -> Anatomy:
     Raises:
         Refused: with a hint that names the parts that would convert, when none was wanted.
     """
-    stacks = find_stacks(evidence.recording, evidence.spines)
+    stacks = evidence.stacks
     if not stacks:
         raise why_no_stack(evidence)
     try:

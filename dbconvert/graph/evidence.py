@@ -13,6 +13,7 @@ from dbconvert.anatomy import Axes
 from dbconvert.errors import Refused
 from dbconvert.graph import ops
 from dbconvert.graph.spine import Spines
+from dbconvert.graph.stack import Stack, find_stacks
 from dbconvert.graph.tape import ModuleCall, Path, Recording, describe
 
 CHANNELS_LAST = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm)
@@ -38,6 +39,11 @@ class Evidence:
     recording: Recording
     spines: Spines
     grown: Recording | None
+
+    @cached_property
+    def stacks(self) -> list[Stack]:
+        """All stacks, most work first."""
+        return find_stacks(self.recording, self.spines)
 
     @cached_property
     def exits(self) -> dict[fx.Node, list[tuple[ModuleCall, Path]]]:

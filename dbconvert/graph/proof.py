@@ -215,7 +215,7 @@ def run_case(model: nn.Module, case: Inputs, *, train: bool = False) -> Outputs:
 def record_case(model: nn.Module, case: Inputs, *, train: bool) -> Recording:
     with unchanged_state(model), torch.random.fork_rng(devices=[]):
         model.train(train)
-        return record(model, (), case)
+        return record(model, (), case, deep=True)
 
 
 def stream_after(

@@ -90,14 +90,17 @@ def argument_leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple
     return [*leaves(args), *leaves(kwargs)]
 
 
-def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recording:
+def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, deep: bool = False) -> Recording:
     """Runs `model(*args, **kwargs)` without gradients and writes the tape.
+
+    Args:
+        deep: also look into childless modules of the user's own that hold matrices, as whole layers may be written.
 
     Raises:
         Refused: the network holds compiled or scripted parts, which hide what they compute.
     """
     refuse_opaque(model)
-    return _Tape(model).run(args, kwargs)
+    return _Tape(model, deep).run(args, kwargs)
 
 
 def refuse_opaque(model: nn.Module) -> None:
@@ -136,7 +139,7 @@ def describe(node: fx.Node) -> str:
 class _Tape(TorchFunctionMode):
     """The recorder itself: a torch function mode plus hooks on every module of the model."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, deep: bool) -> None:
         super().__init__()
         self.model = model
         self.graph = fx.Graph()
@@ -148,7 +151,8 @@ class _Tape(TorchFunctionMode):
         self.calls: list[ModuleCall] = []
         self.decisions: list[fx.Node] = []
         self.path_of = {id(module): path for path, module in model.named_modules()}
-        self.leaf_modules = {id(m) for m in model.modules() if m is not model and not any(True for _ in m.children())}
+        childless = [m for m in model.modules() if m is not model and not any(True for _ in m.children())]
+        self.leaf_modules = {id(m) for m in childless if not (deep and holds_matrices(m))}
         named = [
             *model.named_parameters(remove_duplicate=False),
             *model.named_buffers(remove_duplicate=False),
@@ -296,6 +300,11 @@ class _Tape(TorchFunctionMode):
         call.outputs = [(path, self.node_for(leaf)) for path, leaf in tensors(out)]
         call.form = output_form(out)
         return replaced
+
+
+def holds_matrices(module: nn.Module) -> bool:
+    """Whether a module that is not torch's own has weights of more than one axis."""
+    return not type(module).__module__.startswith("torch.") and any(p.dim() > 1 for p in module.parameters())
 
 
 def joins(module: nn.Module, given: list[tuple[Path, Any]]) -> bool:
