@@ -28,14 +28,32 @@ class Axes:
 
 
 @record
+class FunctionCall:
+    """The `nth` call, from 0, of the torch function `name` while a module runs, its children included."""
+
+    name: str
+    nth: int
+
+
+@record
+class Use:
+    """An argument of a function call in which a layer reads its stream."""
+
+    call: FunctionCall
+    argument: Path
+    axes: Axes
+
+
+@record
 class NormSite:
-    """Where scale and shift act: on the output of `module`, or on its inputs at `arguments`.
+    """Where scale and shift act: on the output of `module` or on its inputs at `arguments`; where the layer has no
+    such module, on the result of `call` or on all of `uses`, while `module` runs.
 
     Args:
         node: the graph node.
-        module: path relative to the layer.
+        module: path relative to the layer; the empty path is the layer itself.
         features: size of the channel axis.
-        arguments: for placement `input`, the arguments that are modulated; else empty.
+        arguments, uses: for placement `input`, what is modulated; else empty.
     """
 
     node: str
@@ -43,17 +61,30 @@ class NormSite:
     features: int
     axes: Axes
     arguments: tuple[Path, ...] = ()
+    call: FunctionCall | None = None
+    uses: tuple[Use, ...] = ()
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Two branches whose sites have one key share them."""
+        return self.module, self.call, self.uses
 
 
 @record
 class GateSite:
-    """Where the gate acts: on the output of `module` (relative to the layer) at `output`."""
+    """Where the gate acts: on the output of `module` (relative to the layer) at `output`, or on the result of `call`
+    while `module` runs."""
 
     node: str
     module: str
     features: int
     axes: Axes
     output: Path = ()
+    call: FunctionCall | None = None
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return self.module, self.call
 
 
 @record
@@ -86,7 +117,9 @@ class Layer:
         stream_in: argument that carries the residual stream in.
         stream_out: where the stream sits in the output.
         form: container of the output (`tensor`, `tuple:n`, `list:n`, `dict:keys`).
-        on_spine: nodes that stand on the stream after an addition: norms (post-norm) and activations.
+        branches: where conditioning goes; none in a layer that is conditioned already.
+        on_spine: nodes that stand on the stream: norms (post-norm), activations, scalings.
+        conditioned_by: inputs of the network that modulate the layer already (AdaLN): nothing is injected then.
         parameters, bytes: its own parameters.
     """
 
@@ -100,6 +133,7 @@ class Layer:
     side_inputs: tuple[SideInput, ...]
     parameters: int
     bytes: int
+    conditioned_by: tuple[str, ...] = ()
 
 
 @record
@@ -163,6 +197,7 @@ class Anatomy:
         streams: how many tensors are carried from layer to layer.
         post_norm: whether norms or activations stand on the spine, so that no gate makes a layer the identity.
         left_out: layers of the same container that are not part of the stack.
+        outside: parts of layers that other parts of the network use too, and that belong to the periphery.
         tied: groups of parameter names that are one tensor.
     """
 
@@ -182,6 +217,7 @@ class Anatomy:
     inputs: tuple[Input, ...]
     tied: tuple[tuple[str, ...], ...]
     left_out: tuple[str, ...] = ()
+    outside: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     proof: tuple[Check, ...] = ()
 
@@ -194,6 +230,8 @@ class Anatomy:
 
     def layer_of(self, key: str) -> int | None:
         """Index of the layer that a parameter or module path belongs to, None for the periphery."""
+        if any(key == part or key.startswith(part + ".") for part in self.outside):
+            return None
         for index, layer in enumerate(self.layers):
             if key == layer.path or key.startswith(layer.path + "."):
                 return index

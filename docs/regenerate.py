@@ -22,11 +22,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from families import family_parts
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results.json"
 SIZE = ROOT / "docs" / "size.json"
 COPYING = ROOT / "docs" / "copying.json"
-PAGES = ("README.md", "docs/training.md", "docs/size.md")
+PAGES = ("README.md", "docs/training.md", "docs/size.md", "docs/families.md")
 SEEDS = (0, 1, 2)
 VARIANTS = {
     "shared": ["train.periphery=shared"],
@@ -109,6 +111,7 @@ def parts(results: dict[str, Any]) -> dict[str, str]:
         "machine": machine(results),
         "copying": copying_table(),
         **size_parts(json.loads(SIZE.read_text())),
+        **family_parts(),
     }
 
 

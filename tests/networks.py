@@ -527,6 +527,7 @@ ACCEPTED = {
     "conv": lambda: (ConvNet(ConvPair), {"x": images()}),
     "conv_post": lambda: (ConvNet(PostActivation), {"x": images()}),
     "conv_stem": lambda: (ConvNet(PostActivation, stem=True), {"x": images()}),
+    "functional_norm": lambda: (Net(FunctionalNorm), {"x": features()}),
     "sequential": lambda: (whole_sequential(), {"input": features()}),
     "returns_tuple": lambda: (Unpacking("tuple"), {"x": features()}),
     "returns_list": lambda: (Unpacking("list"), {"x": features()}),
@@ -541,7 +542,7 @@ ACCEPTED = {
 """Networks that the analysis accepts."""
 
 POST_NORM = ("encoder_post", "encoder_post_seq_first", "hf_bert", "conv_post", "conv_stem")
-ONE_BRANCH = ("conv_post", "conv_stem", "sequential", "hf_convnext")
+ONE_BRANCH = ("functional_norm", "conv_post", "conv_stem", "sequential", "hf_convnext")
 
 REFUSED = {
     "not_residual": (lambda: (Net(NotResidual), {"x": features()}), "not-residual", "layers.0"),
@@ -550,7 +551,6 @@ REFUSED = {
     "unet": (lambda: (UNet(), {"x": images()}), "dimensions", "down.0"),
     "flat_unet": (lambda: (FlatUNet(), {"x": images()}), "dimensions", "shrink"),
     "interrupted": (lambda: (Interrupted(), {"x": features()}), "no-stack", "between"),
-    "functional_norm": (lambda: (Net(FunctionalNorm), {"x": features()}), "functional", "layer_norm"),
     "early_exit": (lambda: (Net(EarlyExit), {"x": features()}), "control-flow", "bool"),
     "in_place": (lambda: (Net(InPlace), {"x": features()}), "backward", "backward pass"),
     "side_product": (lambda: (SideProducts(), {"x": features()}), "layer-made-input", "layers.0"),

@@ -105,11 +105,12 @@ def decide_start(opened: Opened, wanted: Start | None) -> Start:
 
 
 def default_width(anatomy: Anatomy) -> int:
+    """The narrowest that any layer asks for; networks that are conditioned already have nothing to modulate."""
     widths = []
-    for layer in anatomy.layers:
+    for layer in (layer for layer in anatomy.layers if layer.branches):
         norms, gates = site_features(layer)
         widths.append(condition_width(layer.parameters, 2 * sum(norms) + sum(gates)))
-    return min(widths)
+    return min(widths, default=condition_width(0, 0))
 
 
 def cautions(plan: Plan) -> list[str]:

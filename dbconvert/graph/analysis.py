@@ -8,19 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dbconvert.anatomy import Anatomy, Axes, Input, Verdict
+from dbconvert.anatomy import Anatomy, Axes, Input, Layer, Verdict
 from dbconvert.errors import Refused
 from dbconvert.graph.diagnosis import changing_stages, why_no_stack
-from dbconvert.graph.evidence import Evidence
-from dbconvert.graph.layers import entry, layer_calls, read_layers, read_outside
+from dbconvert.graph.evidence import Evidence, refuse_divergence
+from dbconvert.graph.layers import entry, layer_calls, outside_parts, read_layers, read_outside
 from dbconvert.graph.parts import find_head, stem_and_readout
 from dbconvert.graph.spine import find_spines
-from dbconvert.graph.stack import Stack, choose_stack, find_stacks, refuse_decisions
+from dbconvert.graph.stack import Stack, choose_stack, refuse_decisions, wanted_stack
 from dbconvert.graph.tape import Recording, record
 
 Inputs = dict[str, Any]
 """Arguments of the network's forward by name."""
 ONE_BATCH_SIZE = "the network runs one batch size only, so the batch axis is taken to be the first"
+
+CHOICES = ("several-stacks", "dimensions")
+"""Refusals that leave the choice of a stack to the user."""
 
 
 def analyse(model: nn.Module, inputs: Inputs, *, stack: str | None = None, grow: bool = True) -> Anatomy:
@@ -48,14 +51,24 @@ def analyse(model: nn.Module, inputs: Inputs, *, stack: str | None = None, grow:
 
 
 def gather(model: nn.Module, inputs: Inputs, grow: bool = True) -> Evidence:
-    recording = record(model, (), inputs)
-    return Evidence(model, recording, find_spines(recording, model), record_grown(model, inputs) if grow else None)
+    """The recordings of a network; where no stack shows, those that also look into layers without child modules."""
+    evidence = gather_once(model, inputs, grow, deep=False)
+    if evidence.stacks:
+        return evidence
+    deeper = gather_once(model, inputs, grow, deep=True)
+    return deeper if deeper.stacks else evidence
 
 
-def record_grown(model: nn.Module, inputs: Inputs) -> Recording | None:
+def gather_once(model: nn.Module, inputs: Inputs, grow: bool, *, deep: bool) -> Evidence:
+    recording = record(model, (), inputs, deep=deep)
+    grown = record_grown(model, inputs, deep=deep) if grow else None
+    return Evidence(model, recording, find_spines(recording, model), grown)
+
+
+def record_grown(model: nn.Module, inputs: Inputs, *, deep: bool) -> Recording | None:
     """A recording with one more example; None if the network is built for one batch size."""
     try:
-        return record(model, (), grow_batch(inputs))
+        return record(model, (), grow_batch(inputs), deep=deep)
     except (RuntimeError, ValueError, IndexError, AssertionError):
         return None
 
@@ -72,31 +85,70 @@ def grow_batch(inputs: Inputs) -> Inputs:
 
 
 def read(evidence: Evidence, inputs: Inputs, wanted: str | None) -> Anatomy:
-    model, recording = evidence.model, evidence.recording
-    stacks = find_stacks(recording, evidence.spines)
+    """The anatomy of the stack that is wanted, or of the one there is.
+
+    Raises:
+        Refused: with a hint that names the parts that would convert, when none was wanted.
+    """
+    stacks = evidence.stacks
     if not stacks:
         raise why_no_stack(evidence)
-    chosen = choose_stack(stacks, wanted, model)
-    changing = changing_stages(evidence, chosen)
-    if changing is not None and wanted is None:
-        raise changing
+    try:
+        chosen = choose_stack(stacks, wanted, evidence.model)
+        changing = changing_stages(evidence, chosen)
+        if changing is not None and wanted is None:
+            raise changing
+        return read_stack(evidence, inputs, chosen, stacks, part=changing is not None)
+    except Refused as refusal:
+        if wanted is None:
+            offer(refusal, evidence, inputs, stacks)
+        raise
+
+
+def offer(refusal: Refused, evidence: Evidence, inputs: Inputs, stacks: list[Stack]) -> None:
+    """Adds to a refusal which parts of the network would convert: other stacks, or all layers but the first or last."""
+    container = stacks[0].container
+    others = [stack.container for stack in stacks if stack is not stacks[0]]
+    named = [container, *others] if refusal.kind in CHOICES else [f"{container}[1:]", f"{container}[:-1]", *others]
+    found = []
+    for wanted in named:
+        try:
+            found.append((wanted, read_stack(evidence, inputs, wanted_stack(stacks, wanted, evidence.model), stacks)))
+        except Refused:
+            continue
+    if found:
+        parts = "; ".join(f"--stack {wanted} ({part.depth} layers)" for wanted, part in found)
+        kept = "" if refusal.kind in CHOICES or not refusal.hint else f"{refusal.hint}; or "
+        refusal.hint = f"{kept}convert a part: {parts}"
+    refusal.facts["stacks"] = [wanted for wanted, _ in found]
+
+
+def read_stack(evidence: Evidence, inputs: Inputs, chosen: Stack, stacks: list[Stack], *, part: bool = True) -> Anatomy:
+    """The anatomy of a network whose layers are those of `chosen`.
+
+    Args:
+        part: the network has more to it than this stack.
+    """
+    model, recording = evidence.model, evidence.recording
     paths = tuple(path for path, _ in chosen.layers)
     others = [stack for stack in stacks if not any(inside(path, paths) for path, _ in stack.layers)]
     refuse_decisions(recording, paths)
     facts: dict[str, object] = {"stack": chosen.container, "layers": len(paths), "calls": chosen.calls}
     try:
         calls = layer_calls(chosen, evidence)
-        _, entering = entry(calls[0], chosen.layers[0][1][0], evidence)
+        refuse_divergence(evidence, {call.order for call in calls})
+        _, entering, _ = entry(calls[0], chosen.layers[0][1][0], evidence)
         channel = evidence.channel_axis(entering)
         width = facts["width"] = entering.meta["shape"][channel]
-        layers = read_layers(chosen, evidence, channel, width)
+        outside = outside_parts(calls, evidence)
+        layers = read_layers(chosen, evidence, channel, width, outside)
     except Refused as refusal:
         refusal.facts = facts
         raise
     end = dict(calls[-1].outputs)[layers[-1].stream_out]
-    stem, readout = stem_and_readout(evidence, calls, end)
+    stem, readout = stem_and_readout(evidence, calls, end, outside)
     return Anatomy(
-        verdict=verdict(chosen, restricted=changing is not None or bool(others)),
+        verdict=verdict(chosen, restricted=part or bool(others)),
         network=type(model).__name__,
         stack=chosen.container,
         layers=layers,
@@ -112,7 +164,8 @@ def read(evidence: Evidence, inputs: Inputs, wanted: str | None) -> Anatomy:
         inputs=named_inputs(inputs),
         tied=tied_parameters(model),
         left_out=chosen.left_out,
-        notes=notes(chosen, others, read_outside(calls, layers, evidence), evidence),
+        outside=outside,
+        notes=notes(chosen, others, layers, read_outside(calls, layers, evidence), evidence),
     )
 
 
@@ -142,7 +195,9 @@ def inside(path: str, layers: tuple[str, ...]) -> bool:
     return any(path == layer or path.startswith(layer + ".") for layer in layers)
 
 
-def notes(stack: Stack, others: list[Stack], tapped: list[str], evidence: Evidence) -> tuple[str, ...]:
+def notes(
+    stack: Stack, others: list[Stack], layers: tuple[Layer, ...], tapped: list[str], evidence: Evidence
+) -> tuple[str, ...]:
     found = []
     if stack.left_out:
         found.append(f"not part of the stack: {', '.join(stack.left_out)}")
@@ -153,6 +208,9 @@ def notes(stack: Stack, others: list[Stack], tapped: list[str], evidence: Eviden
         )
     if others:
         found.append(f"other residual layers stay as they are: {'; '.join(other.summary() for other in others)}")
+    inputs = dict.fromkeys(name for layer in layers for name in layer.conditioned_by)
+    if inputs:
+        found.append(f"already conditioned by {', '.join(inputs)}: its own modulation is kept, and nothing is injected")
     classes = {type(evidence.model.get_submodule(path)).__name__ for path, _ in stack.layers}
     if len(classes) > 1:
         found.append(f"layers of different classes: {', '.join(sorted(classes))}")

@@ -6,10 +6,13 @@ from torch import nn
 
 from dbconvert.anatomy import Anatomy
 from dbconvert.graph.inject import PREFIX, LayerModule
+from dbconvert.graph.parts import lies_in
 
 
 def strip(model: nn.Module, anatomy: Anatomy, keep: range) -> None:
     """Removes the parameters and buffers of all layers outside `keep` from a converted network, and their modulations.
+
+    Parts of layers that the rest of the network uses too keep theirs.
 
     The layers' modules and plain attributes stay, since a network's forward may read them (nn.TransformerEncoder
     asks its first layer's attention for its layout).
@@ -23,8 +26,10 @@ def strip(model: nn.Module, anatomy: Anatomy, keep: range) -> None:
         module = model.get_submodule(layer.path)
         if not isinstance(module, LayerModule):
             raise TypeError(f"{layer.path} is not converted")
-        for part in module.modules():
-            for tensors in (part._parameters, part._buffers):
-                tensors.update(dict.fromkeys(tensors))
-        module.db_sites, module.db_modulation = [], ()  # type: ignore[assignment]
-        del modulations[str(index)]
+        for name, part in module.named_modules(prefix=layer.path):
+            if not lies_in(name, anatomy.outside):
+                for tensors in (part._parameters, part._buffers):
+                    tensors.update(dict.fromkeys(tensors))
+        module.db_norms, module.db_gates, module.db_modulation = [], [], ()
+        if str(index) in modulations:
+            del modulations[str(index)]

@@ -10,7 +10,7 @@ from torch import fx, nn
 from dbconvert.errors import Refused
 from dbconvert.graph import ops
 from dbconvert.graph.evidence import Evidence
-from dbconvert.graph.stack import Stack
+from dbconvert.graph.stack import Stack, branch_homes
 from dbconvert.graph.tape import ModuleCall, describe
 
 
@@ -122,7 +122,7 @@ def not_residual(calls: list[ModuleCall], evidence: Evidence) -> Refused:
 
 
 def changing_stages(evidence: Evidence, stack: Stack) -> Refused | None:
-    """Residual stages that change the shape and hold more than the stack found: then the stack is only a part.
+    """Residual stages of other shapes that hold more than the stack found: then the stack is only a part.
 
     A U-Net or a pyramid has small residual stacks inside; converting one of them is a choice of the user's.
     """
@@ -131,9 +131,25 @@ def changing_stages(evidence: Evidence, stack: Stack) -> Refused | None:
     additions = [set(add.meta["calls"]) for add in evidence.spines.adds]
     groups = [[c for c in g if any(c.order in calls for calls in additions)] for g in repeated_siblings(evidence)]
     stages = [g for g in groups if len(g) > 1 and changes_of_shape([g]) is not None]
-    if sum(weight(g, model) for g in stages) <= inside:
+    if sum(weight(g, model) for g in stages) > inside:
+        return changes_of_shape(stages)
+    return other_shapes(evidence, stack, inside)
+
+
+def other_shapes(evidence: Evidence, stack: Stack, inside: int) -> Refused | None:
+    """A residual addition of another shape, where those outside of the stack have more weights in their branches."""
+    paths = {path for path, _ in stack.layers}
+    shape = stack.layers[0][1][0].node.meta["shape"]
+    outside = [add for add in evidence.spines.adds.values() if not paths & set(add.node.meta["scope"])]
+    homes = {home for add in outside for home in branch_homes(add, evidence.spines)}
+    modules = dict(evidence.model.named_modules())
+    weights = {id(p): p.numel() for home in homes & set(modules) for p in modules[home].parameters()}
+    different = [add.node for add in outside if add.node.meta["shape"] != shape]
+    if not different or sum(weights.values()) <= inside:
         return None
-    changed = changes_of_shape(stages)
-    if changed is not None:
-        changed.hint = f"convert a part that keeps it: --stack {stack.container}"
-    return changed
+    return Refused(
+        f"dimensions change: residual layers work on {list(shape)} in {stack.container} and on "
+        f"{list(different[0].meta['shape'])} elsewhere, and every block must keep the shape",
+        node=describe(different[0]),
+        kind="dimensions",
+    )

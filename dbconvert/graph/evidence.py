@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,6 +13,7 @@ from dbconvert.anatomy import Axes
 from dbconvert.errors import Refused
 from dbconvert.graph import ops
 from dbconvert.graph.spine import Spines
+from dbconvert.graph.stack import Stack, find_stacks
 from dbconvert.graph.tape import ModuleCall, Path, Recording, describe
 
 CHANNELS_LAST = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm)
@@ -37,9 +40,10 @@ class Evidence:
     spines: Spines
     grown: Recording | None
 
-    def __post_init__(self) -> None:
-        if self.grown is not None:
-            refuse_divergence(self.recording.graph, self.grown.graph)
+    @cached_property
+    def stacks(self) -> list[Stack]:
+        """All stacks, most work first."""
+        return find_stacks(self.recording, self.spines)
 
     @cached_property
     def exits(self) -> dict[fx.Node, list[tuple[ModuleCall, Path]]]:
@@ -54,8 +58,10 @@ class Evidence:
     def grown_shapes(self) -> dict[fx.Node, tuple[int, ...] | None]:
         if self.grown is None:
             return {}
-        pairs = zip(self.recording.graph.nodes, self.grown.graph.nodes, strict=True)
-        return {node: twin.meta.get("shape") for node, twin in pairs}
+        twins = numbered(self.grown.graph.nodes)
+        return {
+            n: twins[key].meta.get("shape") for key, n in numbered(self.recording.graph.nodes).items() if key in twins
+        }
 
     def times_called(self, path: str, within: ModuleCall) -> int:
         return sum(within.order in call.parents for call in self.recording.calls_of(path))
@@ -123,18 +129,31 @@ def readers(node: fx.Node) -> list[fx.Node]:
     return [user for user in node.users if ops.first(user) is node]
 
 
-def refuse_divergence(graph: fx.Graph, grown: fx.Graph) -> None:
-    """Two batch sizes must take the same path through the network."""
-    for node, twin in zip(graph.nodes, grown.nodes, strict=False):
-        if (node.op, node.target) != (twin.op, twin.target):
-            break
-    else:
-        if len(graph.nodes) == len(grown.nodes):
-            return
-        node = list(graph.nodes)[-1]
-    raise Refused(
-        "another batch size takes another path through the network, which the example input does not cover",
-        node=describe(node),
-        kind="control-flow",
-        hint="make the forward pass independent of the batch size",
+def numbered(nodes: Iterable[fx.Node]) -> dict[tuple[object, ...], fx.Node]:
+    """Nodes by what they do, where, and how often that was done there before: the same in another recording, as long
+    as both take the same path through that module."""
+    seen: Counter[tuple[object, ...]] = Counter()
+    found: dict[tuple[object, ...], fx.Node] = {}
+    for node in nodes:
+        does = (node.op, str(node.target), node.meta.get("scope"))
+        found[*does, seen[does]] = node
+        seen[does] += 1
+    return found
+
+
+def refuse_divergence(evidence: Evidence, orders: set[int]) -> None:
+    """Two batch sizes must take the same path through the layers, the calls of these orders."""
+    if evidence.grown is None:
+        return
+    before, after = (
+        [node for node in recording.graph.nodes if orders & set(node.meta.get("calls", ()))]
+        for recording in (evidence.recording, evidence.grown)
     )
+    differing = [n for n, twin in zip(before, after, strict=False) if (n.op, n.target) != (twin.op, twin.target)]
+    if differing or len(before) != len(after):
+        raise Refused(
+            "another batch size takes another path through the network, which the example input does not cover",
+            node=describe(differing[0] if differing else before[-1]),
+            kind="control-flow",
+            hint="make the forward pass independent of the batch size",
+        )

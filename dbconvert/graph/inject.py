@@ -9,14 +9,16 @@ one child of the network, `dbconvert`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from dbconvert.anatomy import Anatomy, Axes, Layer, Path
+from dbconvert.anatomy import Anatomy, Axes, FunctionCall, GateSite, Layer, NormSite, Path
 from dbconvert.conditioning.embedding import NoiseEmbedding
 from dbconvert.conditioning.modulation import Modulation, Start, gate, modulate
 from dbconvert.errors import DBConvertError, Refused
+from dbconvert.graph.functions import Act, Intercepted, uncounted
 from dbconvert.graph.values import imitate, item, look_up, put_in, replaced
 
 PREFIX = "dbconvert"
@@ -57,35 +59,62 @@ class Run(Volatile):
 
 
 class Site(Volatile):
-    """A module whose inputs or output are modulated or gated; the layer fills in the values before it runs."""
+    """One place that is modulated or gated; the layer fills in the values before it runs.
+
+    Args:
+        at: where it is.
+    """
 
     shift: Tensor | None = None
     scale: Tensor | None = None
     by: Tensor | None = None
 
-    def __init__(self) -> None:
-        self.norm_axes = self.gate_axes = Axes(0, -1)
-        self.arguments: tuple[Path, ...] = ()
-        self.output: Path = ()
+    def __init__(self, at: NormSite | GateSite) -> None:
+        self.at = at
+
+    @property
+    def active(self) -> bool:
+        return self.scale is not None or self.by is not None
+
+    def act(self, value: Tensor, axes: Axes | None = None) -> Tensor:
+        """The value modulated or gated along `axes`, the site's own by default."""
+        axes = axes or self.at.axes
+        with uncounted():
+            if self.shift is not None and self.scale is not None:
+                return modulate(value, self.shift, self.scale, axes)
+            return value if self.by is None else gate(value, self.by, axes)
 
 
 class SiteModule(nn.Module):
-    """Mixed into the class of a site."""
+    """Mixed into the class of a module that has sites: norms first."""
 
-    db_site: Site
+    db_sites: list[Site]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        site = self.db_site
-        shift, scale, by = site.shift, site.scale, site.by
-        if shift is not None and scale is not None and site.arguments:
-            for path in site.arguments:
-                value = modulate(look_up(args, kwargs, path), shift, scale, site.norm_axes)
-                args, kwargs = put_in(args, kwargs, path, value)
-        out = super().forward(*args, **kwargs)
-        if shift is not None and scale is not None and not site.arguments:
-            out = modulate(out, shift, scale, site.norm_axes)
-        if by is not None:
-            out = replaced(out, site.output, gate(item(out, site.output), by, site.gate_axes))
+        sites = [site for site in self.db_sites if site.active]
+        on_output = []
+        results: dict[FunctionCall, Act] = {}
+        arguments: dict[FunctionCall, list[tuple[Path, Act]]] = {}
+        for site in sites:
+            at = site.at
+            if at.call is not None:
+                results[at.call] = site.act
+            elif isinstance(at, NormSite) and at.uses:
+                for use in at.uses:
+                    arguments.setdefault(use.call, []).append((use.argument, partial(site.act, axes=use.axes)))
+            elif isinstance(at, NormSite) and at.arguments:
+                for path in at.arguments:
+                    args, kwargs = put_in(args, kwargs, path, site.act(look_up(args, kwargs, path)))
+            else:
+                on_output.append(site)
+        if results or arguments:
+            with Intercepted(results, arguments):
+                out = super().forward(*args, **kwargs)
+        else:
+            out = super().forward(*args, **kwargs)
+        for site in on_output:
+            path = site.at.output if isinstance(site.at, GateSite) else ()
+            out = replaced(out, path, site.act(item(out, path)))
         return out
 
 
@@ -96,8 +125,9 @@ class LayerModule(nn.Module):
     db_index: int
     db_last: bool
     db_layer: Layer
-    db_sites: list[tuple[Site, int | None, int | None]]
-    db_modulation: tuple[Modulation]
+    db_norms: list[Site]
+    db_gates: list[Site]
+    db_modulation: tuple[Modulation, ...]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         run = self.db_run
@@ -114,10 +144,12 @@ class LayerModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         *args, condition = args  # type: ignore[assignment]
-        pairs, gates = ([], []) if condition is None else self.db_modulation[0](condition)
-        for site, norm, by in self.db_sites:
-            site.shift, site.scale = pairs[norm] if pairs and norm is not None else (None, None)
-            site.by = gates[by] if gates and by is not None else None
+        conditioned = condition is not None and self.db_modulation
+        pairs, gates = self.db_modulation[0](condition) if conditioned else ([], [])
+        for position, site in enumerate(self.db_norms):
+            site.shift, site.scale = pairs[position] if pairs else (None, None)
+        for position, site in enumerate(self.db_gates):
+            site.by = gates[position] if gates else None
         return super().forward(*args, **kwargs)
 
 
@@ -131,6 +163,9 @@ class HeadModule(nn.Module):
         return super().forward(features if change is None else change(features), *args, **kwargs)
 
 
+MIXINS = (SiteModule, LayerModule, HeadModule)
+
+
 class Conditioning(nn.Module):
     """All parameters that conversion adds: an embedder a block, a modulation a layer, and what a task registers."""
 
@@ -138,7 +173,11 @@ class Conditioning(nn.Module):
         super().__init__()
         self.embedder = nn.ModuleDict({str(b): NoiseEmbedding(width) for b in range(blocks)})
         self.modulation = nn.ModuleDict(
-            {str(i): layer_modulation(layer, width, start) for i, layer in enumerate(anatomy.layers)}
+            {
+                str(i): Modulation(width, *site_features(layer), start)
+                for i, layer in enumerate(anatomy.layers)
+                if layer.branches
+            }
         )
 
     def forward(self, value: Any) -> Any:
@@ -157,7 +196,7 @@ def inject(model: nn.Module, anatomy: Anatomy, *, blocks: int, width: int, start
         Refused: `zero` for a post-norm network, which no gate turns into the identity.
         DBConvertError: the network is converted already.
     """
-    if start == "zero" and anatomy.post_norm:
+    if start == "zero" and anatomy.post_norm and any(layer.branches for layer in anatomy.layers):
         raise Refused(
             "something stands on the residual stream after the addition (post-norm), so that no gate makes a layer the "
             "identity",
@@ -183,57 +222,42 @@ def inject(model: nn.Module, anatomy: Anatomy, *, blocks: int, width: int, start
 def inject_layer(
     module: nn.Module, index: int, layer: Layer, conditioning: Conditioning, run: Run, *, last: bool
 ) -> None:
-    norms, gates = slots(layer)
-    sites: dict[str, tuple[Site, int | None, int | None]] = {}
-    for branch in layer.branches:
-        for path, norm in ((branch.norm.module, True), (branch.gate.module, False)):
-            site, norm_slot, gate_slot = sites.get(path, (Site(), None, None))
-            if norm:
-                site.norm_axes, site.arguments = branch.norm.axes, branch.norm.arguments
-                norm_slot = norms[branch.norm.module]
-            else:
-                site.gate_axes, site.output = branch.gate.axes, branch.gate.output
-                gate_slot = gates[branch.gate.module]
-            sites[path] = (site, norm_slot, gate_slot)
-    for path, (site, _, _) in sites.items():
-        target = module.get_submodule(path)
-        swap_class(target, SiteModule)
-        target.db_site = site  # type: ignore[assignment]
+    norms, gates = ([Site(at) for at in found] for found in distinct_sites(layer))
+    for site in (*norms, *gates):
+        target = module.get_submodule(site.at.module)
+        if not isinstance(target, SiteModule):
+            swap_class(target, SiteModule)
+            target.__dict__["db_sites"] = []
+        target.db_sites.append(site)  # type: ignore[union-attr, operator]
     swap_class(module, LayerModule)
     # A tuple keeps the modulation from being registered as the layer's own: its keys live under PREFIX.
     attributes: dict[str, Any] = {"db_run": run, "db_index": index, "db_layer": layer, "db_last": last}
-    attributes["db_sites"] = list(sites.values())
-    attributes["db_modulation"] = (conditioning.modulation[str(index)],)
+    own = (conditioning.modulation[str(index)],) if layer.branches else ()
+    attributes |= {"db_norms": norms, "db_gates": gates, "db_modulation": own}
     module.__dict__.update(attributes)
 
 
 def eject(model: nn.Module) -> None:
     """Undoes `inject`: original classes, nothing registered."""
     for module in model.modules():
-        mixins = (SiteModule, LayerModule, HeadModule)
-        while type(module).__mro__[1] in mixins:
+        while type(module).__mro__[1] in MIXINS:
             module.__class__ = type(module).__mro__[2]
         for name in [name for name in module.__dict__ if name.startswith("db_")]:
             del module.__dict__[name]
     delattr(model, PREFIX)
 
 
-def slots(layer: Layer) -> tuple[dict[str, int], dict[str, int]]:
-    """Which of the modulation's outputs belongs to which module: norm sites and gate sites by path."""
-    norms = {path: i for i, path in enumerate(dict.fromkeys(b.norm.module for b in layer.branches))}
-    gates = {path: i for i, path in enumerate(dict.fromkeys(b.gate.module for b in layer.branches))}
-    return norms, gates
+def distinct_sites(layer: Layer) -> tuple[list[NormSite], list[GateSite]]:
+    """A layer's norm sites and gate sites, those that branches share once, in the order of the modulation's rows."""
+    norms = {branch.norm.key: branch.norm for branch in layer.branches}
+    gates = {branch.gate.key: branch.gate for branch in layer.branches}
+    return list(norms.values()), list(gates.values())
 
 
 def site_features(layer: Layer) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Channel sizes of a layer's norm sites and gate sites, in slot order."""
-    norms = {b.norm.module: b.norm.features for b in layer.branches}
-    gates = {b.gate.module: b.gate.features for b in layer.branches}
-    return tuple(norms.values()), tuple(gates.values())
-
-
-def layer_modulation(layer: Layer, width: int, start: Start) -> Modulation:
-    return Modulation(width, *site_features(layer), start)
+    norms, gates = distinct_sites(layer)
+    return tuple(site.features for site in norms), tuple(site.features for site in gates)
 
 
 # -- classes made on the fly --------------------------------------------------------------------------------
@@ -254,12 +278,16 @@ def swap_class(module: nn.Module, mixin: type) -> None:
 
 
 def reduce_swapped(self: nn.Module, protocol: int) -> Any:
-    """Pickles name the mixin and the original class, so that another process can make the subclass again."""
-    made = type(self)
-    return blank, (made.__mro__[1], made.__mro__[2]), self.__dict__
+    """Pickles name the mixins and the original class, so that another process can make the subclass again."""
+    mixins, cls = [], type(self)
+    while cls.__mro__[1] in MIXINS:
+        mixins.append(cls.__mro__[1])
+        cls = cls.__mro__[2]
+    return blank, (tuple(mixins), cls), self.__dict__
 
 
-def blank(mixin: type, cls: type) -> nn.Module:
-    made = swapped(mixin, cls)
-    module: nn.Module = object.__new__(made)
+def blank(mixins: tuple[type, ...], cls: type) -> nn.Module:
+    for mixin in reversed(mixins):
+        cls = swapped(mixin, cls)
+    module: nn.Module = object.__new__(cls)
     return module

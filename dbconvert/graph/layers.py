@@ -9,7 +9,9 @@ from torch import fx
 from dbconvert.anatomy import Layer, Path, SideInput
 from dbconvert.errors import Refused
 from dbconvert.graph import ops, sites
+from dbconvert.graph.conditioned import conditioned_by
 from dbconvert.graph.evidence import Evidence
+from dbconvert.graph.parts import lies_in
 from dbconvert.graph.spine import ResidualAdd
 from dbconvert.graph.stack import Stack, call_of
 from dbconvert.graph.tape import ModuleCall, describe
@@ -37,25 +39,31 @@ def layer_calls(stack: Stack, evidence: Evidence) -> list[ModuleCall]:
     return found
 
 
-def read_layers(stack: Stack, evidence: Evidence, channel: int, width: int) -> tuple[Layer, ...]:
+def read_layers(
+    stack: Stack, evidence: Evidence, channel: int, width: int, outside: tuple[str, ...]
+) -> tuple[Layer, ...]:
     """The facts of every layer of a stack, whose stream has `width` channels along the axis `channel`.
+
+    Args:
+        outside: parts of layers that belong to the periphery.
 
     Raises:
         Refused: with the node at fault, for anything that running a layer alone would break.
     """
     calls = layer_calls(stack, evidence)
-    refuse_shared_parts(calls, evidence)
     layers, previous = [], None
     for (path, additions), call in zip(stack.layers, calls, strict=True):
-        stream_in, entering = entry(call, additions[0], evidence)
+        stream_in, entering, first = entry(call, additions[0], evidence)
         stream_out, leaving, after_last = exit_(call, additions[-1], evidence)
         if previous is not None:
             refuse_glue(previous, entering, path, evidence)
         previous = leaving
         rank = len(entering.meta["shape"])
         run = sites.LayerRun(call, additions, after_last, rank, channel, width)
+        beside = side_inputs(call, entering, calls, evidence)
+        conditioned = conditioned_by(run, evidence)
         module = evidence.model.get_submodule(path)
-        parameters = list(module.parameters())
+        parameters = [p for name, p in module.named_parameters() if not lies_in(f"{path}.{name}", outside)]
         layers.append(
             Layer(
                 path=path,
@@ -63,21 +71,32 @@ def read_layers(stack: Stack, evidence: Evidence, channel: int, width: int) -> t
                 stream_in=stream_in,
                 stream_out=stream_out,
                 form=call.form,
-                branches=sites.branches(run, evidence),
-                on_spine=tuple(node.name for i in range(len(additions)) for node in run.on_spine(i)),
-                side_inputs=side_inputs(call, entering, calls, evidence),
+                branches=() if conditioned else sites.branches(run, evidence),
+                on_spine=tuple(node.name for node in (*first, *on_spine(run))),
+                side_inputs=beside,
                 parameters=sum(p.numel() for p in parameters),
                 bytes=sum(p.numel() * p.element_size() for p in parameters),
+                conditioned_by=conditioned,
             )
         )
     return tuple(layers)
 
 
-def entry(call: ModuleCall, add: ResidualAdd, evidence: Evidence) -> tuple[Path, fx.Node]:
-    """The argument that carries the stream into a layer."""
-    for path, node in call.inputs:
-        if evidence.spines.look_through(node)[0] is add.source and ops.size(node) == ops.size(add.node):
-            return path, node
+def on_spine(run: sites.LayerRun) -> list[fx.Node]:
+    return [node for position in range(len(run.additions)) for node in run.on_spine(position)]
+
+
+def entry(call: ModuleCall, add: ResidualAdd, evidence: Evidence) -> tuple[Path, fx.Node, tuple[fx.Node, ...]]:
+    """The argument that carries the stream into a layer, its node, and the norms and scalings that it begins with."""
+    begin: fx.Node | None = add.source
+    passed: list[fx.Node] = []
+    while begin is not None:
+        for path, node in call.inputs:
+            if evidence.spines.look_through(node)[0] is begin and ops.size(node) == ops.size(add.node):
+                return path, node, tuple(passed)
+        before = evidence.spines.before(begin) if call.order in begin.meta["calls"] else None
+        passed.append(begin)
+        begin = None if before is None else ops.origin(before)
     raise Refused(
         f"the residual stream does not enter {call.path} as an argument",
         node=describe(add.node),
@@ -177,14 +196,27 @@ def carried_by_all(path: Path, calls: list[ModuleCall]) -> bool:
     return True
 
 
-def refuse_shared_parts(calls: list[ModuleCall], evidence: Evidence) -> None:
-    """A part of a layer that also runs outside of it would be missing where the layer is skipped."""
-    for layer in calls:
-        for call in evidence.recording.calls:
-            if call.path.startswith(layer.path + ".") and layer.path not in call.scope:
-                raise Refused(
-                    f"{call.path} is part of a layer but is also used outside of it",
-                    node=call.path,
-                    kind="shared-part",
-                    hint="give the outside its own module",
-                )
+def outside_parts(calls: list[ModuleCall], evidence: Evidence) -> tuple[str, ...]:
+    """Parts of layers that also run outside of all layers, as an embedder that the head uses too: they belong to the
+    periphery.
+
+    Raises:
+        Refused: a part with weights also runs inside another layer.
+    """
+    found: list[str] = []
+    paths = [call.path for call in calls]
+    for call in evidence.recording.calls:
+        home = next((path for path in paths if call.path.startswith(path + ".")), None)
+        weights = any(True for _ in evidence.model.get_submodule(call.path).parameters())
+        if home is None or home in call.scope or not weights:
+            continue
+        if any(path in call.scope for path in paths):
+            raise Refused(
+                f"{call.path} is part of a layer but is also used in another one",
+                node=call.path,
+                kind="shared-part",
+                hint="give each layer its own module",
+            )
+        if not any(call.path.startswith(part + ".") for part in found):
+            found.append(call.path)
+    return tuple(dict.fromkeys(found))

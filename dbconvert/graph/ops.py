@@ -17,6 +17,12 @@ RESHAPES = {
 CASTS = {"to", "type", "type_as", "float", "half", "bfloat16", "double", "requires_grad_", "detach"}
 DROPOUTS = {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout"}
 TRANSPOSED_ATTRIBUTES = {"T", "mT", "H", "mH", "data"}
+SHAPED_LIKE = {"expand_as", "view_as", "reshape_as", "type_as"}
+SHAPE_ONLY = {
+    "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "new_zeros", "new_ones",
+    "new_empty", "new_full", "new_tensor",
+}  # fmt: skip
+SCALINGS = {"mul", "rmul", "imul", "mul_", "div", "truediv"}
 NORM_FUNCTIONS = {"layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm"}
 ACTIVATIONS = {"relu", "gelu", "silu", "leaky_relu", "elu", "mish", "hardswish", "relu_", "tanh", "sigmoid"}
 NORM_MODULES = (
@@ -80,8 +86,15 @@ def unchanged(node: fx.Node) -> fx.Node | None:
         return None
     if node.target is operator.getitem and node.meta.get("shape") is not None and source.meta.get("shape") is None:
         return None  # an item of a tuple: its producer decides
-    passes = name in RESHAPES | CASTS | DROPOUTS
+    whole_slice = name == "getitem" and same_shape(node, source) and only_slices(node.args[1])
+    passes = whole_slice or name in RESHAPES | CASTS | DROPOUTS
     return source if passes and size(source) == size(node) else None
+
+
+def only_slices(index: object) -> bool:
+    """Whether an index only cuts ranges out with a forward step; of the full size it is then the whole tensor."""
+    parts = index if isinstance(index, (tuple, list)) else (index,)
+    return all(part is ... or (isinstance(part, slice) and part.step in (None, 1)) for part in parts)
 
 
 def axis_before(node: fx.Node, axis: int) -> int | None:
@@ -91,7 +104,7 @@ def axis_before(node: fx.Node, axis: int) -> int | None:
     """
     source = first(node)
     if source is None or node.op != "call_function" or function_name(node) not in RESHAPES:
-        return axis
+        return axis  # casts, dropouts and whole slices keep all axes
     before, after = source.meta["shape"], node.meta["shape"]
     wanted = counting(after, axis)
     for candidate in range(len(before)):
@@ -109,6 +122,16 @@ def counting(shape: tuple[int, ...], axis: int) -> torch.Tensor:
     return line.view([-1 if i == axis else 1 for i in range(len(shape))]).expand(shape).clone()
 
 
+def value_inputs(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose numbers this one is computed from: not those that only lend their shape, type or device."""
+    if function_name(node) in SHAPE_ONLY:
+        return []
+    if function_name(node) in SHAPED_LIKE:
+        source = first(node)
+        return [] if source is None else [source]
+    return node.all_input_nodes
+
+
 def origin(node: fx.Node) -> fx.Node:
     """The node that first made these numbers."""
     while (source := unchanged(node)) is not None:
@@ -116,8 +139,22 @@ def origin(node: fx.Node) -> fx.Node:
     return node
 
 
+def scaled(node: fx.Node) -> fx.Node | None:
+    """x, if the node is x times (or over) a number or a weight, as inline layer scale is."""
+    if function_name(node) not in SCALINGS:
+        return None
+    values = [a for a in node.args[:2] if isinstance(a, fx.Node) and not is_vector_weight(a)]
+    return values[0] if len(values) == 1 else None
+
+
+def is_vector_weight(node: fx.Node) -> bool:
+    """A weight with one entry, or one a channel."""
+    return node.op == "get_attr" and sum(n > 1 for n in node.meta["shape"]) <= 1
+
+
 def is_norm_module(module: nn.Module | None) -> bool:
-    """A normalisation: one of torch's, or a childless module with vector weights that ignores its input's scale."""
+    """A normalisation: one of torch's, or a childless module with vector weights that ignores its input's scale, or
+    that stands in for one by its weights alone, w x + b."""
     if module is None:
         return False
     if isinstance(module, NORM_MODULES):
@@ -125,17 +162,18 @@ def is_norm_module(module: nn.Module | None) -> bool:
     parameters = list(module.parameters())
     if any(True for _ in module.children()) or not parameters or any(p.dim() != 1 for p in parameters):
         return False
-    return ignores_scale(module, parameters[0])
+    return normalises(module, parameters[0])
 
 
-def ignores_scale(module: nn.Module, like: torch.Tensor) -> bool:
-    """f(3x) = f(x) on random numbers; a module whose weights hold no numbers is tried with ones in their place."""
+def normalises(module: nn.Module, like: torch.Tensor) -> bool:
+    """Whether f(3x) = f(x), or f(x) = w x + b, on random numbers; a module whose weights hold no numbers is tried with
+    ones in their place."""
     if not without_numbers(like):
-        return scale_is_lost(module, like)
+        return behaves_as_norm(module, like)
     plain = tuple((k, v) for k, v in vars(module).items() if isinstance(v, int | float | str) and k != "training")
     key = (type(module), tuple(p.shape for p in module.parameters()), plain)
     if key not in _tried:
-        _tried[key] = scale_is_lost(with_ones(module), torch.ones(like.shape))
+        _tried[key] = behaves_as_norm(with_ones(module), torch.ones(like.shape))
     return _tried[key]
 
 
@@ -143,16 +181,17 @@ _tried: dict[object, bool] = {}
 """Modules with ones for weights differ by nothing else: a hundred layers' norms are tried once."""
 
 
-def scale_is_lost(module: nn.Module, like: torch.Tensor) -> bool:
+def behaves_as_norm(module: nn.Module, like: torch.Tensor) -> bool:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 5, like.shape[0], generator=generator).to(like.device, like.dtype)
     try:
         with torch.no_grad():
-            once, thrice = module(x), module(3 * x)
-    except (RuntimeError, TypeError, ValueError, IndexError):
+            at_x, at_3x, at_0, at_1 = (module(v) for v in (x, 3 * x, torch.zeros_like(x), torch.ones_like(x)))
+            ignores_scale = torch.allclose(at_x, at_3x, rtol=1e-2, atol=1e-2)
+            affine = torch.allclose(at_x, at_0 + x * (at_1 - at_0), atol=1e-5)
+            return at_x.shape == x.shape and (ignores_scale or affine)
+    except Exception:  # the network's own code, on a made-up input
         return False
-    comparable = isinstance(once, torch.Tensor) and isinstance(thrice, torch.Tensor) and once.shape == x.shape
-    return comparable and torch.allclose(once, thrice, rtol=1e-2, atol=1e-2)
 
 
 def without_numbers(tensor: torch.Tensor) -> bool:

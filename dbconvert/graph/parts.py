@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import fx, nn
 
 from dbconvert.anatomy import Head, Part
@@ -10,8 +12,11 @@ from dbconvert.graph.evidence import Evidence
 from dbconvert.graph.tape import ModuleCall
 
 
-def stem_and_readout(evidence: Evidence, calls: list[ModuleCall], end: fx.Node) -> tuple[Part, Part]:
-    """Modules outside the layers: the readout is what depends on the stack's result, the stem is the rest."""
+def stem_and_readout(
+    evidence: Evidence, calls: list[ModuleCall], end: fx.Node, outside: tuple[str, ...]
+) -> tuple[Part, Part]:
+    """Modules outside the layers, with `outside` parts of them: the readout is what depends on the stack's result, the
+    stem is the rest."""
     reach, model = evidence.spines.reach, evidence.model
     layer_paths = {call.path for call in calls}
     readout: dict[str, None] = {}
@@ -21,17 +26,20 @@ def stem_and_readout(evidence: Evidence, calls: list[ModuleCall], end: fx.Node) 
         for user in (node, *(n for n in node.all_input_nodes if n.op == "get_attr")):
             if user.op in ("call_module", "get_attr") and not str(user.target).startswith("_constant"):
                 readout[owner_path(user, model)] = None
-    outside = [name for name, _ in model.named_parameters() if not lies_in(name, layer_paths)]
+
+    def in_layer(name: str) -> bool:
+        return lies_in(name, layer_paths) and not lies_in(name, outside)
+
     stem: dict[str, None] = {}
-    for name in outside:
+    for name in (name for name, _ in model.named_parameters() if not in_layer(name)):
         owner = name.rpartition(".")[0]
         if owner not in readout:
             stem[owner] = None
-    after = [path for path in readout if not lies_in(path, layer_paths)]
+    after = [path for path in readout if not in_layer(path)]
     return part(list(stem), model), part(after, model)
 
 
-def lies_in(path: str, parents: set[str]) -> bool:
+def lies_in(path: str, parents: Iterable[str]) -> bool:
     return any(path == parent or path.startswith(parent + ".") for parent in parents)
 
 

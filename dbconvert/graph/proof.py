@@ -19,7 +19,8 @@ from dbconvert.anatomy import Anatomy, Check
 from dbconvert.errors import Refused
 from dbconvert.graph.analysis import Inputs, grow_batch
 from dbconvert.graph.inject import PREFIX, Run, eject, inject
-from dbconvert.graph.tape import tensors
+from dbconvert.graph.stability import function_sites, moved
+from dbconvert.graph.tape import Recording, record, tensors
 from dbconvert.graph.values import item, look_up
 
 WIDTH = 8
@@ -39,14 +40,17 @@ def prove(model: nn.Module, anatomy: Anatomy, inputs: Inputs) -> Anatomy:
         model.eval()
         cases = variants(model, inputs)
         references = {name: run_case(model, case, train=name == TRAIN) for name, case in cases.items()}
+        made = calls_stay(model, anatomy, cases)
         run = inject(model, anatomy, blocks=1, width=WIDTH, start="original")
         try:
             checks = [
                 equals_original(model, run, cases, references),
                 blocks_chain(model, run, anatomy, inputs),
-                sites_reach_output(model, run, anatomy, inputs),
             ]
-            if not anatomy.post_norm:
+            checks.extend(made)
+            if modulations(model):
+                checks.append(sites_reach_output(model, run, anatomy, inputs))
+            if not anatomy.post_norm and all(layer.branches for layer in anatomy.layers):
                 checks.append(gates_silence(model, run, anatomy, inputs))
         finally:
             eject(model)
@@ -76,6 +80,17 @@ def equals_original(model: nn.Module, run: Run, cases: dict[str, Inputs], refere
     run.reset()
     detail = f"differs at: {', '.join(differing)}" if differing else f"at: {', '.join(cases)}"
     return Check("converted network equals the original to the last bit", not differing, detail)
+
+
+def calls_stay(model: nn.Module, anatomy: Anatomy, cases: dict[str, Inputs]) -> list[Check]:
+    """Sites at function calls meet the same calls in every case; asked only where there are such sites."""
+    if not any(True for _ in function_sites(anatomy)):
+        return []
+    recordings = {name: record_case(model, case, train=name == TRAIN) for name, case in cases.items()}
+    first = next(iter(recordings.values()))
+    differing = [f"{name}: {place}" for name, one in recordings.items() for place in moved(anatomy, first, one)]
+    detail = "; ".join(differing) if differing else f"at: {', '.join(cases)}"
+    return [Check("sites at function calls stay where they are", not differing, detail)]
 
 
 def blocks_chain(model: nn.Module, run: Run, anatomy: Anatomy, inputs: Inputs) -> Check:
@@ -130,10 +145,10 @@ def sites_reach_output(model: nn.Module, run: Run, anatomy: Anatomy, inputs: Inp
         finally:
             run.reset()
     silent = []
-    for layer, modulation in zip(anatomy.layers, modulations(model), strict=True):
+    for index, modulation in getattr(model, PREFIX).modulation.items():
         grad = modulation.linear.bias.grad
         if grad is None or not parts_alive(grad, modulation):
-            silent.append(layer.path)
+            silent.append(anatomy.layers[int(index)].path)
     model.zero_grad(set_to_none=True)
     detail = f"no gradient in: {', '.join(silent)}" if silent else "gradients of all scales, shifts and gates"
     return Check("every site reaches the output", not silent, detail)
@@ -195,6 +210,12 @@ def run_case(model: nn.Module, case: Inputs, *, train: bool = False) -> Outputs:
         model.train(train)
         torch.manual_seed(0)
         return [output for _, output in tensors(model(**case))]
+
+
+def record_case(model: nn.Module, case: Inputs, *, train: bool) -> Recording:
+    with unchanged_state(model), torch.random.fork_rng(devices=[]):
+        model.train(train)
+        return record(model, (), case, deep=True)
 
 
 def stream_after(

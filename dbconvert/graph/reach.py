@@ -6,9 +6,11 @@ from collections.abc import Iterable
 
 from torch import fx
 
+from dbconvert.graph import ops
+
 
 class Reach:
-    """Ancestors of every node. Memory is n^2/8 bytes for n nodes, which Python integers keep small."""
+    """The nodes that every node's numbers are computed from; n^2/8 bytes for n nodes."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self.nodes = list(graph.nodes)
@@ -16,7 +18,7 @@ class Reach:
         self.ancestors: list[int] = []
         for node in self.nodes:
             bits = 0
-            for source in node.all_input_nodes:
+            for source in ops.value_inputs(node):
                 i = self.index[source]
                 bits |= self.ancestors[i] | (1 << i)
             self.ancestors.append(bits)

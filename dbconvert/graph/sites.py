@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from dbconvert.anatomy import Axes, Branch, GateSite, NormSite, Placement
+from dbconvert.anatomy import Axes, Branch, FunctionCall, GateSite, NormSite, Placement, Use
 from dbconvert.errors import Refused
 from dbconvert.graph import ops
 from dbconvert.graph.evidence import Evidence
 from dbconvert.graph.spine import ResidualAdd
-from dbconvert.graph.tape import ModuleCall, describe
+from dbconvert.graph.tape import ModuleCall, argument_leaves, called, describe
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class LayerRun:
         return path.startswith(self.call.path + ".")
 
     def relative(self, path: str) -> str:
+        """The path below the layer; empty for the layer itself."""
         return path[len(self.call.path) + 1 :]
 
     def on_spine(self, position: int) -> tuple[fx.Node, ...]:
@@ -43,8 +44,10 @@ class LayerRun:
 def branches(run: LayerRun, evidence: Evidence) -> tuple[Branch, ...]:
     """The residual branches of a layer with their sites, in the order of the stream.
 
+    A site is the output of a module that the layer calls once; where it has none, the call of a function.
+
     Raises:
-        Refused: a norm or a branch's end is written as a function, so that no module stands at the site.
+        Refused: there is neither.
     """
     found = []
     for position, add in enumerate(run.additions):
@@ -65,16 +68,16 @@ def norm_site(run: LayerRun, position: int, term: fx.Node, evidence: Evidence) -
     norms = [n for n in inside if ops.is_norm(n, model)]
     before = [n for n in norms if reads_stream(n, add, evidence)]
     if before:
-        return "pre", module_norm(run, before[0], evidence)
+        return "pre", norm_at(run, before[0], evidence)
     end = ops.origin(term)
     if ops.is_norm(end, model):
-        return "end", module_norm(run, end, evidence)
+        return "end", norm_at(run, end, evidence)
     after = [n for n in run.on_spine(position) if ops.is_norm(n, model)]
     if after:
-        return "spine", module_norm(run, after[-1], evidence)
+        return "spine", norm_at(run, after[-1], evidence)
     wide = [n for n in norms if ops.size(n) == ops.size(add.node)]
     if wide:
-        return "inner", module_norm(run, wide[0], evidence)
+        return "inner", norm_at(run, wide[0], evidence)
     return "input", input_site(run, add, term, evidence)
 
 
@@ -83,18 +86,36 @@ def reads_stream(node: fx.Node, add: ResidualAdd, evidence: Evidence) -> bool:
     return source is not None and evidence.spines.look_through(source)[0] is add.source
 
 
-def module_norm(run: LayerRun, node: fx.Node, evidence: Evidence) -> NormSite:
+def norm_at(run: LayerRun, node: fx.Node, evidence: Evidence) -> NormSite:
+    axes = evidence.axes(node, run.width)
+    features = node.meta["shape"][axes.channel]
     path = str(node.target)
-    if node.op != "call_module" or not run.inside(path):
-        raise functional("a norm of the layer is written as a function", node)
+    if node.op == "call_function":
+        module, call = function_at(run, node, evidence)
+        return NormSite(node.name, module, features, axes, call=call)
+    if not run.inside(path):
+        raise functional("a norm of the layer lies outside of it", node)
     if evidence.times_called(path, run.call) != 1:
         raise functional("a norm of the layer is called more than once", node)
-    axes = evidence.axes(node, run.width)
-    return NormSite(node.name, run.relative(path), node.meta["shape"][axes.channel], axes)
+    return NormSite(node.name, run.relative(path), features, axes)
+
+
+def function_at(run: LayerRun, node: fx.Node, evidence: Evidence, *, within: str = "") -> tuple[str, FunctionCall]:
+    """The innermost module that runs once in the layer and makes this call, relative to the layer, and which call
+    of its name it is.
+
+    Args:
+        within: count in this module instead, an absolute path.
+    """
+    for path, nth in zip(reversed(node.meta["scope"]), reversed(node.meta.get("nth", ())), strict=False):
+        once = path == run.call.path or (run.inside(path) and evidence.times_called(path, run.call) == 1)
+        if once and within in ("", path):
+            return run.relative(path), FunctionCall(called(node.target), nth)  # type: ignore[arg-type]
+    raise functional("a function call at a site happens outside of the layer", node)
 
 
 def input_site(run: LayerRun, add: ResidualAdd, term: fx.Node, evidence: Evidence) -> NormSite:
-    """The outermost module of the layer that takes the stream into a branch without any norm."""
+    """Where the stream enters a branch without any norm: the outermost module that takes it, else all functions."""
     inside = set(evidence.spines.reach.between(add.source, [term]))
     for call in evidence.recording.calls:
         if run.call.order not in call.parents or evidence.times_called(call.path, run.call) != 1:
@@ -105,7 +126,27 @@ def input_site(run: LayerRun, add: ResidualAdd, term: fx.Node, evidence: Evidenc
             axes = evidence.axes(node, run.width)
             arguments = tuple(path for path, _ in taking)
             return NormSite(node.name, run.relative(call.path), node.meta["shape"][axes.channel], axes, arguments)
-    raise functional("no module of the layer takes the stream into this branch", term)
+    uses = tuple(use for node in inside for use in uses_of_stream(run, node, add, evidence))
+    if not uses:
+        raise functional("neither a module nor a function of the layer takes the stream into this branch", term)
+    axes = uses[0].axes
+    return NormSite(add.source.name, "", run.width, axes, uses=tuple(sorted(uses, key=str)))
+
+
+def uses_of_stream(run: LayerRun, node: fx.Node, add: ResidualAdd, evidence: Evidence) -> list[Use]:
+    """The arguments in which a function of a branch reads the stream itself, but for views and casts."""
+    if node.op != "call_function" or ops.unchanged(node) is not None:
+        return []
+    read = [
+        (path, leaf)
+        for path, leaf in argument_leaves(node.args, node.kwargs)
+        if isinstance(leaf, fx.Node) and evidence.spines.look_through(leaf)[0] is add.source
+    ]
+    found = []
+    for path, leaf in read:
+        _, call = function_at(run, node, evidence, within=run.call.path)
+        found.append(Use(call, path, evidence.axes(leaf, run.width)))
+    return found
 
 
 # -- gates ------------------------------------------------------------------------------------------------
@@ -123,8 +164,8 @@ def gate_site(run: LayerRun, add: ResidualAdd, term: fx.Node, evidence: Evidence
             return site
         before = ops.unchanged(node)
         channel = ops.axis_before(node, channel) if before is not None else channel
-        node = before or scaled(node)
-    raise functional("the end of a branch is written as a function", term)
+        node = before or ops.scaled(node)
+    return gate_at_function(run, term, evidence)
 
 
 def gate_at(run: LayerRun, node: fx.Node, channel: int, evidence: Evidence) -> GateSite | None:
@@ -142,18 +183,22 @@ def gate_at(run: LayerRun, node: fx.Node, channel: int, evidence: Evidence) -> G
     return GateSite(node.name, run.relative(call.path), shape[channel], axes, path)
 
 
-def scaled(node: fx.Node) -> fx.Node | None:
-    """x, if the node is x times (or over) a number or a weight, as inline layer scale is."""
-    if ops.function_name(node) not in ("mul", "rmul", "imul", "mul_", "div", "truediv"):
-        return None
-    values = [a for a in node.args[:2] if isinstance(a, fx.Node) and a.op != "get_attr"]
-    return values[0] if len(values) == 1 else None
+def gate_at_function(run: LayerRun, term: fx.Node, evidence: Evidence) -> GateSite:
+    """The last function call of a branch, past modules that hand their input on and serve several branches."""
+    node: fx.Node | None = term
+    while node is not None and node.op != "call_function":
+        node = ops.unchanged(node)
+    if node is None or len(node.meta["shape"]) != run.rank:
+        raise functional("the end of a branch is neither a module that is called once nor a function", term)
+    module, call = function_at(run, node, evidence)
+    axes = Axes(evidence.batch_axis(node), run.channel - run.rank)
+    return GateSite(node.name, module, node.meta["shape"][run.channel], axes, call=call)
 
 
 def functional(what: str, node: fx.Node) -> Refused:
     return Refused(
-        f"{what}, so that there is no module to put conditioning on",
+        f"{what}, so that there is no place to put conditioning",
         node=describe(node),
         kind="functional",
-        hint="write the norm and the last projection of each branch as modules that are called once a layer",
+        hint="write the norm and the last projection of each branch as modules that each layer calls once",
     )

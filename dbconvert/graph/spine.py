@@ -27,7 +27,7 @@ class ResidualAdd:
         node: the addition.
         source: the node that made the numbers of the stream before it.
         branches: the other terms.
-        on_spine: normalisations and activations between `source` and this addition, nearest first (post-norm).
+        on_spine: normalisations, activations and scalings between `source` and this addition, nearest first.
     """
 
     node: fx.Node
@@ -65,25 +65,28 @@ class Spines:
         passed: list[fx.Node] = []
         while True:
             node = ops.origin(node)
-            if node in self.adds:
-                return node, tuple(passed)
-            before = ops.first(node)
-            on_spine = ops.is_norm(node, self.model) or ops.is_activation(node, self.model)
-            if before is None or not on_spine or self.after_addition(before) is None:
+            before = self.before(node)
+            if node in self.adds or before is None or self.after_addition(before) is None:
                 return node, tuple(passed)
             passed.append(node)
             node = before
 
     def after_addition(self, node: fx.Node) -> fx.Node | None:
-        """The residual addition whose result `node` still is, past casts, norms and activations; else None."""
+        """The residual addition whose result `node` still is, past casts and what sits on the spine; else None."""
         while True:
             node = ops.origin(node)
             if node in self.adds:
                 return node
-            before = ops.first(node)
-            if before is None or not (ops.is_norm(node, self.model) or ops.is_activation(node, self.model)):
+            before = self.before(node)
+            if before is None:
                 return None
             node = before
+
+    def before(self, node: fx.Node) -> fx.Node | None:
+        """What a norm, an activation or a scaling reads: operations that may stand on a stream. None for all others."""
+        if ops.is_norm(node, self.model) or ops.is_activation(node, self.model):
+            return ops.first(node)
+        return ops.scaled(node)
 
 
 def find_spines(recording: Recording, model: nn.Module) -> Spines:
@@ -99,7 +102,7 @@ def residual(node: fx.Node, spines: Spines) -> ResidualAdd | None:
     """`node` as a residual addition, or None if no term, or more than one, dominates the others."""
     terms = ops.operands(node)
     for _ in range(EXPANSIONS):
-        streams = [t for t in terms if dominates(t, terms, spines)]
+        streams = [(t, t, ()) for t in terms if dominates(t, t, terms, spines)] or scaled_streams(terms, spines)
         if streams:
             break
         opened = [part for t in terms for part in open_sum(t, spines)]
@@ -108,17 +111,24 @@ def residual(node: fx.Node, spines: Spines) -> ResidualAdd | None:
         terms = opened
     if len(streams) != 1:
         return None
-    source, on_spine = spines.look_through(streams[0])
-    branches = [part for t in terms if t is not streams[0] for part in all_terms(t, spines)]
+    term, stream, scaling = streams[0]
+    source, passed = spines.look_through(stream)
+    branches = [part for t in terms if t is not term for part in all_terms(t, node, source, spines)]
     if ops.size(source) != ops.size(node) or any(ops.size(b) != ops.size(node) for b in branches):
         return None
-    return ResidualAdd(node, source, tuple(branches), on_spine)
+    return ResidualAdd(node, source, tuple(branches), (*scaling, *passed))
 
 
-def dominates(term: fx.Node, terms: list[fx.Node], spines: Spines) -> bool:
-    """Whether all other terms are computed from this one: from what stands on the spine last, norm or activation."""
-    made = ops.origin(term)
-    return all(t is term or spines.reach.is_ancestor(made, t) for t in terms)
+def scaled_streams(terms: list[fx.Node], spines: Spines) -> list[tuple[fx.Node, fx.Node, tuple[fx.Node, ...]]]:
+    """Terms a * h where h dominates all others, as in a * h + f(h): (term, h, the scaling)."""
+    scaled = [(t, ops.origin(t), ops.scaled(ops.origin(t))) for t in terms]
+    return [(t, h, (scaling,)) for t, scaling, h in scaled if h is not None and dominates(h, t, terms, spines)]
+
+
+def dominates(stream: fx.Node, own: fx.Node, terms: list[fx.Node], spines: Spines) -> bool:
+    """Whether all terms but its `own` are computed from `stream`: from what stands on the spine last."""
+    made = ops.origin(stream)
+    return all(t is own or spines.reach.is_ancestor(made, t) for t in terms)
 
 
 def open_sum(term: fx.Node, spines: Spines) -> list[fx.Node]:
@@ -126,9 +136,12 @@ def open_sum(term: fx.Node, spines: Spines) -> list[fx.Node]:
     return ops.operands(inner) if ops.is_addition(inner) else [term]
 
 
-def all_terms(term: fx.Node, spines: Spines) -> list[fx.Node]:
-    """A branch that is itself a plain sum, attn + mlp, taken apart; a residual sum inside a branch stays whole."""
-    inner = ops.origin(term)
-    if not ops.is_addition(inner) or inner in spines.adds:
+def all_terms(term: fx.Node, add: fx.Node, source: fx.Node, spines: Spines) -> list[fx.Node]:
+    """A branch that is itself a plain sum in the same forward, attn + mlp, taken apart; a residual sum stays whole,
+    and so does one with a part that does not depend on the stream, such as a bias."""
+    if not ops.is_addition(term) or term in spines.adds or term.meta["calls"] != add.meta["calls"]:
         return [term]
-    return [part for operand in ops.operands(inner) for part in all_terms(operand, spines)]
+    parts = ops.operands(term)
+    if not all(spines.reach.is_ancestor(source, part) for part in parts):
+        return [term]
+    return [part for operand in parts for part in all_terms(operand, add, source, spines)]

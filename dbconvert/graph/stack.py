@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,9 +10,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from dbconvert.errors import Refused
+from dbconvert.graph import ops
 from dbconvert.graph.spine import ResidualAdd, Spines
 from dbconvert.graph.tape import Recording, describe
 
+SLICE = re.compile(r"(?P<path>.*)\[(?P<first>-?\d*):(?P<end>-?\d*)\]")
 RIVAL = 1 / 3
 """A second stack with this share of the largest one's work (parameters x calls) makes the choice the user's."""
 
@@ -55,30 +58,50 @@ def find_stacks(recording: Recording, spines: Spines) -> list[Stack]:
 def choose_stack(stacks: list[Stack], wanted: str | None, model: nn.Module) -> Stack:
     """The stack to convert.
 
+    Args:
+        wanted: `PATH`, or `PATH[a:b]` for some of its layers, as in a Python slice.
+
     Raises:
         Refused: the wanted path holds no stack, or several stacks are of similar size.
     """
-    listing = "; ".join(stack.summary() for stack in stacks)
     if wanted is not None:
-        for stack in stacks:
-            if stack.container == wanted:
-                return stack
-        known = wanted in dict(model.named_modules())
-        raise Refused(
-            f"{wanted} holds no stack of residual layers" if known else f"the network has no module {wanted}",
-            node=wanted,
-            kind="no-stack",
-            hint=f"stacks found: {listing}" if listing else "",
-        )
+        return wanted_stack(stacks, wanted, model)
     rivals = [s for s in stacks if s.work >= RIVAL * stacks[0].work]
     if len(rivals) > 1:
         raise Refused(
             f"the network has {len(rivals)} stacks of similar size, and only one can be cut",
             node=", ".join(s.container for s in rivals),
             kind="several-stacks",
-            hint=f"choose one with --stack PATH: {listing}",
         )
     return stacks[0]
+
+
+def wanted_stack(stacks: list[Stack], wanted: str, model: nn.Module) -> Stack:
+    match = SLICE.fullmatch(wanted)
+    path = match["path"] if match else wanted
+    found = next((stack for stack in stacks if stack.container == path), None)
+    if found is None:
+        known = path in dict(model.named_modules())
+        listing = "; ".join(stack.summary() for stack in stacks)
+        raise Refused(
+            f"{path} holds no stack of residual layers" if known else f"the network has no module {path}",
+            node=wanted,
+            kind="no-stack",
+            hint=f"stacks found: {listing}" if listing else "",
+        )
+    if match is None:
+        return found
+    bounds = (int(match[name]) if match[name] else None for name in ("first", "end"))
+    kept = found.layers[slice(*bounds)]
+    if len(kept) < 2:
+        raise Refused(
+            f"{wanted} keeps {len(kept)} of {len(found.layers)} layers, and a stack needs two",
+            node=path,
+            kind="no-stack",
+        )
+    others = tuple(layer for layer, _ in found.layers if layer not in {own for own, _ in kept})
+    work = found.work * len(kept) // len(found.layers)
+    return Stack(path, kept, found.calls, (*found.left_out, *others), work)
 
 
 def stacks_of_chain(chain: list[ResidualAdd], recording: Recording, spines: Spines) -> Iterator[Stack]:
@@ -111,8 +134,10 @@ def home_votes(add: ResidualAdd, spines: Spines) -> dict[str, str]:
 
 def branch_homes(add: ResidualAdd, spines: Spines) -> list[str]:
     """Module paths that the branches of an addition run through: of modules and weights, else of scopes."""
-    inside = spines.reach.between(add.source, add.branches)
-    used = {node for n in inside for node in (n, *n.all_input_nodes) if node.op in ("call_module", "get_attr")}
+    between = spines.reach.between(add.source, add.branches)
+    inside = [n for n in between if n not in add.on_spine and ops.unchanged(n) is None] or between
+    weights = {node for n in inside for node in n.all_input_nodes if node.op == "get_attr"}
+    used = {n for n in inside if n.op == "call_module"} | weights
     targets = [str(node.target) for node in used if not str(node.target).startswith("_constant")]
     return targets or [node.meta["scope"][-1] for node in inside if node.meta.get("scope")]
 

@@ -6,14 +6,16 @@ with the nodes that went in and came out. Nothing about the network has to be tr
 and `**kwargs` simply happen.
 
 Each node's `meta` holds `shape` and `dtype` (None unless the value is a tensor), `scope` (paths of the open
-modules, outermost first), `calls` (which call of each, as indices into `Recording.calls`), `line` (file:line of the
-code that made it, outside torch) and `alias` (true if a leaf module handed its unchanged input back).
+modules, outermost first), `calls` (which call of each, as indices into `Recording.calls`), `nth` (for functions: how
+many calls of the same name each open module had seen before), `line` (file:line of the code that made it, outside
+torch) and `alias` (true if a leaf module handed its unchanged input back).
 """
 
 from __future__ import annotations
 
 import operator
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,6 +41,7 @@ class ModuleCall:
         order: index in `Recording.calls`.
         parents: orders of the calls it was made in, outermost first; `scope` has their paths.
         form: container of the output, as `output_form` names it.
+        functions: how many functions of each name it has called so far, its children included.
     """
 
     path: str
@@ -48,6 +51,7 @@ class ModuleCall:
     inputs: list[tuple[Path, fx.Node]]
     outputs: list[tuple[Path, fx.Node]] = field(default_factory=list)
     form: str = ""
+    functions: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass
@@ -86,14 +90,17 @@ def argument_leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple
     return [*leaves(args), *leaves(kwargs)]
 
 
-def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recording:
+def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, deep: bool = False) -> Recording:
     """Runs `model(*args, **kwargs)` without gradients and writes the tape.
+
+    Args:
+        deep: also look into childless modules of the user's own that hold matrices, as whole layers may be written.
 
     Raises:
         Refused: the network holds compiled or scripted parts, which hide what they compute.
     """
     refuse_opaque(model)
-    return _Tape(model).run(args, kwargs)
+    return _Tape(model, deep).run(args, kwargs)
 
 
 def refuse_opaque(model: nn.Module) -> None:
@@ -132,7 +139,7 @@ def describe(node: fx.Node) -> str:
 class _Tape(TorchFunctionMode):
     """The recorder itself: a torch function mode plus hooks on every module of the model."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, deep: bool) -> None:
         super().__init__()
         self.model = model
         self.graph = fx.Graph()
@@ -144,7 +151,8 @@ class _Tape(TorchFunctionMode):
         self.calls: list[ModuleCall] = []
         self.decisions: list[fx.Node] = []
         self.path_of = {id(module): path for path, module in model.named_modules()}
-        self.leaf_modules = {id(m) for m in model.modules() if m is not model and not any(True for _ in m.children())}
+        childless = [m for m in model.modules() if m is not model and not any(True for _ in m.children())]
+        self.leaf_modules = {id(m) for m in childless if not (deep and holds_matrices(m))}
         named = [
             *model.named_parameters(remove_duplicate=False),
             *model.named_buffers(remove_duplicate=False),
@@ -220,13 +228,17 @@ class _Tape(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        given = {id(leaf): leaf._version for _, leaf in argument_leaves(args, kwargs) if isinstance(leaf, Tensor)}
         out = func(*args, **kwargs)
-        if not self.inside_leaf:
+        handed_back = isinstance(out, Tensor) and given.get(id(out)) == out._version
+        if not self.inside_leaf and not handed_back:
             self.note_function(func, args, kwargs, out)
+        for call in self.open:
+            call.functions[called(func)] += 1
         return out
 
     def note_function(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], out: Any) -> None:
-        name = getattr(func, "__name__", "function")
+        name = called(func)
         if name == "__bool__":
             self.decisions.append(self.add("call_function", func, self.freeze(args), name="bool"))
             self.decisions[-1].meta.update(shape=None, dtype=None)
@@ -238,6 +250,7 @@ class _Tape(TorchFunctionMode):
                 self.bind(out, self.add("call_function", getattr, (self.node_for(args[0]), attribute)))
         elif name != "__set__" and tensors(out):
             node = self.add("call_function", func, self.freeze(args), self.freeze(kwargs), name.strip("_") or "op")
+            node.meta["nth"] = tuple(call.functions[name] for call in self.open)
             self.bind(out, node)
 
     # -- modules ------------------------------------------------------------------------------------------
@@ -263,7 +276,7 @@ class _Tape(TorchFunctionMode):
         )
         self.calls.append(call)
         self.open.append(call)
-        if id(module) in self.leaf_modules:
+        if id(module) in self.leaf_modules and not joins(module, given):
             self.inside_leaf = 1
             self.versions = {id(leaf): leaf._version for _, leaf in given if isinstance(leaf, Tensor)}
 
@@ -281,11 +294,28 @@ class _Tape(TorchFunctionMode):
             if isinstance(out, Tensor) and id(out) in self.node_of:
                 # Identity, and dropout in eval, hand their input back: give the output an identity of its own.
                 node.meta["alias"] = self.versions.get(id(out)) == out._version
-                replaced = out = out.view_as(out)
+                with torch._C.DisableTorchFunction():
+                    replaced = out = out.view_as(out)
             self.bind(out, node)
         call.outputs = [(path, self.node_for(leaf)) for path, leaf in tensors(out)]
         call.form = output_form(out)
         return replaced
+
+
+def holds_matrices(module: nn.Module) -> bool:
+    """Whether a module that is not torch's own has weights of more than one axis."""
+    return not type(module).__module__.startswith("torch.") and any(p.dim() > 1 for p in module.parameters())
+
+
+def joins(module: nn.Module, given: list[tuple[Path, Any]]) -> bool:
+    """Whether a childless module without weights combines tensors, as a module that only adds does: then it is open."""
+    floating = [leaf for _, leaf in given if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() > 1]
+    return len(floating) > 1 and not any(True for _ in module.parameters())
+
+
+def called(function: Callable[..., Any]) -> str:
+    """The name that a torch function goes by."""
+    return getattr(function, "__name__", "function")
 
 
 def output_form(out: Any) -> str:

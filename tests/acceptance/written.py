@@ -1,0 +1,248 @@
+"""Hand-written networks in the styles that people use, beside those of tests/networks.py: tiny and random."""
+
+import torch
+from networks import DEPTH, HEADS, LENGTH, VOCABULARY, WIDTH, Attention, Block, DropPath, LayerScale
+from torch import nn
+from torch.nn import functional as F
+
+
+class InlineBlock(nn.Module):
+    """minGPT turned inside out: parameters of its own, and norm, attention and MLP written as functions."""
+
+    def __init__(self):
+        super().__init__()
+        self.g1, self.b1 = nn.Parameter(torch.ones(WIDTH)), nn.Parameter(torch.zeros(WIDTH))
+        self.g2, self.b2 = nn.Parameter(torch.ones(WIDTH)), nn.Parameter(torch.zeros(WIDTH))
+        self.qkv = nn.Parameter(0.1 * torch.randn(3 * WIDTH, WIDTH))
+        self.out = nn.Parameter(0.1 * torch.randn(WIDTH, WIDTH))
+        self.up = nn.Parameter(0.1 * torch.randn(4 * WIDTH, WIDTH))
+        self.down = nn.Parameter(0.1 * torch.randn(WIDTH, 4 * WIDTH))
+
+    def forward(self, x):
+        n, t, c = x.shape
+        y = F.layer_norm(x, (c,), self.g1, self.b1)
+        q, k, v = F.linear(y, self.qkv).view(n, t, 3, HEADS, c // HEADS).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(n, t, c)
+        x = x + F.linear(y, self.out)
+        y = F.layer_norm(x, (c,), self.g2, self.b2)
+        return x + F.linear(F.gelu(F.linear(y, self.up)), self.down)
+
+
+class PreNorm(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.norm, self.inner = nn.LayerNorm(WIDTH), inner
+
+    def forward(self, x):
+        return self.inner(self.norm(x))
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(WIDTH, 64), nn.GELU(), nn.Linear(64, WIDTH))
+
+
+class NestedPairs(nn.Module):
+    """The style of lucidrains' vit-pytorch: a list of pairs, the additions in the loop around them."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Linear(8, WIDTH), nn.Linear(WIDTH, 3)
+        self.layers = nn.ModuleList(
+            nn.ModuleList([PreNorm(Attention(WIDTH, HEADS, False)), PreNorm(mlp())]) for _ in range(DEPTH)
+        )
+
+    def forward(self, x):
+        x = self.stem(x)
+        for attention, feed in self.layers:
+            x = attention(x) + x
+            x = feed(x) + x
+        return self.head(x.mean(1))
+
+
+class DeferredBlock(nn.Module):
+    """flash-attn's style: a layer returns what is still to be added, and the next one adds it."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.attention, self.mlp = Attention(WIDTH, HEADS, True), mlp()
+
+    def forward(self, hidden, residual):
+        residual = hidden if residual is None else hidden + residual
+        hidden = self.attention(self.norm1(residual))
+        residual = hidden + residual
+        return self.mlp(self.norm2(residual)), residual
+
+
+class Deferred(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.tokens = nn.Embedding(VOCABULARY, WIDTH)
+        self.layers = nn.ModuleList(DeferredBlock() for _ in range(DEPTH))
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCABULARY)
+
+    def forward(self, ids):
+        hidden, residual = self.tokens(ids), None
+        for layer in self.layers:
+            hidden, residual = layer(hidden, residual)
+        return self.head(self.norm(hidden + residual))
+
+
+class Huginn(nn.Module):
+    """A prelude, a core that runs again and again with the prelude's result mixed in, and a coda."""
+
+    def __init__(self, rounds=4):
+        super().__init__()
+        self.rounds = rounds
+        self.tokens, self.head = nn.Embedding(VOCABULARY, WIDTH), nn.Linear(WIDTH, VOCABULARY)
+        self.prelude, self.coda = Block(causal=True), Block(causal=True)
+        self.adapter = nn.Linear(2 * WIDTH, WIDTH)
+        self.core = nn.ModuleList(Block(causal=True) for _ in range(2))
+        self.norm = nn.LayerNorm(WIDTH)
+
+    def forward(self, ids):
+        given = self.prelude(self.tokens(ids))
+        x = torch.zeros_like(given)
+        for _ in range(self.rounds):
+            x = self.adapter(torch.cat([x, given], -1))
+            for layer in self.core:
+                x = layer(x)
+        return self.head(self.norm(self.coda(x)))
+
+
+class SkipBlock(nn.Module):
+    def __init__(self, skip):
+        super().__init__()
+        self.block, self.skip = Block(), nn.Linear(2 * WIDTH, WIDTH) if skip else None
+
+    def forward(self, x, kept=None):
+        return self.block(x if self.skip is None else self.skip(torch.cat([x, kept], -1)))
+
+
+class UViT(nn.Module):
+    """Long skips: the last layers read what the first ones handed on."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Linear(8, WIDTH), nn.Linear(WIDTH, 8)
+        self.first = nn.ModuleList(SkipBlock(skip=False) for _ in range(3))
+        self.middle = SkipBlock(skip=False)
+        self.last = nn.ModuleList(SkipBlock(skip=True) for _ in range(3))
+
+    def forward(self, x):
+        x, kept = self.stem(x), []
+        for layer in self.first:
+            x = layer(x)
+            kept.append(x)
+        x = self.middle(x)
+        for layer in self.last:
+            x = layer(x, kept.pop())
+        return self.head(x)
+
+
+# -- kinds of branches ------------------------------------------------------------------------------------------
+
+
+class RMSBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.mlp = nn.RMSNorm(WIDTH), mlp()
+
+    def forward(self, x):
+        return x + self.mlp(self.norm(x))
+
+
+class PostNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.mlp = nn.LayerNorm(WIDTH), mlp()
+
+    def forward(self, x):
+        return self.norm(x + self.mlp(x))
+
+
+class NormAtEnd(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.mlp = nn.RMSNorm(WIDTH), mlp()
+
+    def forward(self, x):
+        return x + self.norm(self.mlp(x))
+
+
+class Sandwich(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.before, self.after, self.mlp = nn.RMSNorm(WIDTH), nn.RMSNorm(WIDTH), mlp()
+
+    def forward(self, x):
+        return x + self.after(self.mlp(self.before(x)))
+
+
+class Parallel(nn.Module):
+    """GPT-J: one norm, two branches, one sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.attention, self.mlp = nn.LayerNorm(WIDTH), Attention(WIDTH, HEADS, True), mlp()
+
+    def forward(self, x):
+        y = self.norm(x)
+        return x + self.attention(y) + self.mlp(y)
+
+
+class NoNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mlp = mlp()
+
+    def forward(self, x):
+        return x + self.mlp(x)
+
+
+class Wrapped(nn.Module):
+    """A branch behind modules through which a factor for each channel passes."""
+
+    def __init__(self, *behind):
+        super().__init__()
+        self.norm, self.mlp = nn.LayerNorm(WIDTH), mlp()
+        self.behind = nn.ModuleList(make() for make in behind)
+
+    def forward(self, x):
+        y = self.mlp(self.norm(x))
+        for module in self.behind:
+            y = module(y)
+        return x + y
+
+
+class Convolution(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.norm, self.conv = norm(), nn.Conv2d(WIDTH, WIDTH, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.conv(F.silu(self.norm(x)))
+
+
+BRANCHES = {
+    "pre": (RMSBlock, "pre", "norm", "mlp.2"),
+    "post": (PostNorm, "spine", "norm", "mlp.2"),
+    "end": (NormAtEnd, "end", "norm", "norm"),
+    "sandwich": (Sandwich, "pre", "before", "after"),
+    "parallel": (Parallel, "pre", "norm", "attention.out mlp.2"),
+    "none": (NoNorm, "input", "mlp", "mlp.2"),
+    "layer_scale": (lambda: Wrapped(LayerScale), "pre", "norm", "behind.0"),
+    "drop_path": (lambda: Wrapped(DropPath), "pre", "norm", "behind.0 mlp.2"),
+    "dropout": (lambda: Wrapped(lambda: nn.Dropout(0.1)), "pre", "norm", "behind.0 mlp.2"),
+}
+"""Layers on [N, T, C]: (layer, placement, norm site, allowed gate sites)."""
+
+CONVOLUTIONS = {
+    "batch_norm": lambda: Convolution(lambda: nn.BatchNorm2d(WIDTH)),
+    "group_norm": lambda: Convolution(lambda: nn.GroupNorm(4, WIDTH)),
+}
+"""Layers on [N, C, H, W], norm before the branch."""
+
+
+def sequence():
+    return torch.randn(2, LENGTH, 8, generator=torch.Generator().manual_seed(0))
