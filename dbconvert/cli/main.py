@@ -175,6 +175,8 @@ def estimate(
     optimizer: Annotated[str, typer.Option(help="adamw, adamw8bit or sgd.")] = "adamw",
     stack: STACK = None,
     seed: SEED = 0,
+    trust_remote_code: TRUST = False,
+    drop_extra: DROP = False,
     everything: Annotated[bool, typer.Option("--all", help="Show every number of blocks.")] = False,
     as_json: JSON = False,
 ) -> None:
@@ -193,7 +195,15 @@ def estimate(
     request = parse(Request, options, file="the command line")
     try:
         with render.progress() as report:
-            found = run(source, request=request, stack=stack, seed=seed, report=report)
+            found = run(
+                source,
+                request=request,
+                stack=stack,
+                seed=seed,
+                trust=trust_remote_code,
+                drop_extra=drop_extra,
+                report=report,
+            )
     except Refused as refusal:
         if as_json:
             emit(render.refusal_json(refusal))

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 SHORT = 16
 """Up to so many layers every number of blocks is shown."""
+ALWAYS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 
 def estimate_json(found: Estimate) -> dict[str, Any]:
@@ -55,8 +56,8 @@ def show_estimate(found: Estimate, *, everything: bool) -> None:
     limit = "" if found.memory is None else f"; memory {size(found.memory)}"
     out.print(f"[bold]{escape(found.network)}[/]: {found.depth} layers, one update at {what}{limit}")
     shown = [row for row in found.rows if everything or is_shown(row, found)]
-    out.print(memory_table(shown, found))
-    out.print(cost_table(shown))
+    for table in (parts_table(shown), sums_table(shown, found), cost_table(shown)):
+        out.print(table)
     if len(shown) < len(found.rows):
         out.print(f"{len(found.rows) - len(shown)} more numbers of blocks with --all")
     for text in verdict(found):
@@ -66,25 +67,37 @@ def show_estimate(found: Estimate, *, everything: bool) -> None:
 
 
 def is_shown(row: Row, found: Estimate) -> bool:
-    """Of a deep stack what divides its depth, and what is the answer."""
-    picked = [*found.smallest.values(), None if found.best is None else found.best[0]]
+    """Of a deep stack what divides its depth, usual numbers, and what is the answer."""
+    picked = [*ALWAYS, *found.smallest.values(), None if found.best is None else found.best[0]]
     return found.depth <= SHORT or row.blocks is None or found.depth % row.blocks == 0 or row.blocks in picked
 
 
-def memory_table(rows: list[Row], found: Estimate) -> Table:
-    """Parts of an update without checkpointing and with inactive blocks away, then the sums of every setting."""
-    table = grid(
-        "blocks", "layers", "parameters", "gradients", "optimiser", "activations", "with check-\npointing",
-        "sum, away", "away and\ncheckpointing", "sum,\nresident", "resident and\ncheckpointing",
-    )  # fmt: skip
+def parts_table(rows: list[Row]) -> Table:
+    """What one update has in use, and what checkpointing makes of its activations."""
+    table = grid("blocks", "parameters", "gradients", "optimiser", "activations", "checkpointed", title="in use")
     for row in rows:
-        settings = {(s.inactive, s.checkpointing): held for s, held in row.holdings.items()}
+        settings = by_kind(row)
         plain = settings.get(("away", False)) or settings["resident", False]
         kept = settings.get(("away", True)) or settings["resident", True]
         parts = (plain.parameters, plain.gradients, plain.optimizer, plain.activations, kept.activations)
-        sums = [total(settings.get((where, on)), found) for where in ("away", "resident") for on in (False, True)]
-        table.add_row(name(row), str(row.layers), *map(size, parts), *sums)
+        table.add_row(name(row), *map(size, parts))
     return table
+
+
+def sums_table(rows: list[Row], found: Estimate) -> Table:
+    table = grid(
+        "blocks", "inactive\naway", "away and\ncheckpointed", "inactive\nresident", "resident and\ncheckpointed",
+        title="held on the device",
+    )  # fmt: skip
+    for row in rows:
+        settings = by_kind(row)
+        sums = [total(settings.get((where, on)), found) for where in ("away", "resident") for on in (False, True)]
+        table.add_row(name(row), *sums)
+    return table
+
+
+def by_kind(row: Row) -> dict[tuple[str, bool], Holding]:
+    return {(setting.inactive, setting.checkpointing): held for setting, held in row.holdings.items()}
 
 
 def name(row: Row) -> str:
@@ -106,7 +119,7 @@ def cost_table(rows: list[Row]) -> Table:
     whole = rows[0].layers
     table = grid(
         "blocks", "layers an\nupdate", "updates for the\nlayers of one\nend-to-end", "evaluations\na prediction",
-        "layers a\nprediction", "against\nend-to-end",
+        "layers a\nprediction", "against\nend-to-end", title="cost",
     )  # fmt: skip
     for row in rows:
         ratio = f"{row.evaluations / whole:.2f} x"

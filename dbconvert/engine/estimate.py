@@ -29,6 +29,8 @@ def estimate(
     request: Request = Request(),
     stack: str | None = None,
     seed: int = 0,
+    trust: bool = False,
+    drop_extra: bool = False,
     report: Reporter = silent,
 ) -> Estimate:
     """Measures an update of every number of blocks on fake tensors, and says which fit.
@@ -36,12 +38,15 @@ def estimate(
     Args:
         source: see `inspect`.
         request: memory, size of an update, optimiser.
+        trust, drop_extra: see `inspect`.
 
     Raises:
         Refused: the network cannot be cut.
         DBConvertError, UsageError: it cannot be opened, or does not run at this size.
     """
-    opened = open_and_analyse(source, stack=stack, weights=None, seed=seed, report=report)
+    opened = open_and_analyse(
+        source, stack=stack, weights=None, seed=seed, trust=trust, drop_extra=drop_extra, fetch=False, report=report
+    )
     refuse_uncuttable(opened.anatomy)
     case, optimizer, memory = with_usual_length(opened, request.case), request.optimizer, request.memory
     network = as_one_block(opened)

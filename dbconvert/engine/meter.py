@@ -8,8 +8,9 @@ from dbconvert.engine.rehearsal import Rehearsal
 class Meter:
     """Bytes that autograd keeps in an update of some layers; each kind of run is measured once.
 
-    Where all layers are of one kind, and 1, 2, 3 and all of them show to the byte that each adds the same, what lies
-    between is computed from these; else every run is measured.
+    Where single layers, neighbours of every two kinds, the first three layers and the whole stack show to the byte
+    that each kind adds its own to what every run shares (stem, readout, loss, what layers have in common), all other
+    runs are sums of these; else every run is measured.
 
     Args:
         kinds: of the layers: equal numbers are alike.
@@ -19,13 +20,18 @@ class Meter:
         self.rehearsal = rehearsal
         self.kinds = kinds
         self.known: dict[tuple[tuple[int, ...], bool], int] = {}
-        alike = len(set(kinds)) == 1 and len(kinds) > 4
-        self.additive = alike and all(self.adds_up(checkpointing) for checkpointing in (False, True))
+        self.additive = len(kinds) > 4 and all(self.adds_up(checkpointing) for checkpointing in (False, True))
 
     def adds_up(self, checkpointing: bool) -> bool:
-        one, two, three = (self.measured(0, last, checkpointing) for last in range(3))
-        more = len(self.kinds) - 1
-        return three - two == two - one and self.measured(0, more, checkpointing) == one + more * (two - one)
+        last = len(self.kinds) - 1
+        neighbours = {self.kinds[i : i + 2]: (i, i + 1) for i in range(last)}
+        shown = ((0, 2), *neighbours.values(), (0, last))
+        return all(self.sum(*run, checkpointing) == self.measured(*run, checkpointing) for run in shown)
+
+    def sum(self, first: int, last: int, checkpointing: bool) -> int:
+        one, other = (self.measured(i, i, checkpointing) for i in range(2))
+        shared = one + other - self.measured(0, 1, checkpointing)
+        return shared + sum(self.measured(i, i, checkpointing) - shared for i in range(first, last + 1))
 
     def measured(self, first: int, last: int, checkpointing: bool) -> int:
         key = (self.kinds[first : last + 1], checkpointing)
@@ -35,10 +41,8 @@ class Meter:
 
     def kept(self, first: int, last: int, checkpointing: bool) -> int:
         """Of layers `first` to `last`, both included, with stem, readout and loss."""
-        if not self.additive:
-            return self.measured(first, last, checkpointing)
-        one, two = (self.measured(0, end, checkpointing) for end in range(2))
-        return one + (last - first) * (two - one)
+        add = self.sum if self.additive else self.measured
+        return add(first, last, checkpointing)
 
     def peak(self, first: int, last: int, checkpointing: bool) -> int:
         """With checkpointing a layer is run again for its backward pass: the largest of them counts too."""

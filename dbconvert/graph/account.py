@@ -17,23 +17,23 @@ from dbconvert.graph.values import replaced
 def saved_bytes(loss: Callable[[], Tensor], parameters: Iterable[nn.Parameter]) -> int:
     """Bytes of the storages that autograd keeps for the backward pass of `loss()`, parameters excluded.
 
-    Works on real, fake and meta tensors. Storages are counted once, however many tensors share them.
+    There is no going back through `loss()` then. Works on real, fake and meta tensors. Storages are counted once,
+    however many tensors share them.
     """
     owned = {p.untyped_storage()._cdata for p in parameters}
     kept: dict[int, tuple[int, Tensor]] = {}
 
-    def pack(tensor: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage._cdata not in owned:
-            kept[storage._cdata] = (
-                storage.nbytes(),
-                tensor,
-            )  # the tensor keeps the storage, and so its id, alive
-        return tensor
+            # The tensor keeps the storage, and so its id, alive. Handing it to autograd too would tie both into a knot
+            # that nothing ever frees.
+            kept[storage._cdata] = (storage.nbytes(), tensor)
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda _: None):  # type: ignore[arg-type, return-value]
         result = loss()
     total = sum(size for size, _ in kept.values())
+    kept.clear()
     del result
     return total
 

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dbconvert.errors import DBConvertError
@@ -24,9 +25,27 @@ NEEDS_NUMBERS = (DataDependentOutputException, DynamicOutputShapeException, Unsu
 """What a network raises on fake tensors when it asks for a value."""
 
 
+FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
+LARGE_TENSOR = 2**20
+"""Elements (4 MiB in 32 bits). Larger tensors are not even made before they are emptied: those of one layer of experts
+can take tens of GB."""
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in FACTORIES and kwargs.get("device") is None:
+            hollow = func(*args, **{**kwargs, "device": "meta"})
+            if hollow.numel() > LARGE_TENSOR:
+                return hollow
+        return func(*args, **kwargs)
+
+
 @contextmanager
 def empty_weights() -> Iterator[None]:
-    """Modules made meanwhile have their parameters on the meta device; buffers are real.
+    """Modules made meanwhile have their parameters on the meta device; buffers are real, but for very large ones.
 
     A parameter that is registered twice stays one parameter.
     """
@@ -42,7 +61,8 @@ def empty_weights() -> Iterator[None]:
 
     hook = register_module_parameter_registration_hook(empty)  # type: ignore[arg-type]
     try:
-        yield
+        with _LargeOnMeta():
+            yield
     finally:
         hook.remove()
 

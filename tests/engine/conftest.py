@@ -29,7 +29,7 @@ def write_model(folder):
 
 @pytest.fixture(scope="module")
 def no_pictures():
-    """Drawing takes most of a small split's time."""
+    """Drawing takes most of a small split's time. Not together with `package`, which is made once for all."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dbconvert.engine.split.draw_noise", lambda *_: None)
         yield

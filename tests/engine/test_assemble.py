@@ -134,6 +134,12 @@ def test_damage_is_told(run_of_all):
     assert not list(Path().glob("model*"))
 
 
+def test_trained_blocks_do_not_go_back(run_of_all):
+    with pytest.raises(DBConvertError, match="was trained") as caught:
+        dbconvert.assemble([str(run_of_all.folder)], original=True, out="back")
+    assert "turn back the package" in caught.value.hint and not Path("back").exists()
+
+
 def test_existing_files_are_kept(run_of_all):
     runs = [str(run_of_all.folder)]
     dbconvert.assemble(runs)

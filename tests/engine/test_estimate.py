@@ -131,22 +131,25 @@ def test_large_networks_give_the_same_estimate(tmp_path, monkeypatch):
     assert found.rows == real.rows
 
 
-def test_equal_layers_add_up_and_others_are_measured():
+@pytest.mark.parametrize("shares", [False, True])
+def test_layers_that_add_up_are_summed_and_others_measured(shares):
+    """Two kinds of layers; where the second kind shares a tensor of 7 bytes among its layers, nothing adds up."""
+    kinds = (0, 1, 1, 0, 1, 1)
+
     class Rehearsed:
         asked = 0
 
         def kept(self, layers, checkpointing=False):
             self.asked += 1
-            return 100 + sum(10 if i % 6 else 30 for i in layers) if self.uneven else 100 + 10 * len(layers)
+            of_second_kind = sum(kinds[i] for i in layers)
+            return 100 + 10 * len(layers) + 5 * of_second_kind + 7 * bool(shares and of_second_kind)
 
-    for uneven, kinds in ((False, (0,) * 12), (True, (1, 0, 0, 0, 0, 0) * 2)):
-        rehearsed = Rehearsed()
-        rehearsed.uneven = uneven
-        meter = Meter(rehearsed, kinds)
-        assert meter.additive != uneven
-        assert meter.kept(2, 7, False) == rehearsed.kept(range(2, 8)) == (180 if uneven else 160)
-        before = rehearsed.asked
-        assert meter.kept(3, 4, False) == 120 and rehearsed.asked == before + uneven
+    rehearsed = Rehearsed()
+    meter = Meter(rehearsed, kinds)
+    assert meter.additive != shares
+    assert meter.kept(1, 3, False) == rehearsed.kept(range(1, 4)) == 140 + 7 * shares
+    before = rehearsed.asked
+    assert meter.kept(2, 4, False) == 140 + 7 * shares and rehearsed.asked == before + shares
 
 
 def test_kinds_of_layers(tmp_path):

@@ -121,7 +121,7 @@ def test_given_weights_start_at_the_original(tmp_path):
         assert all(torch.equal(stored[key], value) for key, value in trained.state_dict().items())
     missing = {k: v for k, v in trained.state_dict().items() if "head" not in k}
     save_file({**missing, "extra": torch.ones(1)}, tmp_path / "bad.safetensors")
-    with pytest.raises(DBConvertError, match=r"missing: head.bias, head.weight; unknown: extra") as caught:
+    with pytest.raises(DBConvertError, match=r"2 missing: head.bias, head.weight; 1 unknown: extra") as caught:
         dbconvert.split(str(path), out="bad", weights=str(tmp_path / "bad.safetensors"))
     assert "do not fit" in caught.value.message
 

@@ -202,12 +202,6 @@ def test_a_model_file_goes_back_to_a_state_dict(model_file, tmp_path):
     assert not Path("back.source").exists()
 
 
-def test_trained_blocks_do_not_go_back(run_of_all):
-    with pytest.raises(DBConvertError, match="was trained") as caught:
-        dbconvert.assemble([str(run_of_all.folder)], original=True, out="back")
-    assert "turn back the package" in caught.value.hint and not Path("back").exists()
-
-
 def test_a_changed_package_is_told(split_once, tmp_path):
     import shutil
 
