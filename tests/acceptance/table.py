@@ -28,7 +28,6 @@ WRITTEN = {
 ROWS: dict[str, Row] = {**WRITTEN, **transformers_rows.ROWS, **diffusers_rows.ROWS}
 
 PENDING: dict[str, str] = {
-    "gpt_inline": "refused (no-stack): a block without child modules is opaque to the recording",
     "nested_pairs": "refused (functional): the additions are written around the pairs",
     "u_vit": "accepted, though its middle and last layers stay out of the stack",
 }
