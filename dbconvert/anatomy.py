@@ -115,6 +115,34 @@ class Branch:
 
 
 @record
+class BranchPart:
+    """A module that computes one branch of a layer whose additions are written around it.
+
+    Args:
+        path: module path in the network.
+        stream_in, stream_out, form: as of a layer.
+    """
+
+    path: str
+    stream_in: Path
+    stream_out: Path
+    form: str
+
+
+@record
+class Around:
+    """How a layer runs that is never called itself, as a pair of modules in a list: x = attention(x) + x.
+
+    Args:
+        module: path of the module whose forward adds.
+        parts: one for each addition, in order.
+    """
+
+    module: str
+    parts: tuple[BranchPart, ...]
+
+
+@record
 class SideInput:
     """A tensor that a layer receives beside the stream; `shared` when all layers receive the same one."""
 
@@ -136,6 +164,7 @@ class Layer:
         form: container of the output (`tensor`, `tuple:n`, `list:n`, `dict:keys`).
         branches: where conditioning goes; none in a layer that is conditioned already.
         on_spine: nodes that stand on the stream: norms (post-norm), activations, scalings.
+        around: how it runs where its additions are written around it; None for a layer that is called.
         conditioned_by: inputs of the network that modulate the layer already (AdaLN): nothing is injected then.
         parameters, bytes: its own parameters.
     """
@@ -150,6 +179,7 @@ class Layer:
     side_inputs: tuple[SideInput, ...]
     parameters: int
     bytes: int
+    around: Around | None = None
     conditioned_by: tuple[str, ...] = ()
 
 

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dbconvert.anatomy import Adapter, Anatomy, Layer, Verdict
+from dbconvert.anatomy import Adapter, Anatomy, Verdict
 from dbconvert.errors import Refused
 from dbconvert.graph.adapted import adapted_calls, adapted_layers, stream_of
+from dbconvert.graph.around import around_layers, is_around, part_calls, stream_before
 from dbconvert.graph.diagnosis import changing_stages, why_no_stack
 from dbconvert.graph.evidence import Evidence, refuse_divergence
 from dbconvert.graph.layers import entry, layer_calls, outside_parts, read_layers, read_outside
-from dbconvert.graph.parts import surroundings
+from dbconvert.graph.parts import StackFacts, surroundings
 from dbconvert.graph.spine import find_spines
 from dbconvert.graph.stack import Stack, choose_stack, refuse_decisions, wanted_stack
 from dbconvert.graph.tape import Recording, record
@@ -144,13 +145,8 @@ def read_stack(evidence: Evidence, inputs: Inputs, chosen: Stack, stacks: list[S
     refuse_decisions(recording, paths)
     facts: dict[str, object] = {"stack": chosen.container, "layers": len(paths), "calls": chosen.calls}
     try:
-        calls = layer_calls(chosen, evidence)
-        refuse_divergence(evidence, {call.order for call in calls})
-        _, entering, _ = entry(calls[0], chosen.layers[0][1][0], evidence)
-        channel = evidence.channel_axis(entering)
-        width = facts["width"] = entering.meta["shape"][channel]
-        outside = outside_parts(calls, evidence)
-        layers = read_layers(chosen, evidence, channel, width, outside)
+        read = read_around if is_around(chosen, evidence) else read_called
+        found = read(chosen, evidence)
     except Refused as refusal:
         refusal.facts = facts
         raise
@@ -159,9 +155,34 @@ def read_stack(evidence: Evidence, inputs: Inputs, chosen: Stack, stacks: list[S
         stack=chosen.container,
         calls=chosen.calls,
         left_out=(*chosen.left_out, *strays),
-        notes=notes((*chosen.left_out, *strays), others, layers, read_outside(calls, layers, evidence), evidence),
-        **surroundings(evidence, inputs, calls, layers, entering, outside),
+        notes=notes((*chosen.left_out, *strays), others, found),
+        **surroundings(evidence, inputs, found),
     )
+
+
+def read_called(stack: Stack, evidence: Evidence) -> StackFacts:
+    """Layers that are modules called in a row."""
+    calls = layer_calls(stack, evidence)
+    refuse_divergence(evidence, {call.order for call in calls})
+    _, entering, _ = entry(calls[0], stack.layers[0][1][0], evidence)
+    channel = evidence.channel_axis(entering)
+    outside = outside_parts(calls, evidence)
+    layers = read_layers(stack, evidence, channel, entering.meta["shape"][channel], outside)
+    end = dict(calls[-1].outputs)[layers[-1].stream_out]
+    return StackFacts(layers, entering, end, outside, tuple(read_outside(calls, layers, evidence)))
+
+
+def read_around(stack: Stack, evidence: Evidence) -> StackFacts:
+    """Layers whose additions are written around their modules."""
+    calls = part_calls(stack, evidence)
+    everyone = [call for own in calls for call in own]
+    refuse_divergence(evidence, {call.order for call in everyone})
+    refuse_decisions(evidence.recording, tuple(call.path for call in everyone))
+    entering = stream_before(stack.layers[0][1][0])
+    axes = evidence.axes(entering)
+    outside = outside_parts(everyone, evidence)
+    layers = around_layers(stack, calls, evidence, axes, entering.meta["shape"][axes.channel], outside)
+    return StackFacts(layers, entering, stack.layers[-1][1][-1].node, outside, ())
 
 
 def read_adapted(evidence: Evidence, inputs: Inputs, adapter: Adapter) -> Anatomy:
@@ -174,14 +195,16 @@ def read_adapted(evidence: Evidence, inputs: Inputs, adapter: Adapter) -> Anatom
     channel = evidence.channel_axis(entering)
     outside = outside_parts(calls, evidence)
     layers = adapted_layers(adapter, calls, evidence, channel, entering.meta["shape"][channel], outside)
+    end = dict(calls[-1].outputs)[layers[-1].stream_out]
+    found = StackFacts(layers, entering, end, outside, tuple(read_outside(calls, layers, evidence)))
     whole = [layer.path for layer in layers if layer.branches[0].placement == "layer"]
     told = (f"conditioned as a whole, since they show no residual branches: {', '.join(whole)}",) if whole else ()
     return Anatomy(
         verdict="accepted",
         stack=", ".join(adapter.layers),
         calls=1,
-        notes=(*told, *notes((), [], layers, read_outside(calls, layers, evidence), evidence)),
-        **surroundings(evidence, inputs, calls, layers, entering, outside),
+        notes=(*told, *notes((), [], found)),
+        **surroundings(evidence, inputs, found),
     )
 
 
@@ -204,23 +227,21 @@ def inside(path: str, layers: tuple[str, ...]) -> bool:
     return any(path == layer or path.startswith(layer + ".") for layer in layers)
 
 
-def notes(
-    left_out: tuple[str, ...], others: list[Stack], layers: tuple[Layer, ...], tapped: list[str], evidence: Evidence
-) -> tuple[str, ...]:
+def notes(left_out: tuple[str, ...], others: list[Stack], facts: StackFacts) -> tuple[str, ...]:
     found = []
     if left_out:
         found.append(f"not part of the stack: {', '.join(left_out)}")
-    if tapped:
+    if facts.tapped:
         found.append(
-            f"the stream after {', '.join(tapped)} is also read outside of the layers: "
+            f"the stream after {', '.join(facts.tapped)} is also read outside of the layers: "
             "while a block runs, skipped layers give the stream as it came"
         )
     if others:
         found.append(f"other residual layers stay as they are: {'; '.join(other.summary() for other in others)}")
-    inputs = dict.fromkeys(name for layer in layers for name in layer.conditioned_by)
+    inputs = dict.fromkeys(name for layer in facts.layers for name in layer.conditioned_by)
     if inputs:
         found.append(f"already conditioned by {', '.join(inputs)}: its own modulation is kept, and nothing is injected")
-    classes = {layer.type for layer in layers}
+    classes = {layer.type for layer in facts.layers}
     if len(classes) > 1:
         found.append(f"layers of different classes: {', '.join(sorted(classes))}")
     return tuple(found)

@@ -6,6 +6,7 @@ from torch import nn
 
 from dbconvert.anatomy import Anatomy
 from dbconvert.graph.inject import PREFIX, LayerModule
+from dbconvert.graph.joined import PartModule
 from dbconvert.graph.parts import lies_in
 
 
@@ -24,12 +25,14 @@ def strip(model: nn.Module, anatomy: Anatomy, keep: range) -> None:
         if index in keep:
             continue
         module = model.get_submodule(layer.path)
-        if not isinstance(module, LayerModule):
+        handles = {m.db_layer_sites for m in module.modules() if isinstance(m, LayerModule | PartModule)}
+        if not handles:
             raise TypeError(f"{layer.path} is not converted")
         for name, part in module.named_modules(prefix=layer.path):
             if not lies_in(name, anatomy.outside):
                 for tensors in (part._parameters, part._buffers):
                     tensors.update(dict.fromkeys(tensors))
-        module.db_norms, module.db_gates, module.db_modulation = [], [], ()
+        for handle in handles:
+            handle.clear()
         if str(index) in modulations:
             del modulations[str(index)]

@@ -14,11 +14,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dbconvert.anatomy import Anatomy, Axes, GateSite, Layer, NormSite
+from dbconvert.anatomy import Anatomy, Around, Axes, GateSite, Layer, NormSite
 from dbconvert.conditioning.embedding import NoiseEmbedding
 from dbconvert.conditioning.modulation import Modulation, Start, gate, modulate
 from dbconvert.errors import DBConvertError, Refused
 from dbconvert.graph.functions import Arguments, Intercepted, Results, uncounted
+from dbconvert.graph.joined import AroundModule, PartModule
 from dbconvert.graph.values import imitate, item, look_up, put_in, replaced
 
 PREFIX = "dbconvert"
@@ -45,6 +46,8 @@ class Run(Volatile):
         entry: changes the stream as it enters the stack.
         exit: changes what enters the head.
         keep: whether to keep the stream that leaves the last layer, as `leaving`.
+        entered, waiting: of layers whose additions are written around them: the changed stream, and the branch that
+            is to be added next.
     """
 
     active: range | None = None
@@ -53,9 +56,16 @@ class Run(Volatile):
     exit: Callable[[Tensor], Tensor] | None = None
     keep: bool | None = None
     leaving: Tensor | None = None
+    entered: Tensor | None = None
+    waiting: tuple[Tensor, nn.Module] | None = None
 
     def reset(self) -> None:
         self.active = self.condition = self.entry = self.exit = self.keep = self.leaving = None
+        self.entered = self.waiting = None
+
+    def runs(self, layer: int) -> bool:
+        """Whether a layer is to run, and not to hand its stream on."""
+        return self.active is None or layer in self.active
 
 
 class Site(Volatile):
@@ -128,6 +138,30 @@ class SiteModule(nn.Module):
         return out
 
 
+class LayerSites:
+    """All sites of one layer, and the modulation that fills them in.
+
+    Args:
+        modulation: one, or none where the layer is conditioned already or has no weights here; in a tuple, which keeps
+            it from being registered as the layer's own: its keys live under PREFIX.
+    """
+
+    def __init__(self, norms: list[Site], gates: list[Site], modulation: tuple[Modulation, ...]) -> None:
+        self.norms, self.gates, self.modulation = norms, gates, modulation
+
+    def fill(self, condition: Tensor | None) -> None:
+        conditioned = condition is not None and self.modulation
+        pairs, gates = self.modulation[0](condition) if conditioned else ([], [])
+        for position, site in enumerate(self.norms):
+            site.shift, site.scale = pairs[position] if pairs else (None, None)
+        for position, site in enumerate(self.gates):
+            site.by = gates[position] if gates else None
+
+    def clear(self) -> None:
+        """Forgets the modulation of a layer that is not here."""
+        self.norms, self.gates, self.modulation = [], [], ()
+
+
 class LayerModule(nn.Module):
     """Mixed into the class of a layer: runs it, conditioned, when it is active, and hands the stream on otherwise."""
 
@@ -135,16 +169,14 @@ class LayerModule(nn.Module):
     db_index: int
     db_last: bool
     db_layer: Layer
-    db_norms: list[Site]
-    db_gates: list[Site]
-    db_modulation: tuple[Modulation, ...]
+    db_layer_sites: LayerSites
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         run = self.db_run
         if run.entry is not None and self.db_index == 0:
             stream = run.entry(look_up(args, kwargs, self.db_layer.stream_in))
             args, kwargs = put_in(args, kwargs, self.db_layer.stream_in, stream)
-        if run.active is None or self.db_index in run.active:
+        if run.runs(self.db_index):
             out = super().__call__(*args, run.condition, **kwargs)
         else:
             out = imitate(self.db_layer, look_up(args, kwargs, self.db_layer.stream_in))
@@ -154,12 +186,7 @@ class LayerModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         *args, condition = args  # type: ignore[assignment]
-        conditioned = condition is not None and self.db_modulation
-        pairs, gates = self.db_modulation[0](condition) if conditioned else ([], [])
-        for position, site in enumerate(self.db_norms):
-            site.shift, site.scale = pairs[position] if pairs else (None, None)
-        for position, site in enumerate(self.db_gates):
-            site.by = gates[position] if gates else None
+        self.db_layer_sites.fill(condition)
         return super().forward(*args, **kwargs)
 
 
@@ -173,7 +200,7 @@ class HeadModule(nn.Module):
         return super().forward(features if change is None else change(features), *args, **kwargs)
 
 
-MIXINS = (SiteModule, LayerModule, HeadModule)
+MIXINS = (SiteModule, LayerModule, PartModule, AroundModule, HeadModule)
 
 
 class Conditioning(nn.Module):
@@ -220,8 +247,7 @@ def inject(model: nn.Module, anatomy: Anatomy, *, blocks: int, width: int, start
     model.add_module(PREFIX, conditioning)
     run = Run()
     for index, layer in enumerate(anatomy.layers):
-        module = model.get_submodule(layer.path)
-        inject_layer(module, index, layer, conditioning, run, last=index == anatomy.depth - 1)
+        inject_layer(model, index, layer, conditioning, run, last=index == anatomy.depth - 1)
     if anatomy.head is not None:
         head = model.get_submodule(anatomy.head.module)
         swap_class(head, HeadModule)
@@ -230,8 +256,9 @@ def inject(model: nn.Module, anatomy: Anatomy, *, blocks: int, width: int, start
 
 
 def inject_layer(
-    module: nn.Module, index: int, layer: Layer, conditioning: Conditioning, run: Run, *, last: bool
+    model: nn.Module, index: int, layer: Layer, conditioning: Conditioning, run: Run, *, last: bool
 ) -> None:
+    module = model.get_submodule(layer.path)
     norms, gates = ([Site(at) for at in found] for found in distinct_sites(layer))
     for site in (*norms, *gates):
         target = module.get_submodule(site.at.module)
@@ -239,12 +266,27 @@ def inject_layer(
             swap_class(target, SiteModule)
             target.__dict__["db_sites"] = []
         target.db_sites.append(site)  # type: ignore[union-attr, operator]
-    swap_class(module, LayerModule)
-    # A tuple keeps the modulation from being registered as the layer's own: its keys live under PREFIX.
-    attributes: dict[str, Any] = {"db_run": run, "db_index": index, "db_layer": layer, "db_last": last}
-    own = (conditioning.modulation[str(index)],) if layer.branches else ()
-    attributes |= {"db_norms": norms, "db_gates": gates, "db_modulation": own}
-    module.__dict__.update(attributes)
+    modulation = (conditioning.modulation[str(index)],) if layer.branches else ()
+    own = LayerSites(norms, gates, modulation)  # type: ignore[arg-type]
+    shared: dict[str, Any] = {"db_run": run, "db_index": index, "db_layer_sites": own}
+    if layer.around is None:
+        swap_class(module, LayerModule)
+        module.__dict__.update(shared, db_layer=layer, db_last=last)
+    else:
+        inject_around(model, layer.around, shared, last=last)
+
+
+def inject_around(model: nn.Module, around: Around, shared: dict[str, Any], *, last: bool) -> None:
+    """The parts of a layer whose additions are written around them, and the module that adds."""
+    for position, part in enumerate(around.parts):
+        module = model.get_submodule(part.path)
+        swap_class(module, PartModule)
+        final = last and position == len(around.parts) - 1
+        module.__dict__.update(shared, db_part=part, db_position=position, db_final=final)
+    adding = model.get_submodule(around.module)
+    if not isinstance(adding, AroundModule):
+        swap_class(adding, AroundModule)
+        adding.__dict__["db_run"] = shared["db_run"]
 
 
 def eject(model: nn.Module) -> None:

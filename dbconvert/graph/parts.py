@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -10,45 +11,52 @@ from torch import Tensor, fx, nn
 from dbconvert.anatomy import Head, Input, Layer, Part
 from dbconvert.graph import ops
 from dbconvert.graph.evidence import Evidence
-from dbconvert.graph.tape import ModuleCall
 
 
-def surroundings(
-    evidence: Evidence,
-    inputs: dict[str, Any],
-    calls: list[ModuleCall],
-    layers: tuple[Layer, ...],
-    entering: fx.Node,
-    outside: tuple[str, ...],
-) -> dict[str, Any]:
-    """What an anatomy says of the stream, and of what lies around the layers."""
-    end = dict(calls[-1].outputs)[layers[-1].stream_out]
-    stem, readout = stem_and_readout(evidence, calls, end, outside)
-    axes = evidence.axes(entering)
+@dataclass(frozen=True)
+class StackFacts:
+    """What was read of a stack.
+
+    Args:
+        entering, end: the nodes of the stream before the first layer and after the last.
+        outside: parts of layers that belong to the periphery.
+        tapped: layers whose stream is also read outside of all layers.
+    """
+
+    layers: tuple[Layer, ...]
+    entering: fx.Node
+    end: fx.Node
+    outside: tuple[str, ...]
+    tapped: tuple[str, ...]
+
+
+def surroundings(evidence: Evidence, inputs: dict[str, Any], facts: StackFacts) -> dict[str, Any]:
+    """What an anatomy says of the layers, the stream, and what lies around them."""
+    stem, readout = stem_and_readout(evidence, {layer.path for layer in facts.layers}, facts.end, facts.outside)
+    axes = evidence.axes(facts.entering)
     return {
         "network": type(evidence.model).__name__,
-        "layers": layers,
-        "width": entering.meta["shape"][axes.channel],
+        "layers": facts.layers,
+        "width": facts.entering.meta["shape"][axes.channel],
         "streams": 1,
-        "stream_shape": entering.meta["shape"],
+        "stream_shape": facts.entering.meta["shape"],
         "axes": axes,
-        "post_norm": any(layer.on_spine for layer in layers),
+        "post_norm": any(layer.on_spine for layer in facts.layers),
         "stem": stem,
         "readout": readout,
-        "head": find_head(evidence, end),
+        "head": find_head(evidence, facts.end),
         "inputs": named_inputs(inputs),
         "tied": tied_parameters(evidence.model),
-        "outside": outside,
+        "outside": facts.outside,
     }
 
 
 def stem_and_readout(
-    evidence: Evidence, calls: list[ModuleCall], end: fx.Node, outside: tuple[str, ...]
+    evidence: Evidence, layer_paths: set[str], end: fx.Node, outside: tuple[str, ...]
 ) -> tuple[Part, Part]:
     """Modules outside the layers, with `outside` parts of them: the readout is what depends on the stack's result, the
     stem is the rest."""
     reach, model = evidence.spines.reach, evidence.model
-    layer_paths = {call.path for call in calls}
     readout: dict[str, None] = {}
     for node in evidence.recording.graph.nodes:
         if not reach.is_ancestor(end, node):

@@ -125,6 +125,7 @@ def gates_silence(model: nn.Module, run: Run, anatomy: Anatomy, inputs: Inputs) 
     run.condition = condition_for(inputs, anatomy)
     try:
         run_case(model, inputs)
+        loud.extend(loud_around(model, run, anatomy, inputs))
     finally:
         for hook in hooks:
             hook.remove()
@@ -133,6 +134,21 @@ def gates_silence(model: nn.Module, run: Run, anatomy: Anatomy, inputs: Inputs) 
         run.reset()
     detail = f"not the identity: {', '.join(loud)}" if loud else f"all {anatomy.depth} layers"
     return Check("with gates at zero every layer is the identity", not loud, detail)
+
+
+def loud_around(model: nn.Module, run: Run, anatomy: Anatomy, inputs: Inputs) -> list[str]:
+    """Layers with their additions around them that change the stream: each runs alone, with all others handing on."""
+    loud = []
+    for index, layer in enumerate(anatomy.layers):
+        if layer.around is None:
+            continue
+        before: list[Tensor] = []
+        run.active, run.keep = range(index, index + 1), True
+        run.entry = lambda stream, before=before: before.append(stream) or stream
+        run_case(model, inputs)
+        if run.leaving is None or not torch.equal(before[0], run.leaving):
+            loud.append(layer.path)
+    return loud
 
 
 def sites_reach_output(model: nn.Module, run: Run, anatomy: Anatomy, inputs: Inputs) -> Check:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dbconvert.anatomy import Layer, Path
+from dbconvert.anatomy import BranchPart, Layer, Path
 
 
 def look_up(args: tuple[Any, ...], kwargs: dict[str, Any], path: Path) -> Any:
@@ -41,7 +41,7 @@ def replaced(value: Any, path: Path, new: Any) -> Any:
     return items if isinstance(value, list) else tuple(items)
 
 
-def imitate(layer: Layer, stream: Tensor) -> Any:
+def imitate(layer: Layer | BranchPart, stream: Tensor) -> Any:
     """What a layer would return if it did nothing: the stream in its place, None in all others."""
     kind, _, rest = layer.form.partition(":")
     if kind == "tensor":

@@ -16,9 +16,7 @@ def known(name):
 WRITTEN = {
     **{name: known(name) for name in networks.ACCEPTED},
     "gpt_inline": Row(lambda: (networks.GPT(written.InlineBlock), {"ids": tokens()}), branches=2),
-    "nested_pairs": Row(
-        lambda: (written.NestedPairs(), {"x": features()}), verdict="refused", kind="functional", node="layers.0"
-    ),
+    "nested_pairs": Row(lambda: (written.NestedPairs(), {"x": features()}), branches=2),
     "deferred": Row(lambda: (written.Deferred(), {"ids": tokens()}), verdict="refused", kind="deferred-residual"),
     "huginn": Row(lambda: (written.Huginn(), {"ids": tokens()}), verdict="looped", layers=2, branches=2),
     "u_vit": Row(lambda: (written.UViT(), {"x": features()}), verdict="restricted", layers=None),
