@@ -1,7 +1,8 @@
 """dbconvert: converts a residual network into DiffusionBlocks form and trains it one block at a time.
 
-The public API is the command line's verbs: `inspect`, `estimate`, `split`, `train`, `assemble`, `evaluate` and `load`.
-They are imported when first used, so that `import dbconvert` is quick.
+The public API is the command line's verbs: `inspect`, `estimate`, `split`, `train`, `assemble`, `evaluate` and `load`,
+and `Adapter`, with which a model.py says what its layers are. They are imported when first used, so that
+`import dbconvert` is quick.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dbconvert.anatomy import Adapter
     from dbconvert.engine.assemble import assemble
     from dbconvert.engine.estimate import estimate
     from dbconvert.engine.evaluate import evaluate
@@ -18,9 +20,10 @@ if TYPE_CHECKING:
     from dbconvert.engine.split import split
     from dbconvert.engine.train import train
 
-__all__ = ["assemble", "estimate", "evaluate", "inspect", "load", "split", "train"]
+__all__ = ["Adapter", "assemble", "estimate", "evaluate", "inspect", "load", "split", "train"]
 
 _HOMES = {
+    "Adapter": "dbconvert.anatomy",
     "assemble": "dbconvert.engine.assemble",
     "estimate": "dbconvert.engine.estimate",
     "evaluate": "dbconvert.engine.evaluate",

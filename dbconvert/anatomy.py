@@ -14,9 +14,25 @@ Path = tuple[int | str, ...]
 """Where a tensor sits in arguments or an output: positions and keys, outermost first. () is the value itself."""
 
 Verdict = Literal["accepted", "restricted", "looped"]
-Placement = Literal["pre", "end", "inner", "spine", "input"]
+Placement = Literal["pre", "end", "inner", "spine", "input", "layer"]
 """Where a branch's norm stands: before the branch (pre-norm), at its end, inside it, on the spine after the
-addition (post-norm); `input` when there is none and the branch's input is modulated instead."""
+addition (post-norm); `input` when there is none and the branch's input is modulated instead; `layer` when the
+branch is a whole layer that an adapter named."""
+
+
+@record
+class Adapter:
+    """A user's answers where the graph shows no stack: where the layers are, what enters them, what leaves them.
+
+    Args:
+        layers: module paths in any order; a container that is never called stands for its children.
+        enters: the argument that carries the stream into a layer: a position or a keyword, and items below it.
+        leaves: the item of a layer's output that carries it out; () when the output is the stream.
+    """
+
+    layers: tuple[str, ...]
+    enters: Path = (0,)
+    leaves: Path = ()
 
 
 @record
@@ -73,7 +89,7 @@ class NormSite:
 @record
 class GateSite:
     """Where the gate acts: on the output of `module` (relative to the layer) at `output`, or on the result of `call`
-    while `module` runs."""
+    while `module` runs. With `against`, what the gate takes away is filled up with that argument of the module."""
 
     node: str
     module: str
@@ -81,6 +97,7 @@ class GateSite:
     axes: Axes
     output: Path = ()
     call: FunctionCall | None = None
+    against: Path | None = None
 
     @property
     def key(self) -> tuple[object, ...]:

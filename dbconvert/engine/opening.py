@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dbconvert.anatomy import Anatomy
+from dbconvert.anatomy import Adapter, Anatomy
 from dbconvert.engine.network import shortened
 from dbconvert.engine.ram import refuse_too_large
 from dbconvert.engine.trained import Fitted, fill_in, fit_weights
@@ -145,10 +145,15 @@ def analyse_small(
         fill_in(source, model, trained)
     inputs = source.example_inputs(model)
     report(Stage("analysing the graph"))
-    anatomy = analyse(model, inputs, stack=stack)
+    anatomy = analyse(model, inputs, stack=stack, adapter=adapter_of(source, stack))
     report(Stage("proving by numbers"))
     anatomy = prove(model, anatomy, inputs)
     return Opened(source, model, inputs, trained, seed, anatomy)
+
+
+def adapter_of(source: Source, stack: str | None) -> Adapter | None:
+    """The source's own word on its layers, unless a stack is asked for."""
+    return source.adapter() if stack is None else None
 
 
 def analyse_large(
@@ -189,7 +194,7 @@ def analyse_empty(source: Source, model: nn.Module, stack: str | None, *, grow: 
     try:
         with runnable_on_fake(model):
             inputs = source.example_inputs(model)
-            return inputs, analyse(model, inputs, stack=stack, grow=grow)
+            return inputs, analyse(model, inputs, stack=stack, adapter=adapter_of(source, stack), grow=grow)
     except NEEDS_NUMBERS as error:
         raise DBConvertError(
             "the forward pass depends on numbers, which a network analysed without its weights does not have",

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dbconvert.anatomy import Anatomy, Axes, Input, Layer, Verdict
+from dbconvert.anatomy import Adapter, Anatomy, Layer, Verdict
 from dbconvert.errors import Refused
+from dbconvert.graph.adapted import adapted_calls, adapted_layers, stream_of
 from dbconvert.graph.diagnosis import changing_stages, why_no_stack
 from dbconvert.graph.evidence import Evidence, refuse_divergence
 from dbconvert.graph.layers import entry, layer_calls, outside_parts, read_layers, read_outside
-from dbconvert.graph.parts import find_head, stem_and_readout
+from dbconvert.graph.parts import surroundings
 from dbconvert.graph.spine import find_spines
 from dbconvert.graph.stack import Stack, choose_stack, refuse_decisions, wanted_stack
 from dbconvert.graph.tape import Recording, record
@@ -24,15 +25,20 @@ ONE_BATCH_SIZE = "the network runs one batch size only, so the batch axis is tak
 
 CHOICES = ("several-stacks", "dimensions")
 """Refusals that leave the choice of a stack to the user."""
+ADAPTABLE = ("not-residual", "functional", "deferred-residual")
+"""Refusals of layers that may keep the shape all the same, which an adapter can say."""
 
 
-def analyse(model: nn.Module, inputs: Inputs, *, stack: str | None = None, grow: bool = True) -> Anatomy:
+def analyse(
+    model: nn.Module, inputs: Inputs, *, stack: str | None = None, adapter: Adapter | None = None, grow: bool = True
+) -> Anatomy:
     """Finds the residual stack of a network and everything needed to cut it.
 
     Args:
         model: any module; it is put into eval mode for the recording and back afterwards.
         inputs: arguments of its forward, batch first, at least one example.
         stack: path of the module that holds the layers, when there are several.
+        adapter: says what the layers are, where the graph does not show it.
         grow: record a larger batch too, which tells the batch axis; else it is taken to be the first.
 
     Raises:
@@ -42,7 +48,7 @@ def analyse(model: nn.Module, inputs: Inputs, *, stack: str | None = None, grow:
     model.eval()
     try:
         evidence = gather(model, inputs, grow)
-        anatomy = read(evidence, inputs, stack)
+        anatomy = read(evidence, inputs, stack) if adapter is None else read_adapted(evidence, inputs, adapter)
         untold = grow and evidence.grown is None
         return replace(anatomy, notes=(ONE_BATCH_SIZE, *anatomy.notes)) if untold else anatomy
     finally:
@@ -91,9 +97,9 @@ def read(evidence: Evidence, inputs: Inputs, wanted: str | None) -> Anatomy:
         Refused: with a hint that names the parts that would convert, when none was wanted.
     """
     stacks = evidence.stacks
-    if not stacks:
-        raise why_no_stack(evidence)
     try:
+        if not stacks:
+            raise why_no_stack(evidence)
         chosen = choose_stack(stacks, wanted, evidence.model)
         changing = changing_stages(evidence, chosen)
         if changing is not None and wanted is None:
@@ -107,11 +113,11 @@ def read(evidence: Evidence, inputs: Inputs, wanted: str | None) -> Anatomy:
 
 def offer(refusal: Refused, evidence: Evidence, inputs: Inputs, stacks: list[Stack]) -> None:
     """Adds to a refusal which parts of the network would convert: other stacks, or all layers but the first or last."""
-    container = stacks[0].container
+    container = stacks[0].container if stacks else ""
     others = [stack.container for stack in stacks if stack is not stacks[0]]
     named = [container, *others] if refusal.kind in CHOICES else [f"{container}[1:]", f"{container}[:-1]", *others]
     found = []
-    for wanted in named:
+    for wanted in named if stacks else ():
         try:
             found.append((wanted, read_stack(evidence, inputs, wanted_stack(stacks, wanted, evidence.model), stacks)))
         except Refused:
@@ -120,6 +126,8 @@ def offer(refusal: Refused, evidence: Evidence, inputs: Inputs, stacks: list[Sta
         parts = "; ".join(f"--stack {wanted} ({part.depth} layers)" for wanted, part in found)
         kept = "" if refusal.kind in CHOICES or not refusal.hint else f"{refusal.hint}; or "
         refusal.hint = f"{kept}convert a part: {parts}"
+    elif refusal.kind in ADAPTABLE:
+        refusal.hint += "; or name the layers yourself with adapter() in a model.py (docs/will-it-convert.md)"
     refusal.facts["stacks"] = [wanted for wanted, _ in found]
 
 
@@ -129,9 +137,10 @@ def read_stack(evidence: Evidence, inputs: Inputs, chosen: Stack, stacks: list[S
     Args:
         part: the network has more to it than this stack.
     """
-    model, recording = evidence.model, evidence.recording
+    recording = evidence.recording
     paths = tuple(path for path, _ in chosen.layers)
     others = [stack for stack in stacks if not any(inside(path, paths) for path, _ in stack.layers)]
+    strays = stray_layers(evidence, [*chosen.left_out, *paths, *(path for s in others for path, _ in s.layers)], paths)
     refuse_decisions(recording, paths)
     facts: dict[str, object] = {"stack": chosen.container, "layers": len(paths), "calls": chosen.calls}
     try:
@@ -145,28 +154,44 @@ def read_stack(evidence: Evidence, inputs: Inputs, chosen: Stack, stacks: list[S
     except Refused as refusal:
         refusal.facts = facts
         raise
-    end = dict(calls[-1].outputs)[layers[-1].stream_out]
-    stem, readout = stem_and_readout(evidence, calls, end, outside)
     return Anatomy(
-        verdict=verdict(chosen, restricted=part or bool(others)),
-        network=type(model).__name__,
+        verdict=verdict(chosen, restricted=part or bool(others or strays)),
         stack=chosen.container,
-        layers=layers,
         calls=chosen.calls,
-        width=width,
-        streams=1,
-        stream_shape=entering.meta["shape"],
-        axes=Axes(evidence.batch_axis(entering), channel - len(entering.meta["shape"])),
-        post_norm=any(layer.on_spine for layer in layers),
-        stem=stem,
-        readout=readout,
-        head=find_head(evidence, end),
-        inputs=named_inputs(inputs),
-        tied=tied_parameters(model),
-        left_out=chosen.left_out,
-        outside=outside,
-        notes=notes(chosen, others, layers, read_outside(calls, layers, evidence), evidence),
+        left_out=(*chosen.left_out, *strays),
+        notes=notes((*chosen.left_out, *strays), others, layers, read_outside(calls, layers, evidence), evidence),
+        **surroundings(evidence, inputs, calls, layers, entering, outside),
     )
+
+
+def read_adapted(evidence: Evidence, inputs: Inputs, adapter: Adapter) -> Anatomy:
+    """The anatomy of a network whose layers an adapter names."""
+    calls = adapted_calls(adapter, evidence)
+    orders = {call.order for call in calls}
+    refuse_divergence(evidence, orders)
+    refuse_decisions(evidence.recording, tuple(call.path for call in calls))
+    entering, _ = stream_of(adapter, calls[0])
+    channel = evidence.channel_axis(entering)
+    outside = outside_parts(calls, evidence)
+    layers = adapted_layers(adapter, calls, evidence, channel, entering.meta["shape"][channel], outside)
+    whole = [layer.path for layer in layers if layer.branches[0].placement == "layer"]
+    told = (f"conditioned as a whole, since they show no residual branches: {', '.join(whole)}",) if whole else ()
+    return Anatomy(
+        verdict="accepted",
+        stack=", ".join(adapter.layers),
+        calls=1,
+        notes=(*told, *notes((), [], layers, read_outside(calls, layers, evidence), evidence)),
+        **surroundings(evidence, inputs, calls, layers, entering, outside),
+    )
+
+
+def stray_layers(evidence: Evidence, known: list[str], layers: tuple[str, ...]) -> tuple[str, ...]:
+    """Called modules of a layer's own class that are in no stack, as the second half of a network with long skips."""
+    model = evidence.model
+    classes = {type(model.get_submodule(path)) for path in layers}
+    own = tuple(cls for cls in classes if not cls.__module__.startswith("torch."))
+    called = dict.fromkeys(call.path for call in evidence.recording.calls if call.path)
+    return tuple(p for p in called if type(model.get_submodule(p)) in own and not inside(p, tuple(known)))
 
 
 def verdict(stack: Stack, *, restricted: bool) -> Verdict:
@@ -175,32 +200,16 @@ def verdict(stack: Stack, *, restricted: bool) -> Verdict:
     return "restricted" if restricted or stack.left_out else "accepted"
 
 
-def named_inputs(inputs: Inputs) -> tuple[Input, ...]:
-    return tuple(
-        Input(name, tuple(value.shape), str(value.dtype).removeprefix("torch."))
-        for name, value in inputs.items()
-        if isinstance(value, Tensor)
-    )
-
-
-def tied_parameters(model: nn.Module) -> tuple[tuple[str, ...], ...]:
-    """Groups of names under which one parameter is registered more than once."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return tuple(tuple(group) for group in names.values() if len(group) > 1)
-
-
 def inside(path: str, layers: tuple[str, ...]) -> bool:
     return any(path == layer or path.startswith(layer + ".") for layer in layers)
 
 
 def notes(
-    stack: Stack, others: list[Stack], layers: tuple[Layer, ...], tapped: list[str], evidence: Evidence
+    left_out: tuple[str, ...], others: list[Stack], layers: tuple[Layer, ...], tapped: list[str], evidence: Evidence
 ) -> tuple[str, ...]:
     found = []
-    if stack.left_out:
-        found.append(f"not part of the stack: {', '.join(stack.left_out)}")
+    if left_out:
+        found.append(f"not part of the stack: {', '.join(left_out)}")
     if tapped:
         found.append(
             f"the stream after {', '.join(tapped)} is also read outside of the layers: "
@@ -211,7 +220,7 @@ def notes(
     inputs = dict.fromkeys(name for layer in layers for name in layer.conditioned_by)
     if inputs:
         found.append(f"already conditioned by {', '.join(inputs)}: its own modulation is kept, and nothing is injected")
-    classes = {type(evidence.model.get_submodule(path)).__name__ for path, _ in stack.layers}
+    classes = {layer.type for layer in layers}
     if len(classes) > 1:
         found.append(f"layers of different classes: {', '.join(sorted(classes))}")
     return tuple(found)

@@ -76,13 +76,21 @@ class Site(Volatile):
     def active(self) -> bool:
         return self.scale is not None or self.by is not None
 
-    def act(self, value: Tensor, axes: Axes | None = None) -> Tensor:
-        """The value modulated or gated along `axes`, the site's own by default."""
+    def act(self, value: Tensor, axes: Axes | None = None, instead: Tensor | None = None) -> Tensor:
+        """The value modulated or gated.
+
+        Args:
+            axes: the site's own by default.
+            instead: fills up what the gate takes away.
+        """
         axes = axes or self.at.axes
         with uncounted():
             if self.shift is not None and self.scale is not None:
                 return modulate(value, self.shift, self.scale, axes)
-            return value if self.by is None else gate(value, self.by, axes)
+            if self.by is None:
+                return value
+            gated = gate(value, self.by, axes)
+            return gated if instead is None else gated + gate(instead, 1 - self.by, axes)
 
 
 class SiteModule(nn.Module):
@@ -91,7 +99,7 @@ class SiteModule(nn.Module):
     db_sites: list[Site]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        sites = [site for site in self.db_sites if site.active]
+        sites, given = [site for site in self.db_sites if site.active], (args, kwargs)
         on_output = []
         results: dict[FunctionCall, Act] = {}
         arguments: dict[FunctionCall, list[tuple[Path, Act]]] = {}
@@ -114,7 +122,9 @@ class SiteModule(nn.Module):
             out = super().forward(*args, **kwargs)
         for site in on_output:
             path = site.at.output if isinstance(site.at, GateSite) else ()
-            out = replaced(out, path, site.act(item(out, path)))
+            against = site.at.against if isinstance(site.at, GateSite) else None
+            instead = None if against is None else look_up(*given, against)
+            out = replaced(out, path, site.act(item(out, path), instead=instead))
         return out
 
 

@@ -72,7 +72,7 @@ def read_layers(
                 stream_out=stream_out,
                 form=call.form,
                 branches=() if conditioned else sites.branches(run, evidence),
-                on_spine=tuple(node.name for node in (*first, *on_spine(run))),
+                on_spine=tuple(node.name for node in (*first, *sites.on_spine(run))),
                 side_inputs=beside,
                 parameters=sum(p.numel() for p in parameters),
                 bytes=sum(p.numel() * p.element_size() for p in parameters),
@@ -80,10 +80,6 @@ def read_layers(
             )
         )
     return tuple(layers)
-
-
-def on_spine(run: sites.LayerRun) -> list[fx.Node]:
-    return [node for position in range(len(run.additions)) for node in run.on_spine(position)]
 
 
 def entry(call: ModuleCall, add: ResidualAdd, evidence: Evidence) -> tuple[Path, fx.Node, tuple[fx.Node, ...]]:

@@ -3,13 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from dbconvert.anatomy import Head, Part
+from dbconvert.anatomy import Head, Input, Layer, Part
 from dbconvert.graph import ops
 from dbconvert.graph.evidence import Evidence
 from dbconvert.graph.tape import ModuleCall
+
+
+def surroundings(
+    evidence: Evidence,
+    inputs: dict[str, Any],
+    calls: list[ModuleCall],
+    layers: tuple[Layer, ...],
+    entering: fx.Node,
+    outside: tuple[str, ...],
+) -> dict[str, Any]:
+    """What an anatomy says of the stream, and of what lies around the layers."""
+    end = dict(calls[-1].outputs)[layers[-1].stream_out]
+    stem, readout = stem_and_readout(evidence, calls, end, outside)
+    axes = evidence.axes(entering)
+    return {
+        "network": type(evidence.model).__name__,
+        "layers": layers,
+        "width": entering.meta["shape"][axes.channel],
+        "streams": 1,
+        "stream_shape": entering.meta["shape"],
+        "axes": axes,
+        "post_norm": any(layer.on_spine for layer in layers),
+        "stem": stem,
+        "readout": readout,
+        "head": find_head(evidence, end),
+        "inputs": named_inputs(inputs),
+        "tied": tied_parameters(evidence.model),
+        "outside": outside,
+    }
 
 
 def stem_and_readout(
@@ -103,3 +133,19 @@ def picked(node: fx.Node) -> int | None:
     if isinstance(index, tuple) and len(index) >= 2 and index[0] == slice(None) and isinstance(index[1], int):
         return index[1]
     return None
+
+
+def named_inputs(inputs: dict[str, Any]) -> tuple[Input, ...]:
+    return tuple(
+        Input(name, tuple(value.shape), str(value.dtype).removeprefix("torch."))
+        for name, value in inputs.items()
+        if isinstance(value, Tensor)
+    )
+
+
+def tied_parameters(model: nn.Module) -> tuple[tuple[str, ...], ...]:
+    """Groups of names under which one parameter is registered more than once."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return tuple(tuple(group) for group in names.values() if len(group) > 1)

@@ -58,6 +58,11 @@ def branches(run: LayerRun, evidence: Evidence) -> tuple[Branch, ...]:
     return tuple(found)
 
 
+def on_spine(run: LayerRun) -> list[fx.Node]:
+    """Everything that stands on a layer's stream after its additions."""
+    return [node for position in range(len(run.additions)) for node in run.on_spine(position)]
+
+
 # -- norms ------------------------------------------------------------------------------------------------
 
 

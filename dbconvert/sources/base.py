@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dbconvert.anatomy import Adapter
 from dbconvert.plan import SourceRef
 from dbconvert.weights import Trained
 
@@ -44,6 +45,10 @@ class Source(ABC):
     @abstractmethod
     def longest(self) -> int | None:
         """How many tokens the network's positions reach; None where the source does not tell."""
+
+    def adapter(self) -> Adapter | None:
+        """What the source says of its layers itself; nothing by default."""
+        return None
 
     @abstractmethod
     def copy_to(self, folder: Path) -> None:

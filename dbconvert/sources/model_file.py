@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dbconvert.anatomy import Adapter
 from dbconvert.errors import DBConvertError, UsageError
 from dbconvert.graph.fake import build_up_to, empty_weights
 from dbconvert.plan import SourceRef
@@ -35,7 +36,7 @@ class ModelFile(Source):
     """A module, a class or a function without required arguments, in a Python file.
 
     An `example_inputs()` beside it is used when present: a tensor, a tuple in the order of forward's arguments,
-    or a dict by name, batch first.
+    or a dict by name, batch first. An `adapter()` beside it says what the layers are, where the graph does not show it.
     """
 
     def __init__(self, path: Path, name: str | None = None) -> None:
@@ -103,6 +104,19 @@ class ModelFile(Source):
         if not any(isinstance(value, Tensor) for value in values):
             raise DBConvertError(f"example_inputs() in {self.path.name} returned no tensor")
         return by_argument_name(model, tuple(values), self.path)
+
+    def adapter(self) -> Adapter | None:
+        function = getattr(self.module, "adapter", None)
+        if function is None:
+            return None
+        with neighbours_importable(self.path.resolve().parent), explained(self.path):
+            given = function()
+        if not isinstance(given, Adapter):
+            raise DBConvertError(
+                f"adapter() in {self.path.name} returned a {type(given).__name__}, not a dbconvert.Adapter",
+                hint='return dbconvert.Adapter(layers=("blocks",), enters=(0,), leaves=())',
+            )
+        return given
 
     def copy_to(self, folder: Path) -> None:
         for name in self.ref.files:

@@ -63,6 +63,9 @@ DROPS: tuple[tuple[str, ...], ...] = (
 """Fields that are left as they are, one set a try: their name means something else in some configuration.
 `None` leaves fields without a value without one."""
 
+NESTED = {"linear_attn_config"}
+"""Fields that hold sizes in a plain dictionary."""
+
 LAYERS = re.compile(r"^(n_layers?|(num_|n_)?((hidden|encoder|decoder|global|local)_)*layers|depth|num_blocks)$")
 DEPTHS = re.compile(r"^(depths?|num_blocks|layers|stage_num_blocks|num_block_repeats|n_layers_list|block_sizes)$")
 WIDTHS = re.compile(r"(sizes?|dims?|channels?|width|widths|planes|rank|embd|d_model|d_ff|d_kv|inner|latents|features)$")
@@ -141,6 +144,8 @@ def new_value(name: str, value: Any, config: PretrainedConfig, rule: Any, option
         new = type(value)(min(v, STAGE_DEPTH) for v in value)
     elif listed and DEPTH < len(value) == depth_of(config):
         new = type(value)(every_kind(list(value)))
+    elif isinstance(value, dict) and name in NESTED:
+        new = {key: rule(key, inner, option) for key, inner in value.items()}
     else:
         new = rule(name, value, option)
     return new

@@ -28,13 +28,8 @@ WRITTEN = {
 ROWS: dict[str, Row] = {**WRITTEN, **transformers_rows.ROWS, **diffusers_rows.ROWS}
 
 PENDING: dict[str, str] = {
-    "gpt_inline": "refused (no-stack): blocks without child modules are not seen as layers",
     "nested_pairs": "refused (functional): the additions are written around the pairs",
     "u_vit": "accepted, though its middle and last layers stay out of the stack",
-    "dit": "refused (shared-part): the head reads the first layer's embedder",
-    "pixart": "refused (functional): gates are written inline",
-    "sd3": "refused (functional), not for its two streams",
-    "flux": "refused (functional), not for its two streams",
 }
 """Rows that are not as expected yet, with the reason; their outcome is not checked."""
 
