@@ -23,12 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from families import family_parts
+from refusals import refusal_parts
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results.json"
 SIZE = ROOT / "docs" / "size.json"
 COPYING = ROOT / "docs" / "copying.json"
-PAGES = ("README.md", "docs/training.md", "docs/size.md", "docs/families.md")
+PAGES = ("README.md", "docs/training.md", "docs/size.md", "docs/families.md", "docs/will-it-convert.md")
 SEEDS = (0, 1, 2)
 VARIANTS = {
     "shared": ["train.periphery=shared"],
@@ -112,6 +113,7 @@ def parts(results: dict[str, Any]) -> dict[str, str]:
         "copying": copying_table(),
         **size_parts(json.loads(SIZE.read_text())),
         **family_parts(),
+        **refusal_parts(),
     }
 
 

@@ -180,8 +180,8 @@ def notes(network: BlockwiseNetwork, optimizer: OptimizerName) -> Iterator[str]:
     )
     yield "measured as what autograd saves on the kernels of the CPU; those of other devices may save other tensors"
     yield (
-        "resident: `train` of all blocks; away: a job of one block (`train --block N`). `train` offers no activation "
-        "checkpointing" + (", and no 8-bit AdamW" if optimizer == "adamw8bit" else "") + " yet"
+        "resident: `train` of all blocks; away: a job of one block (`train --block N`)"
+        + ("; `train` does not offer AdamW with 8-bit state yet" if optimizer == "adamw8bit" else "")
     )
     if network.decided_task is None:
         yield (

@@ -25,8 +25,8 @@ ONE_BATCH_SIZE = "the network runs one batch size only, so the batch axis is tak
 
 CHOICES = ("several-stacks", "dimensions")
 """Refusals that leave the choice of a stack to the user."""
-ADAPTABLE = ("not-residual", "functional", "deferred-residual")
-"""Refusals of layers that may keep the shape all the same, which an adapter can say."""
+ADAPTABLE = ("not-residual", "functional")
+"""Refusals of layers that may keep the shape all the same, which an adapter can say of layers that are called."""
 
 
 def analyse(
@@ -126,7 +126,7 @@ def offer(refusal: Refused, evidence: Evidence, inputs: Inputs, stacks: list[Sta
         parts = "; ".join(f"--stack {wanted} ({part.depth} layers)" for wanted, part in found)
         kept = "" if refusal.kind in CHOICES or not refusal.hint else f"{refusal.hint}; or "
         refusal.hint = f"{kept}convert a part: {parts}"
-    elif refusal.kind in ADAPTABLE:
+    elif refusal.kind in ADAPTABLE and all(evidence.recording.calls_of(p) for s in stacks[:1] for p, _ in s.layers):
         refusal.hint += "; or name the layers yourself with adapter() in a model.py (docs/will-it-convert.md)"
     refusal.facts["stacks"] = [wanted for wanted, _ in found]
 

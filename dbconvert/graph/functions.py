@@ -21,6 +21,8 @@ from dbconvert.graph.tape import called
 from dbconvert.graph.values import look_up, put_in
 
 Act = Callable[[Tensor], Tensor]
+Results = dict[FunctionCall, list[Act]]
+Arguments = dict[FunctionCall, list[tuple[Path, Act]]]
 
 
 def uncounted() -> AbstractContextManager[None]:
@@ -32,11 +34,11 @@ class Intercepted(TorchFunctionMode):
     """Changes arguments and results of chosen calls while it is active.
 
     Args:
-        results: what to do with the result of a call.
+        results: what to do with the result of a call, in order.
         arguments: what to do with an argument of a call.
     """
 
-    def __init__(self, results: dict[FunctionCall, Act], arguments: dict[FunctionCall, list[tuple[Path, Act]]]) -> None:
+    def __init__(self, results: Results, arguments: Arguments) -> None:
         super().__init__()
         self.results, self.arguments = results, arguments
         self.names = {call.name for call in (*results, *arguments)}
@@ -54,4 +56,6 @@ class Intercepted(TorchFunctionMode):
         for path, act in self.arguments.get(call, ()):
             args, kwargs = put_in(args, kwargs, path, act(look_up(args, kwargs, path)))
         out = func(*args, **kwargs)
-        return self.results[call](out) if call in self.results else out
+        for change in self.results.get(call, ()):
+            out = change(out)
+        return out

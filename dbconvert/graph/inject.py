@@ -14,11 +14,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dbconvert.anatomy import Anatomy, Axes, FunctionCall, GateSite, Layer, NormSite, Path
+from dbconvert.anatomy import Anatomy, Axes, GateSite, Layer, NormSite
 from dbconvert.conditioning.embedding import NoiseEmbedding
 from dbconvert.conditioning.modulation import Modulation, Start, gate, modulate
 from dbconvert.errors import DBConvertError, Refused
-from dbconvert.graph.functions import Act, Intercepted, uncounted
+from dbconvert.graph.functions import Arguments, Intercepted, Results, uncounted
 from dbconvert.graph.values import imitate, item, look_up, put_in, replaced
 
 PREFIX = "dbconvert"
@@ -101,12 +101,12 @@ class SiteModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         sites, given = [site for site in self.db_sites if site.active], (args, kwargs)
         on_output = []
-        results: dict[FunctionCall, Act] = {}
-        arguments: dict[FunctionCall, list[tuple[Path, Act]]] = {}
+        results: Results = {}
+        arguments: Arguments = {}
         for site in sites:
             at = site.at
             if at.call is not None:
-                results[at.call] = site.act
+                results.setdefault(at.call, []).append(site.act)
             elif isinstance(at, NormSite) and at.uses:
                 for use in at.uses:
                     arguments.setdefault(use.call, []).append((use.argument, partial(site.act, axes=use.axes)))

@@ -44,7 +44,7 @@ def prove(model: nn.Module, anatomy: Anatomy, inputs: Inputs) -> Anatomy:
         run = inject(model, anatomy, blocks=1, width=WIDTH, start="original")
         try:
             checks = [
-                equals_original(model, run, cases, references),
+                equals_original(model, run, anatomy, cases, references),
                 blocks_chain(model, run, anatomy, inputs),
             ]
             checks.extend(made)
@@ -68,11 +68,13 @@ def prove(model: nn.Module, anatomy: Anatomy, inputs: Inputs) -> Anatomy:
 # -- the checks -----------------------------------------------------------------------------------------------
 
 
-def equals_original(model: nn.Module, run: Run, cases: dict[str, Inputs], references: dict[str, Outputs]) -> Check:
+def equals_original(
+    model: nn.Module, run: Run, anatomy: Anatomy, cases: dict[str, Inputs], references: dict[str, Outputs]
+) -> Check:
     """With modulation at zero the converted network gives the original's outputs, whatever the condition."""
     differing = []
     for name, case in cases.items():
-        run.condition = condition_for(case)
+        run.condition = condition_for(case, anatomy)
         outputs = run_case(model, case, train=name == TRAIN)
         same = [torch.equal(a, b) for a, b in zip(outputs, references[name], strict=True)]
         if not all(same):
@@ -120,7 +122,7 @@ def gates_silence(model: nn.Module, run: Run, anatomy: Anatomy, inputs: Inputs) 
         hooks.append(module.register_forward_hook(compare, with_kwargs=True))
     for modulation in modulations(model):
         modulation.gate_offset = 0.0
-    run.condition = condition_for(inputs)
+    run.condition = condition_for(inputs, anatomy)
     try:
         run_case(model, inputs)
     finally:
@@ -135,7 +137,7 @@ def gates_silence(model: nn.Module, run: Run, anatomy: Anatomy, inputs: Inputs) 
 
 def sites_reach_output(model: nn.Module, run: Run, anatomy: Anatomy, inputs: Inputs) -> Check:
     """Every scale, shift and gate has a gradient: no site is bypassed by a fused path."""
-    run.condition = condition_for(inputs)
+    run.condition = condition_for(inputs, anatomy)
     with awake(model), torch.enable_grad():
         outputs = [o for _, o in tensors(model(**inputs)) if o.is_floating_point() and o.requires_grad]
         try:
@@ -232,8 +234,10 @@ def stream_after(
     return leaving
 
 
-def condition_for(inputs: Inputs) -> Tensor:
-    batch = next(v.shape[0] for v in inputs.values() if isinstance(v, Tensor))
+def condition_for(inputs: Inputs, anatomy: Anatomy) -> Tensor:
+    """One vector an example; a network may take several rows an example, as one for each codebook."""
+    rows = next(v.shape[0] for v in inputs.values() if isinstance(v, Tensor))
+    batch = min(rows, rows * anatomy.stream_shape[anatomy.axes.batch] // anatomy.inputs[0].shape[0])
     return torch.randn(batch, WIDTH, generator=torch.Generator().manual_seed(batch))
 
 
