@@ -9,8 +9,8 @@ from pathlib import Path
 from dbconvert.checkpoint import read_metadata
 from dbconvert.engine.network import own_key
 from dbconvert.engine.package import NOISE, PERIPHERY, PLAN, PLAN_KEY, WEIGHTS, block_file, read_noise
-from dbconvert.engine.runs import RunInfo, read_info
-from dbconvert.errors import DBConvertError
+from dbconvert.engine.runs import RUN, RunInfo, read_info
+from dbconvert.errors import DBConvertError, UsageError
 from dbconvert.files import matches
 from dbconvert.graph.inject import PREFIX
 from dbconvert.plan import NoiseFit, Plan, read_plan
@@ -36,6 +36,11 @@ def open_finished(folder: Path) -> FinishedRun:
     Raises:
         DBConvertError: the run is not complete, or a file is missing or damaged.
     """
+    if (folder / PLAN).is_file() and not (folder / RUN).is_file():
+        raise UsageError(
+            f"{folder} is a package, whose blocks are not trained",
+            hint=f"dbconvert train {folder}; or assemble {folder} --original gives the original network back",
+        )
     info = read_info(folder)
     if info.method != "blocks":
         raise DBConvertError(

@@ -73,7 +73,7 @@ def package_readme(plan: Plan, noise: NoiseFit) -> str:
         "",
         "| file | content |",
         "| --- | --- |",
-        "| plan.json | everything decided, with the SHA-256 of source and weights |",
+        "| plan.json | everything decided, with digests of source and weights |",
         "| recipe.yaml | how to train; every key can be overridden as key=value |",
         "| weights/ | one safetensors file a block, one for the periphery (stem, target table, readout) |",
         "| model/ | the network's own source |",

@@ -78,17 +78,23 @@ def architecture(name: str) -> Any:
     return cls
 
 
-def own_class(folder: Path, reference: str | None) -> Any:
+def trusted_class(folder: Path, settings: dict[str, Any], name: str) -> Any:
+    """The class that a configuration brings code for, else Transformers' own of that name."""
+    reference = code_of(settings, name)
+    return architecture(name) if reference is None else own_class(folder, reference)
+
+
+def own_class(folder: Path, reference: str) -> Any:
     """A class from Python files of a folder, loaded by Transformers' own mechanism. It runs the code."""
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     with quiet():
         try:
-            return get_class_from_dynamic_module(str(reference), str(folder), local_files_only=True)
+            return get_class_from_dynamic_module(reference, str(folder), local_files_only=True)
         except Exception as error:
             raise DBConvertError(
                 f"the code of {folder} cannot be loaded",
-                where=str(reference),
+                where=reference,
                 why=f"{type(error).__name__}: {first_line(error)}",
             ) from error
 

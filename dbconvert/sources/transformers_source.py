@@ -21,14 +21,13 @@ from dbconvert.sources.transformers_config import (
     architecture,
     code_files,
     code_identity,
-    code_of,
     first_line,
     known,
-    own_class,
     plain_config,
     read_config,
     read_settings,
     refuse_quantised,
+    trusted_class,
     unreadable,
 )
 from dbconvert.sources.transformers_files import (
@@ -122,10 +121,9 @@ class TransformersSource(Source):
                 f"the configuration of {location} names no architecture",
                 hint='add e.g. "architectures": ["ViTForImageClassification"] to config.json',
             )
-        reference = code_of(settings, name) if remote else None
-        if reference is None:
+        if not remote:
             return cls(location, folder, config, name, architecture(name))
-        return cls(location, folder, config, name, own_class(folder, reference), code, settings)
+        return cls(location, folder, config, name, trusted_class(folder, settings, name), code, settings)
 
     @classmethod
     def from_plan(cls, ref: SourceRef, folder: Path | None = None) -> TransformersSource:
@@ -138,7 +136,7 @@ class TransformersSource(Source):
 
         content = ref.config or {}
         if folder is not None:
-            config, own = read_config(folder, str(folder), trust=True), own_class(folder, code_of(content, ref.name))
+            config, own = read_config(folder, str(folder), trust=True), trusted_class(folder, content, ref.name)
             return cls(None, folder, config, ref.name, own, ref.files[1:], content)
         fields = {k: v for k, v in content.items() if k != "model_type"}
         try:
@@ -218,9 +216,8 @@ class TransformersSource(Source):
     def trained(self, *, fetch: bool) -> Trained | None:
         if self.folder is None or self.location is None:
             return None
-        found = find_weights(self.folder)
-        if found is None and fetch and not Path(self.location).is_dir():
-            found = fetched_weights(self.location)
+        remote = fetch and not Path(self.location).is_dir()
+        found = fetched_weights(self.location) if remote else find_weights(self.folder)
         return open_weights(found) if found is not None else None
 
     @cached_property

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 import dbconvert
 from dbconvert.recipe import DataOptions, ImageOptions, SplitOptions
@@ -28,11 +29,14 @@ def write_model(folder):
 
 
 @pytest.fixture(scope="module")
-def no_pictures():
-    """Drawing takes most of a small split's time. Not together with `package`, which is made once for all."""
+def quick_splits():
+    """No pictures and one thread: both take most of a tiny split's time. Not together with `package`, made for all."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dbconvert.engine.split.draw_noise", lambda *_: None)
         yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

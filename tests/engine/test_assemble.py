@@ -134,7 +134,11 @@ def test_damage_is_told(run_of_all):
     assert not list(Path().glob("model*"))
 
 
-def test_trained_blocks_do_not_go_back(run_of_all):
+def test_trained_blocks_do_not_go_back(run_of_all, package):
+    with pytest.raises(UsageError, match="is a package, whose blocks are not trained"):
+        dbconvert.assemble([str(package)], out="back")
+    with pytest.raises(UsageError, match="turns one package back"):
+        dbconvert.assemble(original=True, out="back")
     with pytest.raises(DBConvertError, match="was trained") as caught:
         dbconvert.assemble([str(run_of_all.folder)], original=True, out="back")
     assert "turn back the package" in caught.value.hint and not Path("back").exists()

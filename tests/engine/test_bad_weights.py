@@ -18,7 +18,7 @@ from dbconvert.errors import DBConvertError
 from dbconvert.recipe import SplitOptions
 
 TWO = SplitOptions(blocks=2)
-pytestmark = pytest.mark.usefixtures("no_pictures")
+pytestmark = pytest.mark.usefixtures("quick_splits")
 
 
 @pytest.fixture

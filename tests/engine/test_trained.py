@@ -17,7 +17,7 @@ from dbconvert.files import sha256_file
 from dbconvert.recipe import SplitOptions
 
 TWO = SplitOptions(blocks=2)
-pytestmark = pytest.mark.usefixtures("no_pictures")
+pytestmark = pytest.mark.usefixtures("quick_splits")
 
 
 def from_disk(config, folder):

@@ -13,6 +13,7 @@ import torch
 from engine.conftest import QUICK
 
 import dbconvert
+from dbconvert.engine.package import open_package
 from dbconvert.errors import DBConvertError, UsageError
 from dbconvert.recipe import SplitOptions
 
@@ -129,6 +130,18 @@ def test_a_network_that_transformers_has_needs_no_trust(tmp_path):
     assert dbconvert.inspect(str(tmp_path / "m")).network == "LlamaForCausalLM"
     with pytest.raises(DBConvertError, match="lacks modeling_llama_old"):
         dbconvert.inspect(str(tmp_path / "m"), trust=True)
+
+
+def test_a_configuration_of_its_own_for_a_class_of_transformers(own):
+    (own / "configuration_own.py").write_text(
+        "from transformers import LlamaConfig\n\nclass OwnConfig(LlamaConfig):\n    model_type = 'own_net'\n"
+    )
+    content = {**networks.TEXT, "model_type": "own_net", "architectures": ["LlamaForCausalLM"]}
+    auto_map = {"AutoConfig": "configuration_own.OwnConfig"}
+    (own / "config.json").write_text(json.dumps({**content, "auto_map": auto_map}))
+    result = dbconvert.split(str(own), out="p", options=TWO, trust=True)
+    assert result.plan.source.files == ("config.json", "configuration_own.py")
+    assert open_package(result.package).source().build().config.model_type == "own_net"
 
 
 def test_code_of_another_repository_is_not_fetched(own):
