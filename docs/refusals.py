@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SHOWN = (
-    "two_stacks", "hf_swin", "unet", "not_residual", "nested_pairs", "deferred", "hf_t5_encoder", "early_exit",
+    "two_stacks", "hf_swin", "unet", "not_residual", "deferred", "hf_t5_encoder", "early_exit",
     "in_place", "interrupted", "compiled",
 )  # fmt: skip
 """Rows of the acceptance table."""

@@ -36,6 +36,13 @@ def part_calls(stack: Stack, evidence: Evidence) -> list[list[ModuleCall]]:
 
 
 def part_call(path: str, add: ResidualAdd, loops: set[int], evidence: Evidence) -> ModuleCall:
+    if any(lies_in(scope, [path]) for scope in add.node.meta["scope"]):
+        raise Refused(
+            f"{path} never runs as a module, though its parts do: something calls its forward directly",
+            node=describe(add.node),
+            kind="functional",
+            hint="call the layer itself, layer(x) and not layer.forward(x)",
+        )
     operands = ops.operands(add.node)
     plain = len(loops) == 1 and len(add.branches) == 1 and not add.on_spine and add.branches[0] in operands
     returned = [

@@ -66,6 +66,11 @@ def condition(inputs):
     return torch.randn(len(next(iter(inputs.values()))), WIDTH)
 
 
+def run_of(model):
+    """The handle that steers a converted network."""
+    return next(module.db_run for module in model.modules() if "db_run" in vars(module))
+
+
 def random_modulation(model):
     torch.manual_seed(1)
     for parameter in model.dbconvert.parameters():
@@ -139,6 +144,12 @@ def test_zero_start_is_the_identity(case):
         return
     changed, run = case.converted(start="zero")
     run.condition = condition(case.inputs)
+    if case.anatomy.layers[0].around is not None:
+        entered = []
+        run.entry, run.keep = lambda stream: entered.append(stream) or stream, True
+        outputs(changed, case.inputs)
+        assert torch.equal(entered[0], run.leaving)
+        return
     seen = []
     for layer in case.anatomy.layers:
 
@@ -231,7 +242,7 @@ def test_other_layers_can_be_absent(case):
     strip(alone, case.anatomy, case.block)
     owned = {case.anatomy.layer_of(name) for name, _ in alone.named_parameters()} - {None}
     assert owned == set(case.block)
-    runs = [run, alone.get_submodule(case.anatomy.layers[case.block[0]].path).db_run]
+    runs = [run, run_of(alone)]
     for each in runs:
         each.active, each.condition = case.block, torch.ones(2, WIDTH)
     assert torch.equal(outputs(changed, case.inputs)[0], outputs(alone, case.inputs)[0])
@@ -243,7 +254,7 @@ def test_pickle_and_deepcopy(case):
     run.condition = torch.ones(2, WIDTH)
     expected = outputs(changed, case.inputs)[0]
     for copied in (copy.deepcopy(changed), pickle.loads(pickle.dumps(changed))):
-        other = copied.get_submodule(case.anatomy.layers[0].path).db_run
+        other = run_of(copied)
         assert other is not run and other.condition is None
         other.condition = torch.ones(2, WIDTH)
         assert torch.equal(outputs(copied, case.inputs)[0], expected)

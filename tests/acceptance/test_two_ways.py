@@ -30,7 +30,7 @@ def by_functions(model, inputs, anatomy):
         if site.call is not None or getattr(site, "arguments", ()) or getattr(site, "uses", ()):
             return site
         node = dict(recording.calls_of(path)[0].outputs)[output]
-        if "nth" not in node.meta or path not in node.meta["scope"]:
+        if "nth" not in node.meta or not {path, layer.path} <= set(node.meta["scope"]):
             return site
         nth = node.meta["nth"][node.meta["scope"].index(layer.path)]
         whole = {"output": ()} if output else {}
