@@ -31,7 +31,10 @@ app = typer.Typer(
 SOURCE = Annotated[
     str, typer.Argument(help="model.py, model.py:name, a folder with a Transformers config.json, or a hub id")
 ]
-STACK = Annotated[str | None, typer.Option(help="Path of the module that holds the layers, when there are several.")]
+STACK = Annotated[
+    str | None,
+    typer.Option(help="Path of the module that holds the layers, or PATH[a:b] for some of them."),
+]
 WEIGHTS = Annotated[str | None, typer.Option(help="Trained weights: safetensors, or a state_dict.")]
 SEED = Annotated[int, typer.Option(help="Seed of the random initialisation.")]
 TRUST = Annotated[

@@ -24,7 +24,7 @@ from dbconvert.errors import DBConvertError, Refused
 from dbconvert.events import Advance, Event, Note, Reporter, Stage
 
 if TYPE_CHECKING:
-    from dbconvert.anatomy import Anatomy, Layer
+    from dbconvert.anatomy import Anatomy, GateSite, Layer, NormSite
     from dbconvert.engine.demo import Row
     from dbconvert.engine.evaluate import Evaluation
     from dbconvert.engine.memory import UnitMemory
@@ -142,7 +142,8 @@ def show_anatomy(anatomy: Anatomy) -> None:
     for check in anatomy.proof:
         proof.add_row(("[green]yes[/] " if check.passed else "[red]no[/] ") + escape(check.name), escape(check.detail))
     out.print(proof)
-    out.print(branch_table(anatomy.layers[0], "branches of the first layer" if same(anatomy) else "branches"))
+    if anatomy.layers[0].branches:
+        out.print(branch_table(anatomy.layers[0], "branches of the first layer" if same(anatomy) else "branches"))
     out.print(part_table(anatomy))
     if anatomy.layers[0].side_inputs:
         listed = (f"{'.'.join(map(str, s.argument))} {list(s.shape)}" for s in anatomy.layers[-1].side_inputs)
@@ -159,10 +160,18 @@ def branch_table(layer: Layer, title: str) -> Table:
         table.add_row(
             branch.addition,
             branch.placement,
-            escape(f"{branch.norm.module} ({branch.norm.node})"),
-            escape(f"{branch.gate.module} ({branch.gate.node})"),
+            escape(f"{place(branch.norm)} ({branch.norm.node})"),
+            escape(f"{place(branch.gate)} ({branch.gate.node})"),
         )
     return table
+
+
+def place(site: NormSite | GateSite) -> str:
+    """Where a site is: a module, or functions called in it."""
+    calls = [site.call] if site.call is not None else [use.call for use in getattr(site, "uses", ())]
+    functions = ", ".join(dict.fromkeys(f"{call.name}()" for call in calls))
+    module = site.module or "the layer"
+    return f"{functions} in {module}" if functions else module
 
 
 def part_table(anatomy: Anatomy) -> Table:

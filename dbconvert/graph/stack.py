@@ -161,7 +161,7 @@ def build_stack(
     names = list(dict.fromkeys(paths))
     if not names or not repeats(names, recording, model):
         return None
-    calls = max(len(recording.calls_of(path)) for path in names)
+    calls = max(1, *(len(recording.calls_of(path)) for path in names))  # parts of a layer may be called, and not it
     if len(names) == 1 and calls < 2:
         return None
     layers = []

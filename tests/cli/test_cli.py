@@ -135,3 +135,28 @@ def test_the_packages_own_script(model):
     command = [sys.executable, "pkg/train.py", "train.steps=1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and Path("runs/pkg-001/run.json").exists(), done.stderr
+
+
+def test_inspect_names_function_calls(tmp_path):
+    (tmp_path / "inline.py").write_text(
+        """import torch
+from torch import nn
+from torch.nn import functional as F
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(16, 16))
+
+    def forward(self, x):
+        return x + F.linear(F.layer_norm(x, (16,)), self.weight)
+
+def build_model():
+    return nn.Sequential(nn.Linear(8, 16), *[Layer() for _ in range(3)], nn.Linear(16, 3))
+
+def example_inputs():
+    return torch.randn(2, 5, 8)
+"""
+    )
+    shown = dbconvert("inspect", tmp_path / "inline.py").stdout
+    assert "layer_norm() in" in shown and "linear() in" in shown and "sites at function calls" in shown

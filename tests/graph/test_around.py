@@ -53,7 +53,7 @@ JOINS = {
 def test_pairs_convert(join):
     model, inputs = Pairs(join, Branch).eval(), {"x": networks.features()}
     anatomy = prove(model, analyse(model, inputs), inputs)
-    assert anatomy.depth == 3 and len(anatomy.proof) == 4
+    assert (anatomy.depth, anatomy.calls, anatomy.verdict) == (3, 1, "accepted") and len(anatomy.proof) == 4
     assert [branch.placement for branch in anatomy.layers[0].branches] == ["pre", "pre"]
 
 

@@ -101,3 +101,42 @@ def test_the_network_is_left_as_it_was():
     assert model.training and all(m.training for m in model.modules())
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_some_layers_of_a_stack():
+    model, inputs = networks.build("vit")
+    anatomy = prove(model, analyse(model, inputs, stack="blocks[1:3]"), inputs)
+    assert anatomy.layer_paths() == ("blocks.1", "blocks.2") and anatomy.verdict == "restricted"
+    assert set(anatomy.left_out) == {"blocks.0", "blocks.3"} and anatomy.layer_of("blocks.0.norm1.weight") is None
+    assert analyse(model, inputs, stack="blocks[-2:]").layer_paths() == ("blocks.2", "blocks.3")
+    with pytest.raises(Refused, match="keeps 1 of 4 layers"):
+        analyse(model, inputs, stack="blocks[3:]")
+    with pytest.raises(Refused, match="no module nowhere"):
+        analyse(model, inputs, stack="nowhere[1:3]")
+
+
+def test_the_parts_that_would_convert_are_offered():
+    model, inputs, *_ = (*networks.REFUSED["side_product"][0](),)
+    with pytest.raises(Refused) as caught:
+        analyse(model.eval(), inputs)
+    assert caught.value.facts["stacks"] == ["layers[1:]"] and "--stack layers[1:] (3 layers)" in caught.value.hint
+    assert analyse(model, inputs, stack="layers[1:]").depth == 3
+    model, inputs = networks.REFUSED["two_stacks"][0]()
+    with pytest.raises(Refused) as caught:
+        analyse(model.eval(), inputs)
+    assert caught.value.facts["stacks"] == ["left", "right"]
+
+
+def test_a_moved_function_call_is_found():
+    """A layer that calls its functions in another order in train mode: the site would mean another call there."""
+
+    class Moody(networks.FunctionalNorm):
+        def forward(self, x):
+            if self.training:
+                torch.nn.functional.layer_norm(x, (networks.WIDTH,))
+            return super().forward(x)
+
+    model, inputs = networks.Net(Moody).eval(), {"x": networks.features()}
+    with pytest.raises(Refused, match="sites at function calls") as caught:
+        prove(model, analyse(model, inputs), inputs)
+    assert "train mode: layer_norm 0 in layers.0" in caught.value.node
