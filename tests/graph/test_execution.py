@@ -31,7 +31,7 @@ class Running(nn.Module):
         return tensors(self.model(**self.inputs))[0][1]
 
 
-@pytest.mark.parametrize("name", ["vit", "encoder_post", "hf_llama"])
+@pytest.mark.parametrize("name", ["vit", "encoder_post", "hf_llama", "functional_norm"])
 def test_compiles_without_a_graph_break(name):
     torch._dynamo.reset()
     with no_fast_paths(), torch.no_grad():
@@ -44,7 +44,7 @@ def test_compiles_without_a_graph_break(name):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name", ["vit", "hf_gpt2"])
+@pytest.mark.parametrize("name", ["vit", "hf_gpt2", "functional_norm"])
 def test_layers_compile_one_by_one(name):
     torch._dynamo.reset()
     network = Running(name)
