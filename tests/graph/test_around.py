@@ -71,7 +71,7 @@ def test_parts_may_return_tuples_and_be_single_modules():
     [
         lambda self, part, x: x + self.drop(part(x)),
         lambda self, part, x: x + 0.5 * part(x),
-        lambda self, part, x: x + part(x) + x.mean(-1, keepdim=True) * x,
+        lambda self, part, x: x + part(x) * x.mean(-1, keepdim=True),
     ],
 )
 def test_whatever_else_is_added_is_refused(join):
