@@ -13,7 +13,7 @@ from dbconvert.errors import Refused
 from dbconvert.graph import ops, sites
 from dbconvert.graph.evidence import Evidence
 from dbconvert.graph.layers import refuse_glue, side_inputs
-from dbconvert.graph.parts import lies_in
+from dbconvert.graph.parts import weights_of
 from dbconvert.graph.spine import ResidualAdd
 from dbconvert.graph.tape import ModuleCall, describe
 
@@ -80,21 +80,17 @@ def adapted_layers(
         if previous is not None:
             refuse_glue(previous, entering, call.path, evidence)
         previous = leaving
-        module = evidence.model.get_submodule(call.path)
-        own = [p for name, p in module.named_parameters() if not lies_in(f"{call.path}.{name}", outside)]
         found, on_spine = branches(adapter, call, (entering, leaving), evidence, channel, width)
         layers.append(
             Layer(
                 path=call.path,
-                type=type(module).__name__,
                 stream_in=adapter.enters,
                 stream_out=adapter.leaves,
                 form=call.form,
                 branches=found,
                 on_spine=tuple(node.name for node in on_spine),
                 side_inputs=side_inputs(call, entering, calls, evidence),
-                parameters=sum(p.numel() for p in own),
-                bytes=sum(p.numel() * p.element_size() for p in own),
+                **weights_of(call.path, evidence.model, outside),
             )
         )
     return tuple(layers)

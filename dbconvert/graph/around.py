@@ -12,7 +12,7 @@ from dbconvert.errors import Refused
 from dbconvert.graph import ops, sites
 from dbconvert.graph.evidence import Evidence
 from dbconvert.graph.layers import refuse_layer_made
-from dbconvert.graph.parts import lies_in
+from dbconvert.graph.parts import lies_in, weights_of
 from dbconvert.graph.spine import ResidualAdd
 from dbconvert.graph.stack import Stack
 from dbconvert.graph.tape import ModuleCall, describe
@@ -87,20 +87,16 @@ def around_layers(
             for argument, node in call.inputs:
                 refuse_layer_made(call, argument, node, [other for other in everyone if other not in own])
         branches = [branch(path, add, call, evidence, axes, width) for add, call in zip(additions, own, strict=True)]
-        module = evidence.model.get_submodule(path)
-        weights = [p for name, p in module.named_parameters() if not lies_in(f"{path}.{name}", outside)]
         layers.append(
             Layer(
                 path=path,
-                type=type(module).__name__,
                 stream_in=(0,),
                 stream_out=(),
                 form="tensor",
                 branches=tuple(branches),
                 on_spine=(),
                 side_inputs=(),
-                parameters=sum(p.numel() for p in weights),
-                bytes=sum(p.numel() * p.element_size() for p in weights),
+                **weights_of(path, evidence.model, outside),
                 around=Around(
                     additions[0].node.meta["scope"][-1],
                     tuple(part(call, add, evidence) for call, add in zip(own, additions, strict=True)),

@@ -11,7 +11,7 @@ from dbconvert.errors import Refused
 from dbconvert.graph import ops, sites
 from dbconvert.graph.conditioned import conditioned_by
 from dbconvert.graph.evidence import Evidence
-from dbconvert.graph.parts import lies_in
+from dbconvert.graph.parts import weights_of
 from dbconvert.graph.spine import ResidualAdd
 from dbconvert.graph.stack import Stack, call_of
 from dbconvert.graph.tape import ModuleCall, describe
@@ -62,20 +62,16 @@ def read_layers(
         run = sites.LayerRun(call, additions, after_last, rank, channel, width)
         beside = side_inputs(call, entering, calls, evidence)
         conditioned = conditioned_by(run, evidence)
-        module = evidence.model.get_submodule(path)
-        parameters = [p for name, p in module.named_parameters() if not lies_in(f"{path}.{name}", outside)]
         layers.append(
             Layer(
                 path=path,
-                type=type(module).__name__,
                 stream_in=stream_in,
                 stream_out=stream_out,
                 form=call.form,
                 branches=() if conditioned else sites.branches(run, evidence),
                 on_spine=tuple(node.name for node in (*first, *sites.on_spine(run))),
                 side_inputs=beside,
-                parameters=sum(p.numel() for p in parameters),
-                bytes=sum(p.numel() * p.element_size() for p in parameters),
+                **weights_of(path, evidence.model, outside),
                 conditioned_by=conditioned,
             )
         )

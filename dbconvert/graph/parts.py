@@ -77,6 +77,17 @@ def stem_and_readout(
     return part(list(stem), model), part(after, model)
 
 
+def weights_of(path: str, model: nn.Module, outside: tuple[str, ...]) -> dict[str, Any]:
+    """A layer's class and its own weights, without the parts that belong to the periphery, as `Layer` holds them."""
+    module = model.get_submodule(path)
+    own = [p for name, p in module.named_parameters() if not lies_in(f"{path}.{name}", outside)]
+    return {
+        "type": type(module).__name__,
+        "parameters": sum(p.numel() for p in own),
+        "bytes": sum(p.numel() * p.element_size() for p in own),
+    }
+
+
 def lies_in(path: str, parents: Iterable[str]) -> bool:
     return any(path == parent or path.startswith(parent + ".") for parent in parents)
 
