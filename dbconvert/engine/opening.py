@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,11 +24,19 @@ from dbconvert.graph.tape import refuse_opaque
 from dbconvert.sources.base import Source
 from dbconvert.sources.fake_runs import runnable_on_fake
 from dbconvert.sources.resolve import open_source
+from dbconvert.weights import open_weights
 
 LARGE = 2**30
 """Bytes of parameters above which a network is analysed without its weights. Up to here building it and proving it by
 numbers takes seconds and a few GiB; beyond, both grow with the network, and the analysis needs neither."""
+STREAMED = 2**24
+"""The same where the weights are on disk and a twin can prove: they go from file to file, so that memory need not grow
+with the checkpoint."""
 UNPROVED = "proved on the graph only: {why}; --prove runs the proof by numbers on the real weights, whatever they take"
+
+
+class NeedsNumbers(DBConvertError):
+    """The analysis of a network without its weights came to a question that only they answer."""
 
 
 @dataclass
@@ -115,7 +124,7 @@ def open_and_analyse(
     fetch: bool = True,
     whole: bool = False,
 ) -> Opened:
-    """Opens a source; a network above LARGE is analysed on fake tensors and proved on a twin, unless `whole`.
+    """Opens a source; a large network is analysed on fake tensors and proved on a twin, unless `whole`.
 
     Args:
         trust: run the code that it brings along.
@@ -124,15 +133,21 @@ def open_and_analyse(
     """
     report(Stage("reading the source"))
     opened = open_source(source, trust=trust)
+    stored = open_weights(Path(weights)) if weights is not None else opened.trained(fetch=fetch)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = opened.build_within(LARGE)
+        model = opened.build_within(LARGE if stored is None else min(STREAMED, LARGE))
     refuse_opaque(model)
-    trained = fit_weights(opened, model, weights, fetch=fetch, drop_extra=drop_extra)
+    trained = None
+    if stored is not None:
+        origin = weights or opened.ref.location
+        trained = fit_weights(opened, model, stored, origin=origin, drop_extra=drop_extra)
     if trained is not None and trained.dropped:
         report(Note(f"left out, since the network lacks them: {shortened(list(trained.dropped))}", warning=True))
     if is_empty(model) and not whole:
-        return analyse_large(opened, model, stack, trained, seed, report)
+        found = analyse_large(opened, model, stack, trained, seed, report)
+        if found is not None:
+            return found
     model = materialised(opened, model, seed) if is_empty(model) else model
     return analyse_small(opened, model, stack, trained, seed, report)
 
@@ -158,10 +173,18 @@ def adapter_of(source: Source, stack: str | None) -> Adapter | None:
 
 def analyse_large(
     source: Source, model: nn.Module, stack: str | None, trained: Fitted | None, seed: int, report: Reporter
-) -> Opened:
-    """Without a weight in memory."""
+) -> Opened | None:
+    """Without a weight in memory; None where that shows too little, and the network is small enough to be built."""
     report(Stage("analysing the graph without weights"))
-    inputs, anatomy, twin = analyse_with_twin(source, model, stack)
+    buildable = parameter_bytes(model.parameters()) <= LARGE
+    try:
+        inputs, anatomy, twin = analyse_with_twin(source, model, stack)
+    except NeedsNumbers:
+        if buildable:
+            return None
+        raise
+    if twin is None and buildable:
+        return None
     if twin is None:
         note = UNPROVED.format(why="no smaller network of the same structure was found")
         anatomy = replace(anatomy, notes=(*anatomy.notes, note))
@@ -189,14 +212,14 @@ def analyse_empty(source: Source, model: nn.Module, stack: str | None, *, grow: 
     """Example inputs and anatomy of a network without numbers.
 
     Raises:
-        DBConvertError: its forward pass depends on the numbers of its weights.
+        NeedsNumbers: its forward pass depends on the numbers of its weights.
     """
     try:
         with runnable_on_fake(model):
             inputs = source.example_inputs(model)
             return inputs, analyse(model, inputs, stack=stack, adapter=adapter_of(source, stack), grow=grow)
     except NEEDS_NUMBERS as error:
-        raise DBConvertError(
+        raise NeedsNumbers(
             "the forward pass depends on numbers, which a network analysed without its weights does not have",
             where=type(model).__name__,
             why=str(error).strip().split("\n", 1)[0],

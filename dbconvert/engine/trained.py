@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -14,7 +13,7 @@ from dbconvert.errors import DBConvertError
 from dbconvert.sources.base import Source
 from dbconvert.stream import Item, kind_of
 from dbconvert.tensorfile import Stored
-from dbconvert.weights import Trained, equal, open_weights
+from dbconvert.weights import Trained, equal
 
 Tied = Iterable[tuple[str, ...]]
 
@@ -35,22 +34,17 @@ class Fitted:
     dropped: tuple[str, ...]
 
 
-def fit_weights(
-    source: Source, model: nn.Module, weights: str | None, *, fetch: bool, drop_extra: bool
-) -> Fitted | None:
-    """The weights file given, else the source's own weights, checked against the network; None where there are none.
+def fit_weights(source: Source, model: nn.Module, trained: Trained, *, origin: str, drop_extra: bool) -> Fitted:
+    """Trained weights, checked against the network.
 
     Args:
         model: on any device, as the source built it.
-        fetch: download them where they are not here yet.
+        origin: where the weights came from, as a plan records it.
         drop_extra: leave out tensors that the network does not have.
 
     Raises:
         DBConvertError: tensors are missing, unknown, of another shape, or quantised; the message names them.
     """
-    trained = open_weights(Path(weights)) if weights is not None else source.trained(fetch=fetch)
-    if trained is None:
-        return None
     state = model.state_dict(keep_vars=True)
     homes = source.homes(trained.items)
     unknown = {key for key, home in homes.items() if home not in state}
@@ -70,7 +64,7 @@ def fit_weights(
     for group in groups:
         items = without_copies(items, homes, group, trained.location)
     return Fitted(
-        weights or source.ref.location,
+        origin,
         items,
         {key: homes[key] for key in items},
         frozenset(missing),

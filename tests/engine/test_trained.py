@@ -14,7 +14,9 @@ from dbconvert.engine.convert import single_block, whole_network
 from dbconvert.engine.package import open_package
 from dbconvert.errors import DBConvertError
 from dbconvert.files import sha256_file
+from dbconvert.graph.fake import NEEDS_NUMBERS
 from dbconvert.recipe import SplitOptions
+from dbconvert.sources.transformers_source import TransformersSource
 
 TWO = SplitOptions(blocks=2)
 pytestmark = pytest.mark.usefixtures("quick_splits")
@@ -137,6 +139,36 @@ def test_a_large_network_s_package_is_the_same(split_once, monkeypatch):
     assert result.plan.files == open_package(package).plan.files
     modulation = next(k for k in result.plan.shapes if k.startswith("dbconvert.modulation"))
     assert modulation in load_file("large/weights/block-0.safetensors")
+
+
+def test_stored_weights_are_streamed_wherever_a_twin_proves(split_once, tmp_path, monkeypatch):
+    """A network that would fit is not built where a twin proves and its tensors only go from file to file."""
+    _, folder, package = split_once("llama")
+    monkeypatch.setattr("dbconvert.engine.opening.STREAMED", 0)
+    found = dbconvert.inspect(str(folder))
+    assert all("on a twin of" in check.detail for check in found.proof)
+    assert dbconvert.split(str(folder), out="streamed", options=TWO).plan.files == open_package(package).plan.files
+    monkeypatch.setattr(TransformersSource, "twins", lambda _: iter([]))
+    built = dbconvert.inspect(str(folder))
+    assert built.proof and not any("twin" in check.detail for check in built.proof) and not built.notes
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_text((folder / "config.json").read_text())
+    assert dbconvert.inspect(str(bare)).proof == built.proof
+
+
+def test_a_network_that_needs_its_numbers_is_built(split_once, monkeypatch):
+    _, folder, _ = split_once("llama")
+    monkeypatch.setattr("dbconvert.engine.opening.STREAMED", 0)
+
+    def needs(*_, **__):
+        raise NEEDS_NUMBERS[0]("item")
+
+    monkeypatch.setattr("dbconvert.engine.opening.runnable_on_fake", needs)
+    assert dbconvert.inspect(str(folder)).proof
+    monkeypatch.setattr("dbconvert.engine.opening.LARGE", 0)
+    with pytest.raises(DBConvertError, match="depends on numbers"):
+        dbconvert.inspect(str(folder))
 
 
 def test_a_state_dict_is_read_like_safetensors(tmp_path):
