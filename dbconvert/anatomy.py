@@ -184,6 +184,30 @@ class Layer:
 
 
 @record
+class Embedding:
+    """The table that turns the network's token numbers into vectors.
+
+    Args:
+        module: path in the network.
+        rows, width: of the table.
+        argument: the network's argument that holds the numbers, [N, S].
+    """
+
+    module: str
+    rows: int
+    width: int
+    argument: str
+
+
+@record
+class Change:
+    """What happens to every number of the head's result, by itself: `multiply` or `divide` by a number, or `tanh`."""
+
+    name: str
+    by: float | None = None
+
+
+@record
 class Head:
     """The last module before the network's output, where a task meets the features.
 
@@ -194,6 +218,7 @@ class Head:
         output: where its result sits in the network's output.
         token: index of the one token that is read, or None when tokens are pooled or all read.
         pooled: whether the head sees one vector an example.
+        after: what is done to its result on the way out, in order, as a softcap: divide, tanh, multiply.
     """
 
     module: str
@@ -202,6 +227,7 @@ class Head:
     output: Path
     token: int | None
     pooled: bool
+    after: tuple[Change, ...] = ()
 
 
 @record
@@ -245,6 +271,7 @@ class Anatomy:
         post_norm: whether norms or activations stand on the spine, so that no gate makes a layer the identity.
         left_out: layers of the same container that are not part of the stack.
         outside: parts of layers that other parts of the network use too, and that belong to the periphery.
+        embedding: where token numbers become vectors; None where the network takes none.
         tied: groups of parameter names that are one tensor.
     """
 
@@ -265,6 +292,7 @@ class Anatomy:
     tied: tuple[tuple[str, ...], ...]
     left_out: tuple[str, ...] = ()
     outside: tuple[str, ...] = ()
+    embedding: Embedding | None = None
     notes: tuple[str, ...] = ()
     proof: tuple[Check, ...] = ()
 

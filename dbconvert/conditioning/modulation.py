@@ -7,6 +7,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from dbconvert.anatomy import Axes
+from dbconvert.errors import DBConvertError
 
 Start = Literal["original", "zero"]
 """`original`: gates start at 1, the converted layer is the original; `zero`: gates start at 0, a pre-norm layer
@@ -14,7 +15,8 @@ is the identity, as in the paper."""
 
 
 class Modulation(nn.Module):
-    """One layer's shifts, scales and gates from the conditioning vector: [N, width] -> rows [N, features].
+    """One layer's shifts, scales and gates from the conditioning vector: [N, width] -> rows [N, features], or
+    [N, G, width] -> [N, G, features] where the positions of an example fall into G groups of one length.
 
     Args:
         width: of the conditioning vector.
@@ -56,13 +58,44 @@ def fit(vector: Tensor, like: Tensor, axes: Axes) -> Tensor:
     return ordered.reshape(shape).to(like.dtype)
 
 
+def by_group(x: Tensor, vectors: tuple[Tensor, ...], axes: Axes) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """x with its positions cut into groups, and a vector a group, [N, G, features], shaped to multiply it.
+
+    x is [N, P, features] or [P, N, features]; or [N P, features], each example's rows together.
+    """
+    examples, groups = vectors[0].shape[:2]
+    if x.shape[axes.batch] != examples:
+        return x, tuple(fit(vector.flatten(0, 1), x, axes) for vector in vectors)
+    others = [i for i in range(x.dim()) if i not in (axes.batch, axes.channel + x.dim())]
+    if len(others) != 1:
+        raise DBConvertError(
+            f"a value of shape {list(x.shape)} has no single axis of positions to condition one by one",
+            hint="condition whole examples instead",
+        )
+    place = others[0]
+    cut = x.unflatten(place, (groups, -1))
+    axis_of = [place, axes.batch, axes.channel + x.dim()]
+    group, batch, channel = (axis + (axis > place) for axis in axis_of)
+    order = [i for _, i in sorted([(batch, 0), (group, 1), (channel, 2)])]
+    shape = [1] * cut.dim()
+    shape[batch], shape[group], shape[channel] = vectors[0].shape
+    return cut, tuple(vector.permute(order).reshape(shape).to(x.dtype) for vector in vectors)
+
+
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, axes: Axes) -> Tensor:
-    """x (1 + scale) + shift, with a row an example."""
-    return x * (1 + fit(scale, x, axes)) + fit(shift, x, axes)
+    """x (1 + scale) + shift, with a row an example, or one a group of its positions."""
+    if scale.dim() == 2:
+        return x * (1 + fit(scale, x, axes)) + fit(shift, x, axes)
+    cut, (shift, scale) = by_group(x, (shift, scale), axes)
+    return (cut * (1 + scale) + shift).reshape(x.shape)
 
 
 def gate(x: Tensor, by: Tensor, axes: Axes) -> Tensor:
-    return x * fit(by, x, axes)
+    """x times a row an example, or one a group of its positions."""
+    if by.dim() == 2:
+        return x * fit(by, x, axes)
+    cut, (by,) = by_group(x, (by,), axes)
+    return (cut * by).reshape(x.shape)
 
 
 def condition_width(layer_parameters: int, outputs: int, share: float = 0.03, least: int = 32) -> int:

@@ -9,6 +9,8 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from dbconvert.anatomy import Change
+
 ADDITIONS = {"add", "iadd", "radd", "add_"}
 RESHAPES = {
     "clone", "contiguous", "expand", "flatten", "movedim", "permute", "reshape", "squeeze", "transpose", "swapaxes",
@@ -145,6 +147,17 @@ def scaled(node: fx.Node) -> fx.Node | None:
         return None
     values = [a for a in node.args[:2] if isinstance(a, fx.Node) and not is_vector_weight(a)]
     return values[0] if len(values) == 1 else None
+
+
+def elementwise(node: fx.Node) -> Change | None:
+    """What a node does to every number of its first argument by itself: times or over a number, or tanh."""
+    name = function_name(node)
+    if name == "tanh":
+        return Change("tanh")
+    by = node.args[1] if len(node.args) > 1 else None
+    if name not in SCALINGS or not isinstance(by, int | float):
+        return None
+    return Change("divide" if "div" in name else "multiply", float(by))
 
 
 def is_vector_weight(node: fx.Node) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from dbconvert.anatomy import Head, Input, Layer, Part
+from dbconvert.anatomy import Change, Embedding, Head, Input, Layer, Part
 from dbconvert.graph import ops
 from dbconvert.graph.evidence import Evidence
 
@@ -48,6 +48,7 @@ def surroundings(evidence: Evidence, inputs: dict[str, Any], facts: StackFacts) 
         "inputs": named_inputs(inputs),
         "tied": tied_parameters(evidence.model),
         "outside": facts.outside,
+        "embedding": find_embedding(evidence, facts.entering),
     }
 
 
@@ -119,7 +120,7 @@ def find_head(evidence: Evidence, end: fx.Node) -> Head | None:
     for output, node in evidence.recording.outputs:
         if not ops.is_floating(node) or not evidence.spines.reach.is_ancestor(end, node):
             continue
-        made = ops.origin(node)
+        made, after = look_back(node)
         module = ops.module_of(made, evidence.model)
         if not isinstance(module, nn.Linear) or len(evidence.recording.calls_of(str(made.target))) != 1:
             return None
@@ -127,8 +128,37 @@ def find_head(evidence: Evidence, end: fx.Node) -> Head | None:
         if features is None:
             return None
         token, pooled = how_read(features, end, evidence)
-        return Head(str(made.target), module.in_features, module.out_features, output, token, pooled)
+        return Head(str(made.target), module.in_features, module.out_features, output, token, pooled, after)
     return None
+
+
+def look_back(node: fx.Node) -> tuple[fx.Node, tuple[Change, ...]]:
+    """The node that made an output's numbers, and what was done to each of them since: scalings and softcaps."""
+    after: list[Change] = []
+    while True:
+        node = ops.origin(node)
+        change = ops.elementwise(node)
+        source = ops.first(node)
+        if change is None or source is None:
+            return node, tuple(reversed(after))
+        after.append(change)
+        node = source
+
+
+def find_embedding(evidence: Evidence, entering: fx.Node) -> Embedding | None:
+    """The only table that is looked up with one of the network's own whole-number inputs on the way to the stream."""
+    found = []
+    for node in evidence.recording.graph.nodes:
+        module = ops.module_of(node, evidence.model)
+        given = ops.first(node)
+        reaches = node is ops.origin(entering) or evidence.spines.reach.is_ancestor(node, entering)
+        if not isinstance(module, nn.Embedding) or given is None or not reaches:
+            continue
+        made = ops.origin(given)
+        if made.op == "placeholder" and len(made.meta["shape"]) == 2:
+            argument = str(made.target).removeprefix("input_")
+            found.append(Embedding(str(node.target), module.num_embeddings, node.meta["shape"][-1], argument))
+    return found[0] if len(found) == 1 else None
 
 
 def how_read(features: fx.Node, end: fx.Node, evidence: Evidence) -> tuple[int | None, bool]:

@@ -6,6 +6,7 @@ import torch
 from dbconvert.anatomy import Axes
 from dbconvert.conditioning.embedding import NoiseEmbedding
 from dbconvert.conditioning.modulation import Modulation, fit, gate, modulate
+from dbconvert.errors import DBConvertError
 
 
 @pytest.mark.parametrize(("start", "value"), [("zero", 0.0), ("original", 1.0)])
@@ -33,6 +34,26 @@ def test_every_example_gets_its_row(shape, axes):
     for example in range(3):
         chosen = channel_last[example * repeats : (example + 1) * repeats]
         assert torch.equal(chosen, rows[example].expand_as(chosen))
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes"),
+    [((3, 6, 4), Axes(0, -1)), ((6, 3, 4), Axes(1, -1)), ((3, 4, 6), Axes(0, -2)), ((18, 4), Axes(0, -1))],
+)
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_every_group_of_positions_gets_its_row(shape, axes, groups):
+    x, shift, scale = torch.randn(shape), *torch.randn(2, 3, groups, 4)
+    changed = modulate(x, shift, scale, axes)
+    assert changed.shape == x.shape
+    assert torch.allclose(gate(x, scale, axes), modulate(x, 0 * shift, scale - 1, axes), atol=1e-5)
+    plain, done = (v if len(shape) == 2 else v.movedim((axes.batch, axes.channel), (0, -1)) for v in (x, changed))
+    plain, done = plain.reshape(3, groups, -1, 4), done.reshape(3, groups, -1, 4)
+    assert torch.allclose(done, plain * (1 + scale[:, :, None]) + shift[:, :, None], atol=1e-6)
+
+
+def test_positions_without_an_axis_of_their_own_are_refused():
+    with pytest.raises(DBConvertError, match="no single axis of positions"):
+        gate(torch.randn(3, 2, 6, 4), torch.randn(3, 2, 4), Axes(0, -1))
 
 
 def test_formula():
