@@ -18,6 +18,7 @@ from dbconvert.graph.layers import entry, layer_calls, outside_parts, read_layer
 from dbconvert.graph.parts import StackFacts, surroundings
 from dbconvert.graph.spine import find_spines
 from dbconvert.graph.stack import Stack, choose_stack, refuse_decisions, wanted_stack
+from dbconvert.graph.streams import feeding_loops
 from dbconvert.graph.tape import Recording, record
 
 Inputs = dict[str, Any]
@@ -107,9 +108,11 @@ def read(evidence: Evidence, inputs: Inputs, wanted: str | None) -> Anatomy:
             raise changing
         return read_stack(evidence, inputs, chosen, stacks, part=changing is not None)
     except Refused as refusal:
-        if wanted is None:
-            offer(refusal, evidence, inputs, stacks)
-        raise
+        if wanted is not None:
+            raise
+        told = feeding_loops(evidence) or refusal
+        offer(told, evidence, inputs, stacks)
+        raise told from None
 
 
 def offer(refusal: Refused, evidence: Evidence, inputs: Inputs, stacks: list[Stack]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from itertools import pairwise
 
 from torch import fx, nn
@@ -10,7 +10,9 @@ from torch import fx, nn
 from dbconvert.errors import Refused
 from dbconvert.graph import ops
 from dbconvert.graph.evidence import Evidence
+from dbconvert.graph.spine import ResidualAdd
 from dbconvert.graph.stack import Stack, branch_homes
+from dbconvert.graph.streams import mixed_streams
 from dbconvert.graph.tape import ModuleCall, describe
 
 
@@ -50,11 +52,14 @@ def changes_of_shape(groups: list[list[ModuleCall]]) -> Refused | None:
 def why_no_stack(evidence: Evidence) -> Refused:
     """The most telling reason why no stack of residual layers was found."""
     groups = repeated_siblings(evidence)
-    changed = changes_of_shape(groups)
-    if changed is not None:
-        return changed
+    stream = stream_of(groups[0][0]) if groups else None
+    mixed = mixed_streams(groups[0], stream, evidence) if stream is not None else None
+    told = mixed or changes_of_shape(groups)
+    if told is not None:
+        return told
     if groups:
-        return broken_stream(groups[0], evidence) or not_residual(groups[0], evidence)
+        layers = groups[0]
+        return broken_stream(layers, evidence) or added_outside(layers, evidence) or not_residual(layers, evidence)
     if evidence.spines.adds:
         add = next(iter(evidence.spines.adds.values()))
         return Refused(
@@ -104,6 +109,43 @@ def broken_stream(calls: list[ModuleCall], evidence: Evidence) -> Refused | None
                 hint="let each layer take what the one before it returned, unchanged",
             )
     return None
+
+
+def added_outside(calls: list[ModuleCall], evidence: Evidence) -> Refused | None:
+    """Modules whose results are added to the stream outside of them, in a forward that calls its parts from several
+    lists; None if theirs are not, or the parts of each layer lie in one module."""
+    returned = {ops.origin(node) for _, node in calls[0].outputs}
+    adds = [add for add in evidence.spines.adds.values() if calls[0].order not in add.node.meta["calls"]]
+    around = [add for add in adds if any(ops.origin(branch) in returned for branch in add.branches)]
+    lists = numbered_lists(around[0].node.meta["calls"][-1], evidence) if around else []
+    if len(lists) < 2:
+        return None
+    where = around[0].node.meta["scope"][-1] or type(evidence.model).__name__
+    reason = (
+        f"what {calls[0].path} returns is added to the stream outside of it, in the forward of {where}, and no module "
+        f"holds the parts of one layer: they lie in {', '.join(lists)}"
+    )
+    hint = "make each layer one module whose forward contains its additions and norms"
+    product = next(filter(None, (product_before(add, evidence) for add in adds)), None)
+    if product is not None:
+        reason += "; and between two additions the stream is multiplied by another tensor"
+        hint += ", and multiply by that tensor inside the branches"
+    nodes = [describe(node) for node in (around[0].node, product) if node is not None]
+    return Refused(reason, node="; ".join(nodes), kind="around", hint=hint)
+
+
+def numbered_lists(forward: int, evidence: Evidence) -> list[str]:
+    """Containers of several numbered modules that one forward, the call of this order, calls itself."""
+    called = [call.path for call in evidence.recording.calls if call.parents[-1:] == (forward,)]
+    numbered = Counter(path.rpartition(".")[0] for path in dict.fromkeys(called) if path.rpartition(".")[2].isdigit())
+    return [container for container, times in numbered.items() if times > 1]
+
+
+def product_before(add: ResidualAdd, evidence: Evidence) -> fx.Node | None:
+    """The product of an earlier stream with another tensor that an addition starts from, if it does."""
+    made = add.source
+    streams = [evidence.spines.after_addition(term) for term in ops.operands(made)]
+    return made if ops.function_name(made) in ops.SCALINGS and any(streams) else None
 
 
 def not_residual(calls: list[ModuleCall], evidence: Evidence) -> Refused:

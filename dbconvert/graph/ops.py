@@ -160,6 +160,13 @@ def elementwise(node: fx.Node) -> Change | None:
     return Change("divide" if "div" in name else "multiply", float(by))
 
 
+def shifted(node: fx.Node) -> fx.Node | None:
+    """x, if the node is x plus a weight of one entry, or one a channel."""
+    terms = operands(node) if is_addition(node) else []
+    values = [term for term in terms if not is_vector_weight(term)]
+    return values[0] if len(values) == 1 and same_shape(values[0], node) else None
+
+
 def is_vector_weight(node: fx.Node) -> bool:
     """A weight with one entry, or one a channel."""
     return node.op == "get_attr" and sum(n > 1 for n in node.meta["shape"]) <= 1

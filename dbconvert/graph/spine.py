@@ -27,7 +27,7 @@ class ResidualAdd:
         node: the addition.
         source: the node that made the numbers of the stream before it.
         branches: the other terms.
-        on_spine: normalisations, activations and scalings between `source` and this addition, nearest first.
+        on_spine: normalisations, activations, scalings and shifts between `source` and this addition, nearest first.
     """
 
     node: fx.Node
@@ -83,10 +83,11 @@ class Spines:
             node = before
 
     def before(self, node: fx.Node) -> fx.Node | None:
-        """What a norm, an activation or a scaling reads: operations that may stand on a stream. None for all others."""
+        """What a norm, an activation, a scaling or a shift reads: operations that may stand on a stream. None for all
+        others."""
         if ops.is_norm(node, self.model) or ops.is_activation(node, self.model):
             return ops.first(node)
-        return ops.scaled(node)
+        return ops.scaled(node) or ops.shifted(node)
 
 
 def find_spines(recording: Recording, model: nn.Module) -> Spines:
@@ -120,9 +121,17 @@ def residual(node: fx.Node, spines: Spines) -> ResidualAdd | None:
 
 
 def scaled_streams(terms: list[fx.Node], spines: Spines) -> list[tuple[fx.Node, fx.Node, tuple[fx.Node, ...]]]:
-    """Terms a * h where h dominates all others, as in a * h + f(h): (term, h, the scaling)."""
-    scaled = [(t, ops.origin(t), ops.scaled(ops.origin(t))) for t in terms]
-    return [(t, h, (scaling,)) for t, scaling, h in scaled if h is not None and dominates(h, t, terms, spines)]
+    """Terms a * h + b where h dominates all others, as in a * h + b + f(h): (term, h, scalings and shifts)."""
+    found = []
+    for term in terms:
+        passed: list[fx.Node] = []
+        before: fx.Node | None = term
+        while before is not None and not (passed and dominates(before, term, terms, spines)):
+            passed.append(ops.origin(before))
+            before = ops.scaled(passed[-1]) or ops.shifted(passed[-1])
+        if before is not None:
+            found.append((term, before, tuple(passed)))
+    return found
 
 
 def dominates(stream: fx.Node, own: fx.Node, terms: list[fx.Node], spines: Spines) -> bool:

@@ -308,9 +308,9 @@ def holds_matrices(module: nn.Module) -> bool:
 
 
 def joins(module: nn.Module, given: list[tuple[Path, Any]]) -> bool:
-    """Whether a childless module without weights combines tensors, as a module that only adds does: then it is open."""
+    """Whether a childless module without matrices combines tensors, as one that adds or scales and adds: it is open."""
     floating = [leaf for _, leaf in given if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() > 1]
-    return len(floating) > 1 and not any(True for _ in module.parameters())
+    return len(floating) > 1 and all(p.dim() < 2 for p in module.parameters())
 
 
 def called(function: Callable[..., Any]) -> str:
