@@ -112,23 +112,22 @@ def broken_stream(calls: list[ModuleCall], evidence: Evidence) -> Refused | None
 
 
 def added_outside(calls: list[ModuleCall], evidence: Evidence) -> Refused | None:
-    """Modules whose results are added to the stream outside of them, in a forward that calls its parts from several
-    lists; None if theirs are not, or the parts of each layer lie in one module."""
+    """Modules whose results are added to the stream outside of them, where their forward takes the parts of a layer
+    from several lists or multiplies the stream between additions; None if it does neither."""
     returned = {ops.origin(node) for _, node in calls[0].outputs}
     adds = [add for add in evidence.spines.adds.values() if calls[0].order not in add.node.meta["calls"]]
     around = [add for add in adds if any(ops.origin(branch) in returned for branch in add.branches)]
     lists = numbered_lists(around[0].node.meta["calls"][-1], evidence) if around else []
-    if len(lists) < 2:
+    product = next(filter(None, (product_before(add, evidence) for add in adds)), None)
+    if not around or (len(lists) < 2 and product is None):
         return None
     where = around[0].node.meta["scope"][-1] or type(evidence.model).__name__
-    reason = (
-        f"what {calls[0].path} returns is added to the stream outside of it, in the forward of {where}, and no module "
-        f"holds the parts of one layer: they lie in {', '.join(lists)}"
-    )
+    reason = f"what {calls[0].path} returns is added to the stream outside of it, in the forward of {where}"
     hint = "make each layer one module whose forward contains its additions and norms"
-    product = next(filter(None, (product_before(add, evidence) for add in adds)), None)
+    if len(lists) > 1:
+        reason += f"; no module holds the parts of one layer, which lie in {', '.join(lists)}"
     if product is not None:
-        reason += "; and between two additions the stream is multiplied by another tensor"
+        reason += "; between two additions the stream is multiplied by another tensor"
         hint += ", and multiply by that tensor inside the branches"
     nodes = [describe(node) for node in (around[0].node, product) if node is not None]
     return Refused(reason, node="; ".join(nodes), kind="around", hint=hint)

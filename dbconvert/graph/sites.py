@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 
@@ -52,10 +52,18 @@ def branches(run: LayerRun, evidence: Evidence) -> tuple[Branch, ...]:
     found = []
     for position, add in enumerate(run.additions):
         for term in add.branches:
-            placement, norm = norm_site(run, position, term, evidence)
-            gate = gate_site(run, add, term, evidence)
+            own = replace(add, source=stream_of(add, term, evidence))
+            placement, norm = norm_site(run, position, own, term, evidence)
+            gate = gate_site(run, own, term, evidence)
             found.append(Branch(add.node.name, placement, norm, gate))
     return tuple(found)
+
+
+def stream_of(add: ResidualAdd, term: fx.Node, evidence: Evidence) -> fx.Node:
+    """What a branch is computed from: the last sum on the way to an addition, else the stream before it."""
+    reach = evidence.spines.reach
+    partial = [node for node in add.partial if reach.is_ancestor(node, term)]
+    return max(partial, key=lambda node: reach.index[node], default=add.source)
 
 
 def on_spine(run: LayerRun) -> list[fx.Node]:
@@ -66,8 +74,9 @@ def on_spine(run: LayerRun) -> list[fx.Node]:
 # -- norms ------------------------------------------------------------------------------------------------
 
 
-def norm_site(run: LayerRun, position: int, term: fx.Node, evidence: Evidence) -> tuple[Placement, NormSite]:
-    add = run.additions[position]
+def norm_site(
+    run: LayerRun, position: int, add: ResidualAdd, term: fx.Node, evidence: Evidence
+) -> tuple[Placement, NormSite]:
     model = evidence.model
     inside = [n for n in evidence.spines.reach.between(add.source, [term]) if n not in add.on_spine]
     norms = [n for n in inside if ops.is_norm(n, model)]

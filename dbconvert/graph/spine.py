@@ -28,12 +28,14 @@ class ResidualAdd:
         source: the node that made the numbers of the stream before it.
         branches: the other terms.
         on_spine: normalisations, activations, scalings and shifts between `source` and this addition, nearest first.
+        partial: residual additions on the way, x + f(x) in x + f(x) + g(an earlier x).
     """
 
     node: fx.Node
     source: fx.Node
     branches: tuple[fx.Node, ...]
     on_spine: tuple[fx.Node, ...] = ()
+    partial: tuple[fx.Node, ...] = ()
 
 
 @dataclass
@@ -55,7 +57,7 @@ class Spines:
 
     def chains(self) -> list[list[ResidualAdd]]:
         """Every chain that no other addition continues, longest first; of equals the one that ends last."""
-        continued = {add.source for add in self.adds.values()}
+        continued = {node for add in self.adds.values() for node in (add.source, *add.partial)}
         ends = [node for node in reversed(self.adds) if node not in continued]
         ends.sort(key=lambda node: -self.length[node])
         return [self.chain(end) for end in ends]
@@ -102,6 +104,7 @@ def find_spines(recording: Recording, model: nn.Module) -> Spines:
 def residual(node: fx.Node, spines: Spines) -> ResidualAdd | None:
     """`node` as a residual addition, or None if no term, or more than one, dominates the others."""
     terms = ops.operands(node)
+    partial: list[fx.Node] = []
     for _ in range(EXPANSIONS):
         streams = [(t, t, ()) for t in terms if dominates(t, t, terms, spines)] or scaled_streams(terms, spines)
         if streams:
@@ -109,6 +112,7 @@ def residual(node: fx.Node, spines: Spines) -> ResidualAdd | None:
         opened = [part for t in terms for part in open_sum(t, spines)]
         if len(opened) == len(terms):
             return None
+        partial += [ops.origin(t) for t in terms if ops.origin(t) in spines.adds]
         terms = opened
     if len(streams) != 1:
         return None
@@ -117,7 +121,7 @@ def residual(node: fx.Node, spines: Spines) -> ResidualAdd | None:
     branches = [part for t in terms if t is not term for part in all_terms(t, node, source, spines)]
     if ops.size(source) != ops.size(node) or any(ops.size(b) != ops.size(node) for b in branches):
         return None
-    return ResidualAdd(node, source, tuple(branches), (*scaling, *passed))
+    return ResidualAdd(node, source, tuple(branches), (*scaling, *passed), tuple(partial))
 
 
 def scaled_streams(terms: list[fx.Node], spines: Spines) -> list[tuple[fx.Node, fx.Node, tuple[fx.Node, ...]]]:

@@ -51,8 +51,8 @@ def loop(path: str, evidence: Evidence) -> str:
 
 
 def mixed_streams(calls: list[ModuleCall], stream: tuple[fx.Node, fx.Node], evidence: Evidence) -> Refused | None:
-    """Layers that keep [.., n, .., d], compute branches for [.., d] alone, and add these to the product of the n streams
-    with an n x n matrix.
+    """Layers that keep [.., n, .., d], compute branches for [.., d], and add these to the product of the n streams with
+    an n x n matrix.
 
     Args:
         stream: what carries the streams into the first layer and out of it.

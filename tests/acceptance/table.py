@@ -17,6 +17,10 @@ WRITTEN = {
     **{name: known(name) for name in networks.ACCEPTED},
     "gpt_inline": Row(lambda: (networks.GPT(written.InlineBlock), {"ids": tokens()}), branches=2),
     "nested_pairs": Row(lambda: (written.NestedPairs(), {"x": features()}), branches=2),
+    "shortcut": Row(lambda: (networks.Net(written.Shortcut), {"x": features()}), width=networks.WIDTH, branches=4),
+    "scaled_and_shifted": Row(
+        lambda: (networks.Net(written.ScaledAndShifted), {"x": features()}), branches=2, post=True
+    ),
     "deferred": Row(lambda: (written.Deferred(), {"ids": tokens()}), verdict="refused", kind="deferred-residual"),
     "huginn": Row(lambda: (written.Huginn(), {"ids": tokens()}), verdict="looped", layers=2, branches=2),
     "u_vit": Row(lambda: (written.UViT(), {"x": features()}), verdict="restricted", layers=None),

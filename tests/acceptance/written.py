@@ -119,6 +119,46 @@ class SkipBlock(nn.Module):
         return self.block(x if self.skip is None else self.skip(torch.cat([x, kept], -1)))
 
 
+class Shortcut(nn.Module):
+    """A branch that leaves the stream early and comes back late: x3 = x2 + f(x2) + g(x1)."""
+
+    def __init__(self):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(3))
+        self.attention, self.middle, self.last, self.late = Attention(WIDTH, HEADS, False), mlp(), mlp(), mlp()
+
+    def forward(self, x):
+        y = self.norms[0](x)
+        late = self.late(y)
+        x = x + self.middle(y)
+        x = x + self.attention(self.norms[1](x))
+        return x + self.last(self.norms[2](x)) + late
+
+
+class Join(nn.Module):
+    """A sum of branch and stream, both scaled and shifted by vectors."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(1 + 0.1 * torch.randn(WIDTH))
+        self.shift = nn.Parameter(0.1 * torch.randn(WIDTH))
+        self.branch_scale, self.branch_shift = nn.Parameter(torch.ones(WIDTH)), nn.Parameter(torch.zeros(WIDTH))
+
+    def forward(self, branch, stream):
+        return (branch + self.branch_shift) * self.branch_scale + (stream + self.shift) * self.scale
+
+
+class ScaledAndShifted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm1, self.norm2, self.join1, self.join2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH), Join(), Join()
+        self.attention, self.mlp = Attention(WIDTH, HEADS, False), mlp()
+
+    def forward(self, x):
+        x = self.join1(self.attention(self.norm1(x)), x)
+        return self.join2(self.mlp(self.norm2(x)), x)
+
+
 class UViT(nn.Module):
     """Long skips: the last layers read what the first ones handed on."""
 

@@ -140,3 +140,48 @@ def test_a_moved_function_call_is_found():
     with pytest.raises(Refused, match="sites at function calls") as caught:
         prove(model, analyse(model, inputs), inputs)
     assert "train mode: layer_norm 0 in layers.0" in caught.value.node
+
+
+class Around(nn.Module):
+    """Branches in lists of their own, added in the network's forward; `between` is done to the stream after each."""
+
+    def __init__(self, between, *, lists):
+        super().__init__()
+        self.stem, self.head, self.between = nn.Linear(8, networks.WIDTH), nn.Linear(networks.WIDTH, 3), between
+        self.first = nn.ModuleList(networks.PreNormMLP().mlp for _ in range(3))
+        self.second = nn.ModuleList(networks.PreNormMLP().mlp for _ in range(3)) if lists > 1 else []
+
+    def forward(self, x):
+        mask = (x.sum(-1, keepdim=True) > -9).float()
+        x = self.stem(x)
+        for i, first in enumerate(self.first):
+            x = self.between(x + first(x), mask)
+            x = x + self.second[i](x) if self.second else x
+        return self.head(x.mean(1))
+
+
+def plain(x, _):
+    return x
+
+
+def masked(x, mask):
+    return x * mask
+
+
+@pytest.mark.parametrize(
+    ("between", "lists", "parallel", "multiplied"),
+    [(masked, 2, True, True), (plain, 2, True, False), (masked, 1, False, True)],
+)
+def test_additions_around_modules(between, lists, parallel, multiplied):
+    with pytest.raises(Refused, match="added to the stream outside of it, in the forward of Around") as caught:
+        analyse(Around(between, lists=lists).eval(), {"x": networks.features()})
+    told = caught.value
+    assert told.kind == "around" and "node add" in told.node and "adapter" not in told.hint
+    assert ("the parts of one layer, which lie in first, second" in told.reason) == parallel
+    assert ("multiplied by another tensor" in told.reason) == ("node mul" in told.node) == multiplied
+
+
+def test_one_list_of_branches_on_an_unbroken_stream_is_something_else():
+    with pytest.raises(Refused, match="the residual addition of first.0 is written outside of it") as caught:
+        analyse(Around(plain, lists=1).eval(), {"x": networks.features()})
+    assert caught.value.kind == "functional"
