@@ -25,8 +25,8 @@ def feeding_loops(evidence: Evidence) -> Refused | None:
     for one, other in combinations([path for path, makers in fed.items() if path in makers], 2):
         if other in fed[one] and one in fed[other]:
             return Refused(
-                f"{loop(one, evidence)} and {loop(other, evidence)} run again and again and feed each other: each "
-                "takes what both of them returned, so that there is no single stream to cut",
+                f"{loop(one, evidence)} and {loop(other, evidence)} are looped and feed each other: each takes what "
+                "both of them returned, so that there is no single stream to cut",
                 node=describe(fed[one][other]),
                 kind="looped",
                 hint="only layers that follow each other on one stream can be cut",
@@ -47,7 +47,13 @@ def returned_by(node: fx.Node, evidence: Evidence) -> str:
 
 
 def loop(path: str, evidence: Evidence) -> str:
-    return f"{path} ({len(evidence.recording.calls_of(path))} times)"
+    """A looped module as it is named to people: with its layers, if it calls numbered modules of one class."""
+    calls = evidence.recording.calls
+    runs = evidence.recording.calls_of(path)
+    inside = {c.path for c in calls if runs[0].order in c.parents[-1:] and c.path.rpartition(".")[2].isdigit()}
+    classes = {type(evidence.model.get_submodule(inner)) for inner in inside}
+    layers = f"{len(inside)} layers, " if len(inside) > 1 and len(classes) == 1 else ""
+    return f"{path} ({layers}called {len(runs)} times)"
 
 
 def mixed_streams(calls: list[ModuleCall], stream: tuple[fx.Node, fx.Node], evidence: Evidence) -> Refused | None:

@@ -182,6 +182,6 @@ def test_additions_around_modules(between, lists, parallel, multiplied):
 
 
 def test_one_list_of_branches_on_an_unbroken_stream_is_something_else():
-    with pytest.raises(Refused, match="the residual addition of first.0 is written outside of it") as caught:
+    with pytest.raises(Refused, match=r"the residual addition of first\.0 is written outside of it") as caught:
         analyse(Around(plain, lists=1).eval(), {"x": networks.features()})
     assert caught.value.kind == "functional"
