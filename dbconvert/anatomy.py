@@ -153,6 +153,20 @@ class SideInput:
 
 
 @record
+class SideAxes:
+    """Which axes of a side input, a tensor that a layer receives beside the stream, are whose.
+
+    Args:
+        batch: the axis along which examples lie, perhaps several rows each; None where all share one.
+        sequence: the axes of positions: one for positions and their embeddings, the last two for masks.
+    """
+
+    argument: Path
+    batch: int | None
+    sequence: tuple[int, ...]
+
+
+@record
 class Layer:
     """One layer of the stack.
 
@@ -272,6 +286,7 @@ class Anatomy:
         left_out: layers of the same container that are not part of the stack.
         outside: parts of layers that other parts of the network use too, and that belong to the periphery.
         embedding: where token numbers become vectors; None where the network takes none.
+        causal: whether no position sees a later one, as tried; None where that was not asked.
         tied: groups of parameter names that are one tensor.
     """
 
@@ -293,6 +308,7 @@ class Anatomy:
     left_out: tuple[str, ...] = ()
     outside: tuple[str, ...] = ()
     embedding: Embedding | None = None
+    causal: bool | None = None
     notes: tuple[str, ...] = ()
     proof: tuple[Check, ...] = ()
 

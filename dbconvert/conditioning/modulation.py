@@ -64,16 +64,16 @@ def by_group(x: Tensor, vectors: tuple[Tensor, ...], axes: Axes) -> tuple[Tensor
     x is [N, P, features] or [P, N, features]; or [N P, features], each example's rows together.
     """
     examples, groups = vectors[0].shape[:2]
-    if x.shape[axes.batch] != examples:
-        return x, tuple(fit(vector.flatten(0, 1), x, axes) for vector in vectors)
     others = [i for i in range(x.dim()) if i not in (axes.batch, axes.channel + x.dim())]
+    if x.shape[axes.batch] != examples or not others:
+        return x, tuple(fit(vector.flatten(0, 1), x, axes) for vector in vectors)
     if len(others) != 1:
         raise DBConvertError(
             f"a value of shape {list(x.shape)} has no single axis of positions to condition one by one",
             hint="condition whole examples instead",
         )
     place = others[0]
-    cut = x.unflatten(place, (groups, -1))
+    cut: Tensor = x.unflatten(place, (groups, -1))  # type: ignore[no-untyped-call]
     axis_of = [place, axes.batch, axes.channel + x.dim()]
     group, batch, channel = (axis + (axis > place) for axis in axis_of)
     order = [i for _, i in sorted([(batch, 0), (group, 1), (channel, 2)])]

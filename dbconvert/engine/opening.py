@@ -29,7 +29,7 @@ from dbconvert.weights import open_weights
 LARGE = 2**30
 """Bytes of parameters above which a network is analysed without its weights. Up to here building it and proving it by
 numbers takes seconds and a few GiB; beyond, both grow with the network, and the analysis needs neither."""
-STREAMED = 2**24
+STREAMED = 2**23
 """The same where the weights are on disk and a twin can prove: they go from file to file, so that memory need not grow
 with the checkpoint."""
 UNPROVED = "proved on the graph only: {why}; --prove runs the proof by numbers on the real weights, whatever they take"

@@ -9,21 +9,26 @@ one child of the network, `dbconvert`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from dbconvert.anatomy import Anatomy, Around, Axes, GateSite, Layer, NormSite
+from dbconvert.anatomy import Anatomy, Around, Axes, GateSite, Layer, NormSite, Path
 from dbconvert.conditioning.embedding import NoiseEmbedding
 from dbconvert.conditioning.modulation import Modulation, Start, gate, modulate
 from dbconvert.errors import DBConvertError, Refused
 from dbconvert.graph.functions import Arguments, Intercepted, Results, uncounted
 from dbconvert.graph.joined import AroundModule, PartModule
+from dbconvert.graph.tape import argument_leaves
 from dbconvert.graph.values import imitate, item, look_up, put_in, replaced
 
 PREFIX = "dbconvert"
 """Name of the child of a converted network that holds all that conversion adds."""
+
+
+Given = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Volatile:
@@ -42,8 +47,13 @@ class Run(Volatile):
 
     Args:
         active: the layers that run; the others hand the stream on. None runs all, as the original network does.
-        condition: conditioning vector of the active layers, [N, width], or None for the original layers.
+        condition: conditioning of the active layers, [N, width], or [N, G, width] where the positions fall into G
+            groups of one length; None for the original layers.
+        embed: changes the token embeddings.
         entry: changes the stream as it enters the stack.
+        beside: changes a tensor that an active layer receives beside the stream, by the argument's path.
+        attention: what active layers attend in.
+        leave: changes the stream as it leaves the stack.
         exit: changes what enters the head.
         keep: whether to keep the stream that leaves the last layer, as `leaving`.
         entered, waiting: of layers whose additions are written around them: the changed stream, and the branch that
@@ -52,7 +62,11 @@ class Run(Volatile):
 
     active: range | None = None
     condition: Tensor | None = None
+    embed: Callable[[Tensor], Tensor] | None = None
     entry: Callable[[Tensor], Tensor] | None = None
+    beside: Callable[[Path, Tensor], Tensor] | None = None
+    attention: Callable[[], AbstractContextManager[Any]] | None = None
+    leave: Callable[[Tensor], Tensor] | None = None
     exit: Callable[[Tensor], Tensor] | None = None
     keep: bool | None = None
     leaving: Tensor | None = None
@@ -60,12 +74,27 @@ class Run(Volatile):
     waiting: tuple[Tensor, nn.Module] | None = None
 
     def reset(self) -> None:
-        self.active = self.condition = self.entry = self.exit = self.keep = self.leaving = None
-        self.entered = self.waiting = None
+        for name in self.volatile():
+            setattr(self, name, None)
 
     def runs(self, layer: int) -> bool:
         """Whether a layer is to run, and not to hand its stream on."""
         return self.active is None or layer in self.active
+
+    def attending(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.attention is None else self.attention()
+
+    def given(self, stream: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
+        """A layer's arguments with those beside the stream changed."""
+        if self.beside is not None:
+            for path, value in argument_leaves(args, kwargs):
+                if isinstance(value, Tensor) and path != stream:
+                    args, kwargs = put_in(args, kwargs, path, self.beside(path, value))
+        return args, kwargs
+
+    def left(self, out: Any, stream: Path) -> Any:
+        """The last layer's output with the stream changed as it leaves the stack."""
+        return out if self.leave is None else replaced(out, stream, self.leave(item(out, stream)))
 
 
 class Site(Volatile):
@@ -177,17 +206,31 @@ class LayerModule(nn.Module):
             stream = run.entry(look_up(args, kwargs, self.db_layer.stream_in))
             args, kwargs = put_in(args, kwargs, self.db_layer.stream_in, stream)
         if run.runs(self.db_index):
+            args, kwargs = run.given(self.db_layer.stream_in, args, kwargs)
             out = super().__call__(*args, run.condition, **kwargs)
         else:
             out = imitate(self.db_layer, look_up(args, kwargs, self.db_layer.stream_in))
-        if run.keep and self.db_last:
+        if not self.db_last:
+            return out
+        if run.keep:
             run.leaving = item(out, self.db_layer.stream_out)
-        return out
+        return run.left(out, self.db_layer.stream_out)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         *args, condition = args  # type: ignore[assignment]
         self.db_layer_sites.fill(condition)
-        return super().forward(*args, **kwargs)
+        with self.db_run.attending():
+            return super().forward(*args, **kwargs)
+
+
+class EmbeddingModule(nn.Module):
+    """Mixed into the class of the token embedding: the task may put other vectors into their place."""
+
+    db_run: Run
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().forward(*args, **kwargs)
+        return out if self.db_run.embed is None else self.db_run.embed(out)
 
 
 class HeadModule(nn.Module):
@@ -200,7 +243,7 @@ class HeadModule(nn.Module):
         return super().forward(features if change is None else change(features), *args, **kwargs)
 
 
-MIXINS = (SiteModule, LayerModule, PartModule, AroundModule, HeadModule)
+MIXINS = (SiteModule, LayerModule, PartModule, AroundModule, EmbeddingModule, HeadModule)
 
 
 class Conditioning(nn.Module):
@@ -248,10 +291,11 @@ def inject(model: nn.Module, anatomy: Anatomy, *, blocks: int, width: int, start
     run = Run()
     for index, layer in enumerate(anatomy.layers):
         inject_layer(model, index, layer, conditioning, run, last=index == anatomy.depth - 1)
-    if anatomy.head is not None:
-        head = model.get_submodule(anatomy.head.module)
-        swap_class(head, HeadModule)
-        head.db_run = run  # type: ignore[assignment]
+    for found, mixin in ((anatomy.embedding, EmbeddingModule), (anatomy.head, HeadModule)):
+        if found is not None:
+            module = model.get_submodule(found.module)
+            swap_class(module, mixin)
+            module.db_run = run  # type: ignore[assignment]
     return run
 
 

@@ -46,7 +46,9 @@ class PartModule(nn.Module):
         if run.runs(self.db_index):
             if self.db_position == 0:
                 self.db_layer_sites.fill(run.condition)
-            out = super().__call__(*args, **kwargs)
+            args, kwargs = run.given(part.stream_in, args, kwargs)
+            with run.attending():
+                out = super().__call__(*args, **kwargs)
         else:
             out = imitate(part, stream.view_as(stream))
         branch = item(out, part.stream_out)
@@ -84,9 +86,11 @@ class Joined(TorchFunctionMode):
             args = tuple(branch if arg is branch else self.run.entered for arg in args[:2])
             stream = self.run.entered
         out = func(*args, **(kwargs or {})) if self.run.runs(part.db_index) else stream
-        if part.db_final and self.run.keep:
+        if not part.db_final:
+            return out
+        if self.run.keep:
             self.run.leaving = out
-        return out
+        return self.run.left(out, ())
 
 
 def takes(args: tuple[Any, ...], branch: Tensor) -> bool:
