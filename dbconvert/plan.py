@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from dbconvert.anatomy import Anatomy
+from dbconvert.anatomy import Anatomy, SideAxes
 from dbconvert.conditioning.modulation import Start
 from dbconvert.diffusion.distributions import LogNormal, NoiseDistribution, Tabulated
 from dbconvert.diffusion.intervals import Intervals, Partition
@@ -17,6 +17,8 @@ from dbconvert.schema import identity, parse, read_json, record
 
 SCHEMA_VERSION = 1
 Rule = Literal["auto", "edm"]
+Table = Literal["fresh", "own"]
+"""Where the clean targets come from: a new unit-norm table, or the network's own token embeddings, normalised."""
 
 
 @record
@@ -105,14 +107,19 @@ class Target:
     Args:
         classes: rows of the target table.
         width: its columns, the width of the stream.
-        placement: `token` puts the noisy target in the place of one token, `add` adds it to every position.
+        placement: `token` puts the noisy target in the place of one token, `add` adds it to every position; `sequence`
+            gives every position one of its own, behind the clean ones.
         token: index of that token.
+        table: where the clean targets come from.
+        sides: axes of what the layers receive beside the stream, where the task has to change it.
     """
 
     classes: int
     width: int
-    placement: Literal["token", "add"]
+    placement: Literal["token", "add", "sequence"]
     token: int | None = None
+    table: Table = "fresh"
+    sides: tuple[SideAxes, ...] = ()
 
 
 @record

@@ -46,7 +46,7 @@ def converted(model: nn.Module, plan: Plan, task: Task | None, *, seed: int = 0)
         with empty_weights() if is_empty(model) else nullcontext():
             run = inject(model, plan.anatomy, blocks=len(plan.blocks), width=plan.condition_width, start=plan.start)
         if task is not None:
-            task.register(model.get_submodule(PREFIX), blocks=len(plan.blocks), width=plan.condition_width, seed=seed)
+            task.register(model, blocks=len(plan.blocks), width=plan.condition_width, seed=seed)
     return run
 
 

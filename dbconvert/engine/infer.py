@@ -9,7 +9,8 @@ from torch import Tensor
 
 from dbconvert.diffusion.intervals import Intervals
 from dbconvert.diffusion.sampling import euler_step, levels
-from dbconvert.engine.network import BlockwiseNetwork, Inputs
+from dbconvert.engine.network import BlockwiseNetwork
+from dbconvert.tasks.base import Inputs
 
 Begin = Literal["zero", "noise"]
 """Where sampling starts: at z = 0, the mean of the noise, or at a draw of it."""
@@ -31,8 +32,7 @@ def sample(
     target. The last output is the prediction.
     """
     first = next(iter(inputs.values()))
-    target = network.task.target
-    shape = (len(first), target.width)
+    shape = network.task.target_shape(inputs)
     z = torch.zeros(shape, device=first.device)
     if begin == "noise":
         eps = torch.randn(shape, generator=generator)
@@ -43,6 +43,6 @@ def sample(
         level = torch.full((len(first),), sigma, device=first.device)
         outputs.append(network.denoise(intervals.block_of(sigma), inputs, z, level))
         if i + 1 < len(grid):
-            denoised = network.task.denoised(network.conditioning, outputs[-1])
+            denoised = network.task.denoised(network.model, outputs[-1])
             z = euler_step(z, denoised, sigma, grid[i + 1])
     return outputs

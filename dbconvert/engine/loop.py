@@ -21,13 +21,13 @@ from dbconvert.diffusion.intervals import stratified
 from dbconvert.diffusion.preconditioning import Preconditioning
 from dbconvert.engine.jobs import Job
 from dbconvert.engine.metrics import Metrics, Scorer
-from dbconvert.engine.network import Inputs
 from dbconvert.engine.runs import CHECKPOINTS, METRICS
 from dbconvert.engine.state import load_state, newest_state, save_state, truncate_metrics
 from dbconvert.engine.units import Unit
 from dbconvert.errors import DBConvertError
 from dbconvert.events import Advance, Reporter, Stage
 from dbconvert.files import append_line
+from dbconvert.tasks.base import Inputs, along
 
 
 class Loop:
@@ -119,7 +119,7 @@ class Loop:
         inputs, labels = self.to_device(batch)
         sigma = self.draw_sigma(block, len(labels))
         losses = self.backward(block, inputs, labels, sigma)
-        loss = float(losses.mean())
+        loss = self.job.network.task.mean(losses, labels)
         if not torch.isfinite(losses).all():
             raise self.not_finite(block, unit, losses, sigma)
         norm = self.clip(units)
@@ -148,26 +148,28 @@ class Loop:
         return self.job.intervals.draw(block, stratified(count)).to(self.accelerator.device)
 
     def backward(self, block: int, inputs: Inputs, labels: Tensor, sigma: Tensor) -> Tensor:
-        """Accumulates the gradients of a batch, a part at a time; returns its unweighted losses [N]."""
-        parts = self.recipe.train.accumulate
+        """Accumulates the gradients of a batch, a part at a time; returns its unweighted losses."""
+        parts, task = self.recipe.train.accumulate, self.job.network.task
+        total = task.counted(labels).sum()
         losses = []
         for part, chosen in enumerate(torch.arange(len(labels)).chunk(parts)):
             here = {name: value[chosen] for name, value in inputs.items()}
             with self.accelerator.no_sync(self.model) if part + 1 < parts else nullcontext():
                 loss = self.losses(block, here, labels[chosen], sigma[chosen])
-                weighted = loss * self.weight(sigma[chosen])
-                self.accelerator.backward(weighted.sum() / len(labels))
+                weights = along(self.weight(sigma[chosen]), loss) * task.counted(labels[chosen])
+                self.accelerator.backward((loss * weights).sum() / total)
             losses.append(loss.detach())
         return torch.cat(losses)
 
     def losses(self, block: int, inputs: Inputs, labels: Tensor, sigma: Tensor) -> Tensor:
-        network = self.job.network
-        if self.job.layers is not None:
-            output = self.model(None, inputs, labels, sigma, None, layers=self.job.layers)
-        else:
-            eps = torch.randn(len(labels), network.task.target.width, device=labels.device)
-            output = self.model(block, inputs, labels, sigma, eps)
-        return network.task.losses(output, labels)
+        """Unweighted, of the labels' shape."""
+        layers = self.job.layers
+        if layers is not None:
+            losses: Tensor = self.model(None, inputs, labels, sigma, None, layers=layers)
+            return losses
+        eps = torch.randn(self.job.network.task.target_shape(inputs), device=labels.device)
+        losses = self.model(block, inputs, labels, sigma, eps)
+        return losses
 
     def weight(self, sigma: Tensor) -> Tensor:
         if self.recipe.train.weight == "none" or self.job.layers is not None:
@@ -182,7 +184,7 @@ class Loop:
         return None if norm is None else float(norm)
 
     def not_finite(self, block: int, unit: Unit, losses: Tensor, sigma: Tensor) -> DBConvertError:
-        bad = sigma[~torch.isfinite(losses)]
+        bad = sigma[(~torch.isfinite(losses)).reshape(len(sigma), -1).any(1)]
         levels = "" if self.job.layers is not None else f", sigma {float(bad.min()):.4g} to {float(bad.max()):.4g}"
         state = newest_state(self.job.folder / CHECKPOINTS)
         kept = f"; the last whole state is {state}" if state else ""

@@ -11,12 +11,13 @@ from dbconvert.data.batches import OrderedBatches, seed_all
 from dbconvert.data.examples import LABEL
 from dbconvert.data.images import normalise
 from dbconvert.engine.jobs import Job
-from dbconvert.engine.network import BlockwiseNetwork, Inputs
+from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.engine.units import Unit
 from dbconvert.errors import DBConvertError
 from dbconvert.graph.account import parameter_bytes, saved_bytes, state_bytes
 from dbconvert.graph.proof import unchanged_state
 from dbconvert.recipe import OptimizerOptions
+from dbconvert.tasks.base import Inputs
 
 MOMENTS = {"adamw": 2, "sgd": 1}
 
@@ -94,13 +95,10 @@ def activations(job: Job, block: int, device: torch.device) -> int:
     inputs = {k: normalise(v, recipe.data.image) if v.dim() == 4 else v for k, v in batch.items()}
 
     def loss() -> Tensor:
-        if job.layers is not None:
-            output = network.plain(inputs, job.layers)
-        else:
-            eps = torch.randn(len(labels), network.task.target.width, device=device)
-            sigma = job.intervals.draw(block, torch.rand(len(labels))).to(device)
-            output = network(block, inputs, labels, sigma, eps)
-        return network.task.losses(output, labels).mean()
+        sigma = job.intervals.draw(max(block, 0), torch.rand(len(labels))).to(device)
+        eps = None if job.layers is not None else torch.randn(network.task.target_shape(inputs), device=device)
+        losses: Tensor = network(None if eps is None else block, inputs, labels, sigma, eps, layers=job.layers)
+        return losses.mean()
 
     with unchanged_state(network), torch.random.fork_rng(devices=[]):
         network.train()

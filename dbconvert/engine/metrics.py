@@ -15,8 +15,9 @@ from dbconvert.data.examples import LABEL, Examples
 from dbconvert.data.images import normalise
 from dbconvert.diffusion.intervals import Intervals
 from dbconvert.engine.infer import sample
-from dbconvert.engine.network import BlockwiseNetwork, Inputs
+from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.recipe import EvalOptions, ImageOptions
+from dbconvert.tasks.base import Inputs
 
 Metrics = dict[str, float]
 
@@ -44,7 +45,8 @@ class Scorer:
     def blocks(self, examples: Examples) -> Metrics:
         """Metrics of a converted network.
 
-        `accuracy_zero` and `loss_zero` start from z = 0; `accuracy_draw` is the mean over single noise draws and
+        `accuracy_zero` and `loss_zero` start from z = 0, where `loss_first` is what the first evaluation says, block 0
+        at sigma_max; `accuracy_draw` is the mean over single noise draws and
         `accuracy_average` that of their averaged predictions; `loss_block_b` is the unweighted loss over the
         block's own levels, `loss_sigma_s` the one at a fixed level. Sampling needs all blocks; a single block has
         losses only.
@@ -61,21 +63,26 @@ class Scorer:
 
     def predictions(self, inputs: Inputs, labels: Tensor, generator: torch.Generator) -> Metrics:
         task, steps = self.network.task, self.options.steps
-        last = sample(self.network, self.intervals, inputs, steps=steps)[-1]
-        found = {"accuracy_zero": mean(task.correct(last, labels)), "loss_zero": mean(task.losses(last, labels))}
+        outputs = sample(self.network, self.intervals, inputs, steps=steps)
+        first, last = outputs[0], outputs[-1]
+        found = {
+            "accuracy_zero": task.mean(task.correct(last, labels), labels),
+            "loss_zero": task.mean(task.losses(last, labels), labels),
+            "loss_first": task.mean(task.losses(first, labels), labels),
+        }
         draws = [
             sample(self.network, self.intervals, inputs, steps=steps, begin="noise", generator=generator)[-1]
             for _ in range(self.options.draws)
         ]
         if draws:
-            found["accuracy_draw"] = sum(mean(task.correct(draw, labels)) for draw in draws) / len(draws)
-            found["accuracy_average"] = mean(task.correct(task.average(draws), labels))
+            found["accuracy_draw"] = sum(task.mean(task.correct(d, labels), labels) for d in draws) / len(draws)
+            found["accuracy_average"] = task.mean(task.correct(task.average(draws), labels), labels)
         return found
 
     def losses(self, inputs: Inputs, labels: Tensor, generator: torch.Generator) -> Metrics:
         """The unweighted loss of each block over its own levels, and at fixed levels of equal mass between them."""
-        width, distribution = self.network.task.target.width, self.intervals.distribution
-        eps = torch.randn(len(labels), width, generator=generator).to(self.device)
+        distribution = self.intervals.distribution
+        eps = torch.randn(self.network.task.target_shape(inputs), generator=generator).to(self.device)
         found = {}
         for block in self.network.present:
             low, high = distribution.cdf(torch.tensor(self.intervals.owned(block), dtype=torch.float64))
@@ -89,8 +96,8 @@ class Scorer:
         return found
 
     def loss_at(self, block: int, inputs: Inputs, labels: Tensor, sigma: Tensor, eps: Tensor) -> float:
-        output = self.network(block, inputs, labels, sigma.to(self.device, torch.float32), eps)
-        return mean(self.network.task.losses(output, labels))
+        losses = self.network(block, inputs, labels, sigma.to(self.device, torch.float32), eps)
+        return self.network.task.mean(losses, labels)
 
     def plain(self, examples: Examples, layers: range) -> Metrics:
         """Accuracy and loss of the unconditioned network."""
@@ -98,8 +105,8 @@ class Scorer:
         right = lost = 0.0
         for inputs, labels in self.batches(examples):
             output = self.network.plain(inputs, layers)
-            right += float(task.correct(output, labels).sum())
-            lost += float(task.losses(output, labels).sum())
+            right += task.mean(task.correct(output, labels), labels) * len(labels)
+            lost += task.mean(task.losses(output, labels), labels) * len(labels)
         return {"accuracy": right / len(examples), "loss": lost / len(examples)}
 
     def batches(self, examples: Examples) -> Iterator[tuple[Inputs, Tensor]]:
@@ -125,7 +132,3 @@ class Scorer:
 def midpoints(count: int) -> Tensor:
     """The middles of `count` equal cells of [0, 1], float64."""
     return (torch.arange(count, dtype=torch.float64) + 0.5) / max(1, count)
-
-
-def mean(values: Tensor) -> float:
-    return float(values.float().mean())

@@ -12,9 +12,8 @@ from dbconvert.diffusion.preconditioning import Preconditioning
 from dbconvert.errors import DBConvertError
 from dbconvert.graph.inject import PREFIX, Conditioning, Run
 from dbconvert.plan import Plan
-from dbconvert.tasks.base import Corruption, Task, leaf
+from dbconvert.tasks.base import Corruption, Inputs, Task, along, leaf
 
-Inputs = dict[str, Tensor]
 Periphery = Literal["shared", "own", "single"]
 """`shared`: one stem and readout for all blocks; `own`: each block has its own; `single`: only one block is
 there, and the network's stem and readout are that block's."""
@@ -94,37 +93,31 @@ class BlockwiseNetwork(nn.Module):
         Args:
             block: None runs `layers` unconditioned, for the baselines.
             inputs: arguments of the network, batch of N.
-            labels: [N]. sigma: [N]. eps: [N, d].
+            labels: [N] or [N, S]. sigma: [N] or [N, S]. eps: [*labels, d].
 
         Returns:
-            the network's output, e.g. logits [N, K].
+            the losses, unweighted, of the labels' shape.
         """
         if block is None or eps is None:
-            return self.plain(inputs, layers)
-        z = self.task.clean(self.conditioning, labels) + sigma[:, None] * eps
-        return self.denoise(block, inputs, z, sigma)
+            return self.task.losses(self.plain(inputs, layers), labels)
+        clean = self.task.clean(self.model, labels)
+        return self.task.losses(self.denoise(block, inputs, clean + along(sigma, clean) * eps, sigma), labels)
 
     def denoise(self, block: int, inputs: Inputs, z: Tensor, sigma: Tensor) -> Tensor:
-        """The output of one block for noisy targets z [N, d] at levels sigma [N]."""
-        return self.output(self.denoised_output(block, inputs, z, sigma))
-
-    def denoised_output(self, block: int, inputs: Inputs, z: Tensor, sigma: Tensor) -> Any:
-        """All that the network returns then."""
+        """The output of one block for noisy targets z [N, d] or [N, S, d] at levels sigma [N] or [N, S]."""
         if block not in self.present:
             raise DBConvertError(f"block {block} is not in memory", why=f"only blocks {list(self.present)} are")
         scaling = Preconditioning(self.sigma_data)
         condition = self.conditioning.embedder[str(block)](scaling.c_noise(sigma))
-        corruption = Corruption(z, sigma, condition, scaling)
+        passage = self.task.passage(self.model, block, inputs, Corruption(z, sigma, condition, scaling))
         self.run.reset()
         self.run.active = self.plan.layers_of(block)
-        self.run.condition = condition
-        self.run.entry = self.task.entry(corruption)
-        self.run.exit = self.task.exit(self.conditioning, block, corruption)
-        return self.call(block, inputs)
+        passage.steer(self.run)
+        return self.output(self.call(block, passage.inputs))
 
     def plain(self, inputs: Inputs, layers: range | None = None) -> Tensor:
-        """The output of the unconditioned network: all layers, or only some of them."""
-        return self.output(self.model_output(inputs, layers))
+        """What the unconditioned network predicts: all layers, or only some of them."""
+        return self.task.plain(self.output(self.model_output(inputs, layers)))
 
     def model_output(self, inputs: Inputs, layers: range | None = None) -> Any:
         """All that the unconditioned network returns."""

@@ -243,7 +243,7 @@ def get_noise(package: Package, network: BlockwiseNetwork, examples: Examples | 
 
 def fit_now(network: BlockwiseNetwork, examples: Examples) -> NoiseFit:
     plan = network.plan
-    table = network.task.table(network.conditioning).detach().cpu()
+    table = network.task.table(network.model).detach().cpu()
     basis = "the label frequencies of the training data and the initial target table"
     return fit_noise(plan.noise, len(plan.blocks), table, examples.label_counts(), basis)
 

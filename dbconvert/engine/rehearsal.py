@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dbconvert.engine.network import BlockwiseNetwork, Inputs
+from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.errors import DBConvertError, UsageError
 from dbconvert.graph.account import only_inputs_kept, saved_bytes
 from dbconvert.graph.fake import NEEDS_NUMBERS, fake_like
@@ -22,6 +22,7 @@ from dbconvert.graph.proof import is_tokens
 from dbconvert.graph.tape import tensors
 from dbconvert.schema import Positive, record
 from dbconvert.sources.fake_runs import runnable_on_fake
+from dbconvert.tasks.base import Inputs
 
 Precision = Literal["fp32", "bf16"]
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -118,30 +119,34 @@ class Rehearsal:
 
     def loss(self, layers: range | None, inputs: Inputs) -> Tensor:
         autocast = torch.autocast(self.device, TYPES[self.case.precision], enabled=self.case.precision != "fp32")
-        labels = torch.zeros(self.case.batch, dtype=torch.long, device=self.device)
         with autocast:
-            value = self.network.model_output(inputs) if layers is None else self.conditioned(layers, inputs, labels)
-        task = self.network.decided_task
-        output = self.network.output(value) if self.network.plan.anatomy.head is not None else first_floating(value)
-        if task is not None:
-            return task.losses(output, labels).mean()
-        if self.network.plan.anatomy.head is None:
-            return output.float().square().mean()
-        scores = output.float().flatten(0, -2)
-        return F.cross_entropy(scores, torch.zeros(len(scores), dtype=torch.long, device=self.device))
+            return self.task_loss(layers, inputs) if self.network.decided_task else self.output_loss(layers, inputs)
 
-    def conditioned(self, layers: range, inputs: Inputs, labels: Tensor) -> Any:
-        network = self.network
-        network.plan = replace(network.plan, blocks=((layers.start, layers.stop - 1),))
+    def as_block(self, layers: range) -> None:
+        self.network.plan = replace(self.network.plan, blocks=((layers.start, layers.stop - 1),))
+
+    def task_loss(self, layers: range | None, inputs: Inputs) -> Tensor:
+        network, task = self.network, self.network.task
         sigma = torch.ones(self.case.batch, device=self.device)
-        if network.decided_task is not None:
-            eps = torch.randn(self.case.batch, network.task.target.width, device=self.device)
-            z = network.task.clean(network.conditioning, labels) + sigma[:, None] * eps
-            return network.denoised_output(0, inputs, z, sigma)
+        eps = None
+        if layers is not None:
+            self.as_block(layers)
+            eps = torch.randn(task.target_shape(inputs), device=self.device)
+        losses: Tensor = network(None if eps is None else 0, inputs, task.stand_in(inputs), sigma, eps)
+        return losses.mean()
+
+    def output_loss(self, layers: range | None, inputs: Inputs) -> Tensor:
+        """Of a network without a task: the cross-entropy of all it gives, or the square where it has no head."""
+        network = self.network
         network.run.reset()
-        network.run.active = layers
-        network.run.condition = network.conditioning.embedder["0"](sigma)
-        return network.model(**inputs)
+        if layers is not None:
+            network.run.active = layers
+            network.run.condition = network.conditioning.embedder["0"](torch.ones(self.case.batch, device=self.device))
+        value = network.model(**inputs)
+        if network.plan.anatomy.head is None:
+            return first_floating(value).float().square().mean()
+        scores = network.output(value).float().flatten(0, -2)
+        return F.cross_entropy(scores, torch.zeros(len(scores), dtype=torch.long, device=self.device))
 
 
 def first_floating(value: Any) -> Tensor:

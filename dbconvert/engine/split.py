@@ -136,7 +136,7 @@ def fit_to_data(network: BlockwiseNetwork, data: DataOptions) -> NoiseFit:
     target = plan.target
     assert target is not None
     examples = Examples(open_part(data, data.train), data, plan.anatomy, target.classes)
-    table = network.task.table(network.conditioning).detach()
+    table = network.task.table(network.model).detach()
     basis = f"the label frequencies of {data.source} ({data.train}) and the initial target table"
     return fit_noise(plan.noise, len(plan.blocks), table, examples.label_counts(), basis)
 

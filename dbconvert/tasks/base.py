@@ -1,27 +1,38 @@
 """What a task answers. To add one: subclass Task in a file of its own and list it in registry.py.
 
-Shapes: N examples, d width of the stream.
+Shapes: N examples, S positions, d width of the target. Labels are [N], or [N, S] where every position has one; losses
+have the shape of the labels.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
-from dbconvert.anatomy import Anatomy
+from dbconvert.anatomy import Anatomy, Path
 from dbconvert.diffusion.preconditioning import Preconditioning
-from dbconvert.plan import Rule, Target
+from dbconvert.graph.inject import PREFIX, Run
+from dbconvert.plan import Rule, Table, Target
 
 Change = Callable[[Tensor], Tensor]
+Inputs = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Corruption:
-    """Noisy targets on their way into a block: z = y + sigma eps [N, d], sigma [N], condition [N, width]."""
+    """Noisy targets on their way into a block.
+
+    Args:
+        z: y + sigma eps, [N, d] or [N, S, d].
+        sigma: [N], or [N, S] where every position has its own.
+        condition: the embedded level, [*sigma, width].
+    """
 
     z: Tensor
     sigma: Tensor
@@ -29,16 +40,40 @@ class Corruption:
     scaling: Preconditioning
 
 
+@dataclass(frozen=True)
+class Passage:
+    """What a task does at each point of one forward pass; `graph.inject.Run` says where they are."""
+
+    inputs: Inputs
+    condition: Tensor
+    embed: Change | None = None
+    entry: Change | None = None
+    beside: Callable[[Path, Tensor], Tensor] | None = None
+    attention: Callable[[], AbstractContextManager[Any]] | None = None
+    leave: Change | None = None
+    exit: Change | None = None
+
+    def steer(self, run: Run) -> None:
+        for name in ("condition", "embed", "entry", "beside", "attention", "leave", "exit"):
+            setattr(run, name, getattr(self, name))
+
+
 class Task(ABC):
-    """A task acts at two points of a forward pass: on the stream as it enters the stack, and before the head."""
+    """What x, y, z, readout, loss and metric are."""
 
     name: ClassVar[str]
     rule: ClassVar[Rule]
     """Default noise rule: `auto` for discrete targets, `edm` for continuous ones."""
+    tables: ClassVar[tuple[Table, ...]] = ("fresh",)
+    """The target tables it can use, the default first."""
+    text: ClassVar[bool] = False
+    """Whether its examples are tokens."""
 
     def __init__(self, anatomy: Anatomy, target: Target) -> None:
         self.anatomy = anatomy
         self.target = target
+
+    # -- deciding -----------------------------------------------------------------------------------------
 
     @staticmethod
     @abstractmethod
@@ -50,8 +85,22 @@ class Task(ABC):
     def decide(anatomy: Anatomy) -> Target:
         """The target for a network that the task accepts."""
 
+    @staticmethod
+    def learn(model: nn.Module, anatomy: Anatomy, target: Target) -> Target:
+        """The target with what only running the network tells.
+
+        Args:
+            model: unconverted; it, or a twin of the same structure.
+
+        Raises:
+            Refused: it does not do what the task needs.
+        """
+        return target
+
+    # -- parameters ---------------------------------------------------------------------------------------
+
     @abstractmethod
-    def register(self, conditioning: nn.Module, *, blocks: int, width: int, seed: int) -> None:
+    def register(self, model: nn.Module, *, blocks: int, width: int, seed: int) -> None:
         """Adds the task's own parameters to a converted network's conditioning."""
 
     @abstractmethod
@@ -59,36 +108,67 @@ class Task(ABC):
         """The block that owns a parameter that `register` added, None for the periphery."""
 
     @abstractmethod
-    def table(self, conditioning: nn.Module) -> Tensor:
+    def table(self, model: nn.Module) -> Tensor:
         """The targets as training uses them, [K, d]."""
 
-    @abstractmethod
-    def entry(self, corruption: Corruption) -> Change:
-        """What happens to the stream as it enters the stack."""
+    # -- a forward pass -----------------------------------------------------------------------------------
 
     @abstractmethod
-    def exit(self, conditioning: nn.Module, block: int, corruption: Corruption) -> Change:
-        """What happens to the features before the head: D = c_skip z + c_out F."""
+    def target_shape(self, inputs: Inputs) -> tuple[int, ...]:
+        """Shape of the clean targets: [N, d] or [N, S, d]."""
 
     @abstractmethod
-    def clean(self, conditioning: nn.Module, labels: Tensor) -> Tensor:
-        """Clean targets y [N, d] of labels [N]."""
+    def clean(self, model: nn.Module, labels: Tensor) -> Tensor:
+        """Clean targets y [*labels, d]."""
 
     @abstractmethod
-    def denoised(self, conditioning: nn.Module, output: Tensor) -> Tensor:
-        """The network's output as an estimate of the clean target, [N, d]."""
+    def passage(self, model: nn.Module, block: int, inputs: Inputs, corruption: Corruption) -> Passage:
+        """How a block denoises."""
+
+    @abstractmethod
+    def denoised(self, model: nn.Module, output: Tensor) -> Tensor:
+        """The network's output as an estimate of the clean target, [*labels, d]."""
+
+    # -- figures ------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def stand_in(self, inputs: Inputs) -> Tensor:
+        """Labels of the right shape for a rehearsal."""
 
     @abstractmethod
     def losses(self, output: Tensor, labels: Tensor) -> Tensor:
-        """Loss of each example, [N], unweighted."""
+        """Losses, unweighted, of the shape of the labels."""
+
+    def plain(self, output: Tensor) -> Tensor:
+        """What the unconditioned network predicts, in the places of the labels."""
+        return output
 
     @abstractmethod
     def correct(self, output: Tensor, labels: Tensor) -> Tensor:
-        """Whether each example is right, [N], bool."""
+        """Whether each label is met, bool, of the labels' shape."""
 
     @abstractmethod
     def average(self, outputs: list[Tensor]) -> Tensor:
         """One output from several noise draws."""
+
+    def counted(self, labels: Tensor) -> Tensor:
+        """Which labels count, as 0 and 1 of their shape."""
+        return torch.ones(labels.shape, device=labels.device)
+
+    def mean(self, values: Tensor, labels: Tensor) -> float:
+        """Over all labels that count."""
+        counted = self.counted(labels)
+        return float((values * counted).sum() / counted.sum())
+
+
+def conditioning(model: nn.Module) -> nn.Module:
+    """What conversion added to a network."""
+    return model.get_submodule(PREFIX)
+
+
+def along(values: Tensor, like: Tensor) -> Tensor:
+    """Values of the leading axes, as one an example, shaped to multiply `like`."""
+    return values.reshape(values.shape + (1,) * (like.dim() - values.dim()))
 
 
 def leaf(output: Any, path: tuple[int | str, ...]) -> Tensor:

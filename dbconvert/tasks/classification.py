@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from dbconvert.anatomy import Anatomy
 from dbconvert.conditioning.modulation import fit
 from dbconvert.plan import Rule, Target
-from dbconvert.tasks.base import Change, Corruption, Task
+from dbconvert.tasks.base import Change, Corruption, Inputs, Passage, Task
+from dbconvert.tasks.discrete import denoise_before_head, fresh_table, register_readouts, register_table
 
 
 class Classification(Task):
@@ -45,26 +46,23 @@ class Classification(Task):
             return Target(head.outputs, anatomy.width, "token", head.token)
         return Target(head.outputs, anatomy.width, "add")
 
-    def register(self, conditioning: nn.Module, *, blocks: int, width: int, seed: int) -> None:
-        table = nn.Embedding(self.target.classes, self.target.width)
-        generator = torch.Generator().manual_seed(seed)
-        if table.weight.device.type != "meta":
-            random = torch.randn(table.weight.shape, generator=generator)
-            table.weight.data.copy_(F.normalize(random, dim=-1))
-        readout = {str(b): nn.Linear(width, 2 * self.target.width) for b in range(blocks)}
-        for linear in readout.values():
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
-        conditioning.add_module("target", table)
-        conditioning.add_module("readout", nn.ModuleDict(readout))
+    def register(self, model: nn.Module, *, blocks: int, width: int, seed: int) -> None:
+        register_table(model, self.target, seed)
+        register_readouts(model, blocks, width, self.target.width)
 
     def block_of(self, key: str) -> int | None:
         part, _, rest = key.partition(".")
         return int(rest.split(".")[0]) if part == "readout" else None
 
-    def table(self, conditioning: nn.Module) -> Tensor:
-        weight: Tensor = conditioning.get_parameter("target.weight")
-        return F.normalize(weight.float(), dim=-1)
+    def table(self, model: nn.Module) -> Tensor:
+        return fresh_table(model)
+
+    def target_shape(self, inputs: Inputs) -> tuple[int, ...]:
+        return len(next(iter(inputs.values()))), self.target.width
+
+    def passage(self, model: nn.Module, block: int, inputs: Inputs, corruption: Corruption) -> Passage:
+        leave = denoise_before_head(model, block, corruption, corruption.condition)
+        return Passage(inputs, corruption.condition, entry=self.entry(corruption), exit=leave)
 
     def entry(self, corruption: Corruption) -> Change:
         scaled = corruption.z * corruption.scaling.c_in(corruption.sigma)[:, None]
@@ -88,26 +86,15 @@ class Classification(Task):
         place[self.target.token] = 1
         return place.view(shape)
 
-    def exit(self, conditioning: nn.Module, block: int, corruption: Corruption) -> Change:
-        scaling, sigma = corruption.scaling, corruption.sigma[:, None]
-        shift, scale = conditioning.get_submodule(f"readout.{block}")(corruption.condition).chunk(2, -1)
-        # Over sigma_data, so that the head sees features of the scale it knows at every noise level.
-        skip = scaling.c_skip(sigma) * corruption.z / scaling.sigma_data
-        out = scaling.c_out(sigma) / scaling.sigma_data
+    def clean(self, model: nn.Module, labels: Tensor) -> Tensor:
+        return self.table(model)[labels]
 
-        def leave(features: Tensor) -> Tensor:
-            kind = features.dtype
-            denoised = skip.to(kind) + out.to(kind) * features
-            read: Tensor = denoised * (1 + scale.to(kind)) + shift.to(kind)
-            return read
+    def denoised(self, model: nn.Module, output: Tensor) -> Tensor:
+        return output.float().softmax(-1) @ self.table(model)
 
-        return leave
-
-    def clean(self, conditioning: nn.Module, labels: Tensor) -> Tensor:
-        return self.table(conditioning)[labels]
-
-    def denoised(self, conditioning: nn.Module, output: Tensor) -> Tensor:
-        return output.float().softmax(-1) @ self.table(conditioning)
+    def stand_in(self, inputs: Inputs) -> Tensor:
+        first = next(iter(inputs.values()))
+        return torch.zeros(len(first), dtype=torch.long, device=first.device)
 
     def losses(self, output: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(output.float(), labels, reduction="none")

@@ -9,9 +9,18 @@ from torch.nn import functional as F
 from dbconvert.diffusion.preconditioning import Preconditioning
 from dbconvert.errors import UsageError
 from dbconvert.graph.analysis import analyse
+from dbconvert.graph.inject import PREFIX
 from dbconvert.tasks.base import Corruption
 from dbconvert.tasks.classification import Classification
+from dbconvert.tasks.discrete import denoise_before_head
 from dbconvert.tasks.registry import choose_task
+
+
+def added():
+    """A network that has nothing but what conversion added."""
+    model = nn.Module()
+    model.add_module(PREFIX, nn.Module())
+    return model
 
 
 def task_for(name):
@@ -62,26 +71,26 @@ def test_without_one_it_is_added_everywhere(name):
 
 def test_the_head_reads_the_preconditioned_features():
     task, _, _ = task_for("vit")
-    conditioning = nn.Module()
-    task.register(conditioning, blocks=2, width=8, seed=0)
+    model = added()
+    task.register(model, blocks=2, width=8, seed=0)
     noisy, features = corruption(networks.WIDTH), torch.randn(2, networks.WIDTH)
     scaling, sigma = noisy.scaling, noisy.sigma[:, None]
     expected = (scaling.c_skip(sigma) * noisy.z + scaling.c_out(sigma) * features) / scaling.sigma_data
-    assert torch.allclose(task.exit(conditioning, 1, noisy)(features), expected, atol=1e-6)
+    assert torch.allclose(denoise_before_head(model, 1, noisy, noisy.condition)(features), expected, atol=1e-6)
 
 
 def test_the_table_is_normalised_and_mixes_into_the_estimate():
     task, _, _ = task_for("vit")
-    conditioning = nn.Module()
-    task.register(conditioning, blocks=2, width=8, seed=0)
-    conditioning.target.weight.data *= torch.rand(5, 1) + 1
-    table = task.table(conditioning)
+    model = added()
+    task.register(model, blocks=2, width=8, seed=0)
+    model.dbconvert.target.weight.data *= torch.rand(5, 1) + 1
+    table = task.table(model)
     assert torch.allclose(table.norm(dim=-1), torch.ones(5))
     logits = torch.randn(2, 5)
-    assert torch.allclose(task.denoised(conditioning, logits), logits.softmax(-1) @ table)
+    assert torch.allclose(task.denoised(model, logits), logits.softmax(-1) @ table)
     certain = torch.tensor([[99.0, 0, 0, 0, 0]])
-    assert torch.allclose(task.denoised(conditioning, certain), table[:1])
-    assert torch.equal(task.clean(conditioning, torch.tensor([3])), table[3:4])
+    assert torch.allclose(task.denoised(model, certain), table[:1])
+    assert torch.equal(task.clean(model, torch.tensor([3])), table[3:4])
 
 
 def test_losses_and_averages():

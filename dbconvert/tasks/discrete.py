@@ -1,0 +1,58 @@
+"""What tasks with discrete targets share: a table of their embeddings, and a head that reads the denoised features."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dbconvert.plan import Target
+from dbconvert.tasks.base import Change, Corruption, along, conditioning
+
+
+def register_table(model: nn.Module, target: Target, seed: int) -> None:
+    """Adds `target.weight` [K, d], random of norm 1; it is used normalised, so that embeddings cannot collapse."""
+    table = nn.Embedding(target.classes, target.width)
+    if table.weight.device.type != "meta":
+        random = torch.randn(table.weight.shape, generator=torch.Generator().manual_seed(seed))
+        table.weight.data.copy_(F.normalize(random, dim=-1))
+    conditioning(model).add_module("target", table)
+
+
+def fresh_table(model: nn.Module) -> Tensor:
+    """The table that `register_table` added, normalised, [K, d]."""
+    return F.normalize(conditioning(model).get_parameter("target.weight").float(), dim=-1)
+
+
+def register_readouts(model: nn.Module, blocks: int, width: int, features: int) -> None:
+    """Adds for each block a linear from the conditioning to the shift and scale of the features before the head."""
+    readout = {str(b): nn.Linear(width, 2 * features) for b in range(blocks)}
+    for linear in readout.values():
+        nn.init.zeros_(linear.weight)
+        nn.init.zeros_(linear.bias)
+    conditioning(model).add_module("readout", nn.ModuleDict(readout))
+
+
+def denoise_before_head(model: nn.Module, block: int, corruption: Corruption, condition: Tensor) -> Change:
+    """What happens to features F before the head: D = c_skip z + c_out F, over sigma_data, modulated.
+
+    Over sigma_data, so that the head sees features of the scale it knows at every noise level.
+
+    Args:
+        condition: [N, width] or [N, S, width].
+    """
+    scaling, z = corruption.scaling, corruption.z
+    sigma = along(corruption.sigma, z)
+    shift, scale = conditioning(model).get_submodule(f"readout.{block}")(condition).chunk(2, -1)
+    if shift.dim() < z.dim():
+        shift, scale = shift[:, None], scale[:, None]
+    skip = scaling.c_skip(sigma) * z / scaling.sigma_data
+    out = scaling.c_out(sigma) / scaling.sigma_data
+
+    def leave(features: Tensor) -> Tensor:
+        kind = features.dtype
+        denoised = skip.to(kind) + out.to(kind) * features
+        read: Tensor = denoised * (1 + scale.to(kind)) + shift.to(kind)
+        return read
+
+    return leave
