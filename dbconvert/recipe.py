@@ -51,12 +51,26 @@ class DataOptions:
 
     Args:
         source: a built-in name, a hub id, a local folder, a parquet file, or `file.py:function`, which returns a
-            map-style dataset of dicts for a part's name.
-        train, validation, test: names of the parts.
+            map-style dataset of dicts for a part's name. Text also comes from text files (one document each), and from
+            tables of documents (JSON, CSV).
+        train, validation, test: names of the parts, or of files beside the source. A single file of text or of
+            documents is cut by position, 90 / 5 / 5 %; `all` is the whole of it.
         input, label: names of the columns; `input: null` takes the network's own argument name, or the only
             column that is not the label.
         flip: mirror half of the training pictures.
         workers: processes that load batches.
+        tokenizer: `byte`, `char` (the characters of the training part), or a Transformers folder or hub id.
+        text: name of the column that holds the text.
+        length: tokens an example.
+        pack: documents follow each other, each with an end-of-document token (or a line break, where the tokenizer
+            has none), and are cut into examples; what is left over at the end is not used. `false` makes every
+            document an example, cut or padded to `length`.
+        documents: whether tokens of an example see those of other documents in it (`joined`), or not (`masked`).
+        limit: at most so many documents a part, the first ones.
+        config, revision: of a hub id, e.g. `refs/convert/parquet` where the repository itself is a script.
+        streaming: a hub id is read over the network, and only its tokens are stored. Local files are always read
+            where they are.
+        cache: folder of tokenised text; by default $DBCONVERT_CACHE, else dbconvert in the user's cache folder.
     """
 
     source: str | None = None
@@ -69,6 +83,16 @@ class DataOptions:
     flip: bool = False
     randaugment: RandAugment | None = None
     workers: Count = 0
+    tokenizer: str | None = None
+    text: str = "text"
+    length: Positive | None = None
+    pack: bool = True
+    documents: Literal["joined", "masked"] = "joined"
+    limit: Positive | None = None
+    config: str | None = None
+    revision: str | None = None
+    streaming: bool = False
+    cache: str | None = None
 
 
 @record

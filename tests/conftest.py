@@ -1,4 +1,4 @@
-"""What every test gets: few threads, a working directory of its own, no network."""
+"""What every test gets: few threads, a working directory and a cache of its own, no network."""
 
 import os
 import tempfile
@@ -21,4 +21,5 @@ def few_threads():
 @pytest.fixture(autouse=True)
 def own_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DBCONVERT_CACHE", str(tmp_path / "cache"))
     return tmp_path

@@ -30,6 +30,7 @@ HOMES = {
     "datasets": {"data"},
     "sklearn": {"data"},
     "kornia": {"data"},
+    "filelock": {"data"},
     "pydantic": {"schema"},
     "yaml": {"schema", "recipe", "engine"},
 }

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from dbconvert.data.digits import PARTS, Digits
+from dbconvert.data.pydoc import PARTS as TOPIC_PARTS
+from dbconvert.data.pydoc import topic_rows
 from dbconvert.errors import DBConvertError, UsageError
 from dbconvert.recipe import DataOptions
 from dbconvert.sources.python_files import explained, load_file, neighbours_importable
 
-BUILT_IN = ("digits",)
+BUILT_IN = {"digits": (PARTS, Digits), "pydoc": (TOPIC_PARTS, topic_rows)}
+"""Name: its parts, and what opens one of them."""
 
 
 def open_part(options: DataOptions, part: str) -> Any:
@@ -29,7 +32,7 @@ def open_part(options: DataOptions, part: str) -> Any:
             "no data is given",
             hint="add data.source=NAME: digits, a hub id, a folder, parquet, file.py:function",
         )
-    if source == "digits":
+    if source in BUILT_IN:
         return built_in(source, part)
     if ".py:" in source:
         return from_function(source, part)
@@ -45,9 +48,10 @@ def open_part(options: DataOptions, part: str) -> Any:
 
 
 def built_in(name: str, part: str) -> Any:
-    if part not in PARTS:
-        raise UsageError(f"{name} has no part {part}", hint=f"parts: {', '.join(PARTS)}")
-    return Digits(part)
+    parts, open_one = BUILT_IN[name]
+    if part not in parts:
+        raise UsageError(f"{name} has no part {part}", hint=f"parts: {', '.join(parts)}")
+    return open_one(part)
 
 
 def from_function(source: str, part: str) -> Any:
@@ -79,16 +83,22 @@ def from_disk(path: Path, part: str) -> Any:
 
 def from_library(name: str, options: dict[str, Any], part: str) -> Any:
     """Through the `datasets` library."""
-    try:
-        import datasets
-    except ImportError:
-        raise DBConvertError(
-            f"data source {name} needs the `datasets` library", hint="pip install 'dbconvert[data]'"
-        ) from None
-    datasets.disable_progress_bars()
+    datasets = library(name)
     try:
         return datasets.load_dataset(name, split=part, **options)
     except Exception as error:  # the library raises many kinds, all meaning that it cannot be read
         reason = str(error).strip().split("\n", 1)[0]
         where = options.get("data_dir") or next(iter(options.get("data_files", {}).values()), name)
         raise DBConvertError(f"cannot read part {part} of {where}", why=reason) from None
+
+
+def library(source: str) -> Any:
+    """The `datasets` library, without its progress bars."""
+    try:
+        import datasets
+    except ImportError:
+        raise DBConvertError(
+            f"data source {source} needs the `datasets` library", hint="pip install 'dbconvert[data]'"
+        ) from None
+    datasets.disable_progress_bars()
+    return datasets
