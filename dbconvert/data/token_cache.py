@@ -137,7 +137,8 @@ def write_entry(path: Path, documents: Documents, tokenizer: Tokenizer) -> Entry
                     if not len(found):
                         empty += 1
                         continue
-                    file.write(found.astype(dtype).tobytes() + end)
+                    file.write(found.astype(dtype, copy=False).tobytes())
+                    file.write(end)
                     tokens += len(found) + len(tokenizer.end)
                     ends.append(tokens)
             file.write(bytes(ends_at(tokens, dtype) - tokens * dtype.itemsize) + ends.tobytes())

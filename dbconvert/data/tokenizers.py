@@ -14,6 +14,7 @@ from dbconvert.schema import identity, record
 from dbconvert.sources.tokenizers import fingerprint
 
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
+PIECE = 1 << 20
 KINDS = "byte, char, or a Transformers folder or hub id"
 
 
@@ -110,11 +111,16 @@ class CharTokenizer(Tokenizer):
         self.fingerprint = identity(["char", characters])
 
     def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [self.look_up(np.frombuffer(text.encode("utf-32-le"), np.uint32)) for text in texts]
+        return [self.tokens_of(text) for text in texts]
 
-    def look_up(self, codes: np.ndarray) -> np.ndarray:
-        places = np.searchsorted(self.codes, codes).clip(max=len(self.codes) - 1)
-        return np.where(self.codes[places] == codes, places, len(self.codes))
+    def tokens_of(self, text: str) -> np.ndarray:
+        """Piece by piece: a whole corpus may be one document."""
+        tokens = np.empty(len(text), np.min_scalar_type(self.size - 1))
+        for start in range(0, len(text), PIECE):
+            codes = np.frombuffer(text[start : start + PIECE].encode("utf-32-le"), np.uint32)
+            places = np.searchsorted(self.codes, codes).clip(max=len(self.codes) - 1)
+            tokens[start : start + PIECE] = np.where(self.codes[places] == codes, places, len(self.codes))
+        return tokens
 
     def decode(self, tokens: Iterable[int]) -> str:
         return "".join(self.characters[t] if t < len(self.characters) else UNKNOWN for t in tokens)

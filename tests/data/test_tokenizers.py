@@ -46,10 +46,12 @@ def test_sizes_and_special_tokens(tokenizers, tmp_path):
     assert masked.decode([masked.pad, masked.mask]) == PAD + MASK and masked.end == [masked.eos] == [0]
 
 
-def test_tokens_that_are_no_text_are_replaced():
+def test_tokens_that_are_no_text_are_replaced(monkeypatch):
     assert ByteTokenizer().decode([104, 105, 0xC3]) == "hi\N{REPLACEMENT CHARACTER}"
     assert ByteTokenizer().decode([300]) == "\N{REPLACEMENT CHARACTER}"
     char = CharTokenizer("abd")
+    assert char.encode("abcde") == [0, 1, 3, 2, 3]
+    monkeypatch.setattr("dbconvert.data.tokenizers.PIECE", 2)
     assert char.encode("abcde") == [0, 1, 3, 2, 3]
     assert char.decode([0, 3, 9]) == "a\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}"
 
