@@ -10,7 +10,7 @@ import yaml
 
 from dbconvert.conditioning.modulation import Start
 from dbconvert.errors import UsageError
-from dbconvert.plan import NoiseRule
+from dbconvert.plan import NoiseRule, Table
 from dbconvert.schema import Count, Key, Positive, PositiveFloat, Share, parse, read_yaml, record
 
 Method = Literal["blocks", "end-to-end", "shallow"]
@@ -26,6 +26,7 @@ class SplitOptions:
     stack: str | None = None
     start: Start | None = None
     condition_width: Positive | None = None
+    table: Table | None = None
 
 
 @record

@@ -99,7 +99,7 @@ def single_block(plan: Plan, source: Source, block: int, tensors: Mapping[str, T
 def drop_other_blocks(network: BlockwiseNetwork, block: int) -> None:
     """Removes the conditioning of all other blocks."""
     for name, parts in network.conditioning.named_children():
-        if not isinstance(parts, nn.ModuleDict):
+        if not isinstance(parts, nn.ModuleDict | nn.ParameterDict):
             continue
         for key in list(parts):
             if network.owner(f"{PREFIX}.{name}.{key}.") not in (block, None):

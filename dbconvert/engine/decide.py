@@ -14,7 +14,7 @@ from dbconvert.engine.noise import UNIFORM, edm_noise, fit_noise
 from dbconvert.engine.opening import Opened
 from dbconvert.errors import Refused, UsageError
 from dbconvert.graph.inject import site_features
-from dbconvert.plan import SCHEMA_VERSION, NoiseFit, NoiseRule, Plan, cut
+from dbconvert.plan import SCHEMA_VERSION, NoiseFit, NoiseRule, Plan, Target, cut
 from dbconvert.recipe import SplitOptions
 from dbconvert.tasks.base import Task
 from dbconvert.tasks.registry import reasons
@@ -62,7 +62,7 @@ def decide(
     blocks: tuple[tuple[int, int], ...],
 ) -> tuple[Plan, NoiseFit]:
     anatomy = opened.anatomy
-    target = task.decide(anatomy) if task is not None else None
+    target = decide_target(opened, task, options) if task is not None else None
     rule = replace(noise, rule=noise.rule or (task.rule if task is not None else "edm"))
     if rule.rule == "auto" and target is not None:
         table = torch.nn.functional.normalize(
@@ -96,6 +96,29 @@ def decide(
         shapes={},
     )
     return plan, fit
+
+
+def decide_target(opened: Opened, task: type[Task], options: SplitOptions) -> Target:
+    """What the task decides, with what it learns by running the network or its twin.
+
+    Raises:
+        UsageError: the task has no such target table.
+        Refused: the network does not do what the task needs, or there is nothing to try it on.
+    """
+    target = task.decide(opened.anatomy)
+    if options.table is not None and options.table not in task.tables:
+        raise UsageError(f"{task.name} has no target table `{options.table}`", hint=f"tables: {', '.join(task.tables)}")
+    target = replace(target, table=options.table or task.tables[0])
+    example = opened.example
+    if not task.tried:
+        return target
+    if example is None:
+        raise Refused(
+            f"the network is too large to be built, has no twin, and {task.name} has to try it",
+            kind="untried",
+            hint="--prove builds it with its weights, whatever they take",
+        )
+    return replace(target, sides=task.learn(example.model, example.anatomy, target).sides)
 
 
 def decide_start(opened: Opened, wanted: Start | None) -> Start:

@@ -99,7 +99,7 @@ class BlockwiseNetwork(nn.Module):
             the losses, unweighted, of the labels' shape.
         """
         if block is None or eps is None:
-            return self.task.losses(self.plain(inputs, layers), labels)
+            return self.task.plain_losses(self.output(self.model_output(inputs, layers)), labels)
         clean = self.task.clean(self.model, labels)
         return self.task.losses(self.denoise(block, inputs, clean + along(sigma, clean) * eps, sigma), labels)
 

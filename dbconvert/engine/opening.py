@@ -19,6 +19,7 @@ from dbconvert.events import Note, Reporter, Stage, silent
 from dbconvert.graph.account import parameter_bytes
 from dbconvert.graph.analysis import analyse
 from dbconvert.graph.fake import NEEDS_NUMBERS, is_empty
+from dbconvert.graph.oracle import is_causal
 from dbconvert.graph.proof import prove
 from dbconvert.graph.tape import refuse_opaque
 from dbconvert.sources.base import Source
@@ -39,6 +40,14 @@ class NeedsNumbers(DBConvertError):
     """The analysis of a network without its weights came to a question that only they answer."""
 
 
+@dataclass(frozen=True)
+class Example:
+    """A network with numbers, and its own anatomy."""
+
+    model: nn.Module
+    anatomy: Anatomy
+
+
 @dataclass
 class Opened:
     """A network with what the analysis says of it.
@@ -48,6 +57,7 @@ class Opened:
         inputs: arguments of its forward by name.
         trained: the trained weights that fit it, on disk; None where it has none. A large network has not read them.
         seed: of random weights.
+        example: what can be run to learn more: the network itself or its twin; None where there is no twin.
     """
 
     source: Source
@@ -56,6 +66,7 @@ class Opened:
     trained: Fitted | None
     seed: int
     anatomy: Anatomy
+    example: Example | None
 
     @property
     def large(self) -> bool:
@@ -163,7 +174,8 @@ def analyse_small(
     anatomy = analyse(model, inputs, stack=stack, adapter=adapter_of(source, stack))
     report(Stage("proving by numbers"))
     anatomy = prove(model, anatomy, inputs)
-    return Opened(source, model, inputs, trained, seed, anatomy)
+    anatomy = replace(anatomy, causal=is_causal(model, anatomy))
+    return Opened(source, model, inputs, trained, seed, anatomy, Example(model, anatomy))
 
 
 def adapter_of(source: Source, stack: str | None) -> Adapter | None:
@@ -192,7 +204,9 @@ def analyse_large(
         report(Stage("proving by numbers on a twin"))
         with one_thread():
             anatomy = proved_on(twin, anatomy)
-    return Opened(source, model, inputs, trained, seed, anatomy)
+            anatomy = replace(anatomy, causal=is_causal(twin.model, twin.anatomy))
+    example = None if twin is None else Example(twin.model, twin.anatomy)
+    return Opened(source, model, inputs, trained, seed, anatomy, example)
 
 
 def analyse_with_twin(

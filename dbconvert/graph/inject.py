@@ -49,12 +49,13 @@ class Run(Volatile):
         active: the layers that run; the others hand the stream on. None runs all, as the original network does.
         condition: conditioning of the active layers, [N, width], or [N, G, width] where the positions fall into G
             groups of one length; None for the original layers.
-        embed: changes the token embeddings.
+        embed: changes the token embeddings; it is also given the function that looks tokens up.
         entry: changes the stream as it enters the stack.
         beside: changes a tensor that an active layer receives beside the stream, by the argument's path.
         attention: what active layers attend in.
         leave: changes the stream as it leaves the stack.
         exit: changes what enters the head.
+        hold: takes what enters the head, which then gives nothing: a loss may read it in pieces.
         keep: whether to keep the stream that leaves the last layer, as `leaving`.
         entered, waiting: of layers whose additions are written around them: the changed stream, and the branch that
             is to be added next.
@@ -62,12 +63,13 @@ class Run(Volatile):
 
     active: range | None = None
     condition: Tensor | None = None
-    embed: Callable[[Tensor], Tensor] | None = None
+    embed: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor] | None = None
     entry: Callable[[Tensor], Tensor] | None = None
     beside: Callable[[Path, Tensor], Tensor] | None = None
     attention: Callable[[], AbstractContextManager[Any]] | None = None
     leave: Callable[[Tensor], Tensor] | None = None
     exit: Callable[[Tensor], Tensor] | None = None
+    hold: list[Tensor] | None = None
     keep: bool | None = None
     leaving: Tensor | None = None
     entered: Tensor | None = None
@@ -230,7 +232,7 @@ class EmbeddingModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         out = super().forward(*args, **kwargs)
-        return out if self.db_run.embed is None else self.db_run.embed(out)
+        return out if self.db_run.embed is None else self.db_run.embed(out, super().forward)
 
 
 class HeadModule(nn.Module):
@@ -239,8 +241,13 @@ class HeadModule(nn.Module):
     db_run: Run
 
     def forward(self, features: Tensor, *args: Any, **kwargs: Any) -> Any:
-        change = self.db_run.exit
-        return super().forward(features if change is None else change(features), *args, **kwargs)
+        run = self.db_run
+        if run.exit is not None:
+            features = run.exit(features)
+        if run.hold is None:
+            return super().forward(features, *args, **kwargs)
+        run.hold.append(features)
+        return features.new_empty(*features.shape[:-1], 0)
 
 
 MIXINS = (SiteModule, LayerModule, PartModule, AroundModule, EmbeddingModule, HeadModule)

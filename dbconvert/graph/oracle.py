@@ -20,7 +20,7 @@ from dbconvert.errors import Refused
 from dbconvert.graph.inject import PREFIX, Run, inject
 from dbconvert.graph.proof import no_fast_paths
 from dbconvert.graph.tape import argument_leaves
-from dbconvert.graph.two_streams import TwoStreams
+from dbconvert.graph.two_streams import TwoStreams, spread
 from dbconvert.graph.values import item
 
 WIDTH = 8
@@ -68,7 +68,7 @@ class Trial:
         self.run.reset()
         self.run.active = active
         self.run.condition = torch.stack([clean] * i + [last], 1)
-        self.run.embed = lambda out: torch.cat([out[:, :i], noisy], 1)
+        self.run.embed = lambda out, _: torch.cat([out[:, :i], noisy], 1)
         return self.logits(self.tokens[:, : i + 1])[:, i]
 
     def together(self, streams: TwoStreams, active: range | None) -> Tensor:
@@ -76,7 +76,7 @@ class Trial:
         self.run.reset()
         self.run.active = active
         self.run.condition = torch.stack(self.conditions, 1)
-        self.run.embed = lambda out: torch.cat([out[: len(self.noisy)], self.noisy])
+        self.run.embed = lambda out, _: torch.cat([out[: len(self.noisy)], self.noisy])
         self.run.entry, self.run.leave = streams.enter, streams.leave
         self.run.beside, self.run.attention = streams.beside, streams.attention
         return self.logits(torch.cat([self.tokens, self.tokens]))
@@ -114,10 +114,26 @@ def ask(model: nn.Module, anatomy: Anatomy) -> tuple[SideAxes, ...]:
         run = inject(model, anatomy, blocks=1, width=WIDTH, start="original")
         for modulation in model.get_submodule(f"{PREFIX}.modulation").parameters():
             modulation.normal_(std=0.1)
-        noisy = torch.randn(EXAMPLES, tokens.shape[1], embedding.width) * spread(model, embedding)
+        noisy = torch.randn(EXAMPLES, tokens.shape[1], embedding.width)
+        noisy *= spread(model.get_submodule(embedding.module), embedding.rows, tokens.device)
         conditions = torch.randn(EXAMPLES, WIDTH), torch.randn(EXAMPLES, WIDTH)
         judge(Trial(model, anatomy, run, tokens, noisy, conditions), sides)
     return tuple(sides.values())
+
+
+def is_causal(model: nn.Module, anatomy: Anatomy) -> bool | None:
+    """Whether outputs stay as they are when a later token changes; None where there are none of every position."""
+    embedding, head = anatomy.embedding, anatomy.head
+    if embedding is None or head is None or head.pooled:
+        return None
+    with no_fast_paths(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = outspoken(model, anatomy)
+        tokens = longest_that_runs(model, embedding)
+        changed = tokens.clone()
+        changed[:, -1] = (changed[:, -1] + 1) % embedding.rows
+        before, after = (item(run_on(model, embedding, each), head.output)[:, :-1] for each in (tokens, changed))
+    return apart(after, before) <= TOLERANCE
 
 
 def outspoken(model: nn.Module, anatomy: Anatomy) -> nn.Module:
@@ -182,13 +198,6 @@ def longest_that_runs(model: nn.Module, embedding: Embedding) -> Tensor:
 
 def run_on(model: nn.Module, embedding: Embedding, tokens: Tensor) -> Any:
     return model(**{embedding.argument: tokens})
-
-
-def spread(model: nn.Module, embedding: Embedding) -> float:
-    """The root mean square of the network's token embeddings, as they leave their module."""
-    table = model.get_submodule(embedding.module)
-    rows = torch.arange(min(embedding.rows, 4096), device=next(table.parameters()).device)
-    return float(table(rows[None]).float().square().mean().sqrt())
 
 
 def side_axes(model: nn.Module, anatomy: Anatomy, embedding: Embedding, tokens: Tensor) -> dict[Path, SideAxes]:

@@ -115,6 +115,16 @@ class _Attention(TorchFunctionMode):
         return self.streams.mask(visible.to(given["query"].device), made_of=visible)
 
 
+SAMPLED = 4096
+
+
+def spread(look_up: Callable[[Tensor], Tensor], rows: int, device: torch.device) -> Tensor:
+    """The root mean square of token embeddings as they enter the stem, over the first rows of their table."""
+    with torch.no_grad():
+        found: Tensor = look_up(torch.arange(min(rows, SAMPLED), device=device)[None])
+        return found.float().square().mean().sqrt()
+
+
 def two_stream_mask(given: Tensor, together: Tensor | None = None) -> Tensor:
     """[..., S, S], True or 0 where a position is seen, to [..., 2S, 2S].
 

@@ -21,6 +21,7 @@ from dbconvert.graph.inject import PREFIX, Run
 from dbconvert.plan import Rule, Table, Target
 
 Change = Callable[[Tensor], Tensor]
+Embed = Callable[[Tensor, Change], Tensor]
 Inputs = dict[str, Tensor]
 
 
@@ -46,7 +47,7 @@ class Passage:
 
     inputs: Inputs
     condition: Tensor
-    embed: Change | None = None
+    embed: Embed | None = None
     entry: Change | None = None
     beside: Callable[[Path, Tensor], Tensor] | None = None
     attention: Callable[[], AbstractContextManager[Any]] | None = None
@@ -68,6 +69,8 @@ class Task(ABC):
     """The target tables it can use, the default first."""
     text: ClassVar[bool] = False
     """Whether its examples are tokens."""
+    tried: ClassVar[bool] = False
+    """Whether it has to run a network, or its twin, to know that it fits."""
 
     def __init__(self, anatomy: Anatomy, target: Target) -> None:
         self.anatomy = anatomy
@@ -142,6 +145,10 @@ class Task(ABC):
     def plain(self, output: Tensor) -> Tensor:
         """What the unconditioned network predicts, in the places of the labels."""
         return output
+
+    def plain_losses(self, output: Tensor, labels: Tensor) -> Tensor:
+        """Losses of the unconditioned network's own output."""
+        return self.losses(output, labels)
 
     @abstractmethod
     def correct(self, output: Tensor, labels: Tensor) -> Tensor:

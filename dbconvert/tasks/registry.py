@@ -5,9 +5,10 @@ from __future__ import annotations
 from dbconvert.anatomy import Anatomy
 from dbconvert.errors import UsageError
 from dbconvert.tasks.base import Task
+from dbconvert.tasks.causal_lm import CausalLM
 from dbconvert.tasks.classification import Classification
 
-TASKS: tuple[type[Task], ...] = (Classification,)
+TASKS: tuple[type[Task], ...] = (Classification, CausalLM)
 
 
 def accepting(anatomy: Anatomy) -> list[type[Task]]:

@@ -1,0 +1,176 @@
+"""Autoregressive language models: y is the embedding of the token to come, denoised after its clean prefix.
+
+Training runs [clean ; noisy] through a block in one pass. Noisy position i, which has the position number i, sees
+clean positions before i and itself, and its output is token i. Clean positions are conditioned by one learnt constant a
+block, never by sigma, so that what a generator caches of them holds at every level.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dbconvert.anatomy import Anatomy
+from dbconvert.graph.oracle import ask
+from dbconvert.graph.two_streams import TwoStreams, spread
+from dbconvert.plan import Rule, Table, Target
+from dbconvert.tasks.base import Change, Corruption, Embed, Inputs, Passage, Task, along, conditioning
+from dbconvert.tasks.discrete import denoise_before_head, register_readouts, register_table
+
+IGNORED = -100
+"""Label of a position that does not count, as padding."""
+DOCUMENTS = "__documents__"
+"""Key in a batch of the document that each position belongs to, [N, S]; no argument of a network is called this."""
+
+
+class CausalLM(Task):
+    """Networks that look tokens up in a table and end in a linear head over the same tokens at every position.
+
+    Parameters it adds: `clean` [width] a block, the conditioning of clean positions; for each block a linear to the
+    shift and scale of the features before the head; and, where the target table is `fresh`, `target.weight` [K, d].
+    """
+
+    name: ClassVar[str] = "causal_lm"
+    rule: ClassVar[Rule] = "auto"
+    tables: ClassVar[tuple[Table, ...]] = ("own", "fresh")
+    text: ClassVar[bool] = True
+    tried: ClassVar[bool] = True
+
+    # -- deciding -----------------------------------------------------------------------------------------
+
+    @staticmethod
+    def refusal(anatomy: Anatomy) -> str | None:
+        embedding, head = anatomy.embedding, anatomy.head
+        if embedding is None:
+            return "no table of embeddings is looked up with an argument of the network"
+        if head is None:
+            return "the network has no language head: its output is not the result of one linear module"
+        obstacles = {
+            "the head reads one vector an example, not every position": head.pooled,
+            f"the head tells {head.outputs} tokens apart, the table has {embedding.rows}": (
+                head.outputs != embedding.rows
+            ),
+            f"the head reads {head.features} features, and embeddings are {embedding.width} wide": (
+                head.features != embedding.width
+            ),
+            "the stream has other axes than examples, positions and channels": len(anatomy.stream_shape) != 3,
+            "positions see later ones": anatomy.causal is False,
+        }
+        return next((reason for reason, met in obstacles.items() if met), None)
+
+    @staticmethod
+    def decide(anatomy: Anatomy) -> Target:
+        assert anatomy.embedding is not None
+        return Target(anatomy.embedding.rows, anatomy.embedding.width, "sequence", table="own")
+
+    @staticmethod
+    def learn(model: nn.Module, anatomy: Anatomy, target: Target) -> Target:
+        return replace(target, sides=ask(model, anatomy))
+
+    # -- parameters ---------------------------------------------------------------------------------------
+
+    def register(self, model: nn.Module, *, blocks: int, width: int, seed: int) -> None:
+        if self.target.table == "fresh":
+            register_table(model, self.target, seed)
+        register_readouts(model, blocks, width, self.target.width)
+        generator = torch.Generator().manual_seed(seed)
+        clean = {str(b): nn.Parameter(0.5 * torch.randn(width, generator=generator)) for b in range(blocks)}
+        conditioning(model).add_module("clean", nn.ParameterDict(clean))
+
+    def block_of(self, key: str) -> int | None:
+        part, _, rest = key.partition(".")
+        return int(rest.split(".")[0]) if part in ("readout", "clean") else None
+
+    def rows(self, model: nn.Module) -> Tensor:
+        """The table before it is normalised, [K, d]."""
+        if self.target.table == "fresh":
+            return conditioning(model).get_parameter("target.weight")
+        assert self.anatomy.embedding is not None
+        return model.get_submodule(self.anatomy.embedding.module).get_parameter("weight")
+
+    def table(self, model: nn.Module) -> Tensor:
+        return F.normalize(self.rows(model).float(), dim=-1)
+
+    # -- a forward pass -----------------------------------------------------------------------------------
+
+    def tokens(self, inputs: Inputs) -> Tensor:
+        assert self.anatomy.embedding is not None
+        return inputs[self.anatomy.embedding.argument]
+
+    def target_shape(self, inputs: Inputs) -> tuple[int, ...]:
+        return *self.tokens(inputs).shape, self.target.width
+
+    def clean(self, model: nn.Module, labels: Tensor) -> Tensor:
+        return F.normalize(F.embedding(labels.clamp(min=0), self.rows(model)).float(), dim=-1)
+
+    def passage(self, model: nn.Module, block: int, inputs: Inputs, corruption: Corruption) -> Passage:
+        examples, length = self.tokens(inputs).shape
+        inputs = dict(inputs)
+        documents = inputs.pop(DOCUMENTS, None)
+        together = None if documents is None else documents[:, :, None] == documents[:, None, :]
+        sides = {side.argument: side for side in self.target.sides}
+        streams = TwoStreams(length, self.anatomy.axes, sides, together)
+        return Passage(
+            {name: torch.cat([v, v]) if len(v) == examples else v for name, v in inputs.items()},
+            both_conditions(conditioning(model).get_submodule("clean")[str(block)], corruption.condition),  # type: ignore[index]
+            embed=self.noisy_embeddings(examples, corruption),
+            entry=streams.enter,
+            beside=streams.beside,
+            attention=streams.attention,
+            leave=streams.leave,
+            exit=denoise_before_head(model, block, corruption, corruption.condition),
+        )
+
+    def noisy_embeddings(self, examples: int, corruption: Corruption) -> Embed:
+        """Puts c_in z, at the scale of the network's own embeddings, in the place of the second half of the batch."""
+        embedding = self.anatomy.embedding
+        assert embedding is not None
+        rows = embedding.rows
+        noisy = along(corruption.scaling.c_in(corruption.sigma), corruption.z) * corruption.z
+
+        def embed(out: Tensor, look_up: Change) -> Tensor:
+            return torch.cat([out[:examples], (noisy * spread(look_up, rows, out.device)).to(out.dtype)])
+
+        return embed
+
+    def denoised(self, model: nn.Module, output: Tensor) -> Tensor:
+        return output.float().softmax(-1) @ self.table(model)
+
+    # -- figures ------------------------------------------------------------------------------------------
+
+    def stand_in(self, inputs: Inputs) -> Tensor:
+        return self.tokens(inputs)
+
+    def losses(self, output: Tensor, labels: Tensor) -> Tensor:
+        flat = F.cross_entropy(output.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
+        return flat.view(labels.shape)
+
+    def plain(self, output: Tensor) -> Tensor:
+        """Position i of the ordinary network predicts token i + 1; nothing predicts the first, which does not count."""
+        return torch.cat([output[:, :1], output[:, :-1]], 1)
+
+    def plain_losses(self, output: Tensor, labels: Tensor) -> Tensor:
+        return F.pad(self.losses(output[:, :-1], labels[:, 1:]), (1, 0))
+
+    def correct(self, output: Tensor, labels: Tensor) -> Tensor:
+        return output.argmax(-1) == labels
+
+    def average(self, outputs: list[Tensor]) -> Tensor:
+        return torch.stack([output.float().softmax(-1) for output in outputs]).mean(0).log()
+
+    def counted(self, labels: Tensor) -> Tensor:
+        """Padding does not count, nor does the first token, which an ordinary network cannot predict."""
+        counted = (labels != IGNORED).float()
+        counted[:, 0] = 0
+        return counted
+
+
+def both_conditions(clean: Tensor, noisy: Tensor) -> Tensor:
+    """Of clean and noisy positions: [width] and [N, width] to [N, 2, width], or [N, S, width] to [N, 2S, width]."""
+    if noisy.dim() == 2:
+        return torch.stack([clean.expand_as(noisy), noisy], 1)
+    return torch.cat([clean.expand_as(noisy), noisy], 1)
