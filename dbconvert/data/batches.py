@@ -9,13 +9,25 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from dbconvert.data.examples import Batch, Examples
+from dbconvert.data.examples import Batch
+
+
+class Data(Protocol):
+    """Examples that are read in batches: arguments of a network by name, and labels under `LABEL`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitems__(self, indices: list[int]) -> Batch: ...
+
+    def label_counts(self) -> Tensor:
+        """How often each label occurs, [classes]."""
 
 
 def derive(seed: int, *parts: object) -> int:
@@ -87,11 +99,11 @@ class OrderedBatches(Sampler[list[int]]):
         return permutation
 
 
-def load_batches(examples: Examples, sampler: Sampler[list[int]], workers: int) -> DataLoader[Batch]:
+def load_batches(examples: Data, sampler: Sampler[list[int]], workers: int) -> DataLoader[Batch]:
     """A loader of whole batches; pinned where there is a device to copy to."""
     options: dict[str, Any] = {"persistent_workers": True} if workers else {}
     return DataLoader(
-        examples,
+        examples,  # type: ignore[arg-type]
         batch_sampler=sampler,
         collate_fn=as_they_are,
         num_workers=workers,
@@ -101,11 +113,11 @@ def load_batches(examples: Examples, sampler: Sampler[list[int]], workers: int) 
 
 
 def as_they_are(batch: Any) -> Any:
-    """Batches come whole from `Examples.__getitems__`."""
+    """Batches come whole from `Data.__getitems__`."""
     return batch
 
 
-def in_order(examples: Examples, batch: int) -> Iterator[Batch]:
+def in_order(examples: Data, batch: int) -> Iterator[Batch]:
     """All examples once, in their order (evaluation)."""
     for start in range(0, len(examples), batch):
         yield examples.__getitems__(list(range(start, min(start + batch, len(examples)))))

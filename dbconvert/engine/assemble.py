@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from dbconvert.checkpoint import INDEX_SUFFIX, locate_checkpoint, read_metadata, save_checkpoint
+from dbconvert.engine import kept_tokenizer
 from dbconvert.engine.finished import check_shapes, merged, open_finished, refuse_mixture
 from dbconvert.engine.original import open_untrained, original_items
 from dbconvert.engine.package import MODEL, NOISE_KEY, PLAN_KEY, README, RECIPE
@@ -65,7 +66,7 @@ def assemble(
     if original:
         package = open_untrained(list(runs))
         plan, model = package.plan, package.folder / MODEL
-        items, metadata = original_items(package), {}
+        items, metadata, run = original_items(package), {}, None
     else:
         finished = [open_finished(Path(run)) for run in runs] or [open_finished(newest_complete())]
         refuse_mixture(finished)
@@ -74,14 +75,16 @@ def assemble(
         stored = merged(finished)
         check_shapes(stored, first.plan, own=first.info.periphery == "frozen-target")
         items, plan, model = dict(stored), first.plan, Path(first.info.package) / MODEL
-        recipe = read_recipe(first.folder / RECIPE)
+        recipe, run = read_recipe(first.folder / RECIPE), first.folder
         metadata = {PLAN_KEY: to_json(plan), NOISE_KEY: to_json(first.noise), DATA_KEY: to_json(recipe.data)}
+        metadata.update(kept_tokenizer.metadata_of(run))
     report(Stage("writing the checkpoint"))
     if path.suffix == SUFFIX:
-        if not original:
+        if run is not None:
             copy_source(model, path, plan, force=force)
+            kept_tokenizer.copy_beside(run, path, force=force)
         return save_checkpoint(path, items, metadata, shard_bytes)
-    return write_folder(path, items, metadata, plan, model, shard_bytes, force=force)
+    return write_folder(path, items, metadata, plan, model, run, shard_bytes, force=force)
 
 
 # -- where it goes ----------------------------------------------------------------------------------------------
@@ -111,6 +114,7 @@ def write_folder(
     metadata: Mapping[str, str],
     plan: Plan,
     model: Path,
+    run: Path | None,
     shard_bytes: int,
     *,
     force: bool,
@@ -126,6 +130,8 @@ def write_folder(
             shutil.copytree(model, temporary, dirs_exist_ok=True)
         elif metadata:
             shutil.copytree(model, source_folder(temporary / CHECKPOINT))
+        if run is not None:
+            kept_tokenizer.copy_into(run, temporary)
         if metadata:
             (temporary / README).write_text(checkpoint_readme(plan), encoding="utf-8")
         save_checkpoint(temporary / CHECKPOINT, items, metadata, shard_bytes)

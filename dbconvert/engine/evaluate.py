@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from dbconvert.data.datasets import BUILT_IN, open_part
-from dbconvert.data.examples import Examples
+from dbconvert.data.batches import Data
+from dbconvert.data.datasets import BUILT_IN
 from dbconvert.engine.load import Loaded, load
 from dbconvert.engine.metrics import Metrics, Scorer
+from dbconvert.engine.reading import find_tokenizer, open_examples
 from dbconvert.errors import UsageError
 from dbconvert.events import Reporter, Stage, silent
 from dbconvert.recipe import DataOptions, EvalOptions, merge, parse_overrides
@@ -54,8 +55,8 @@ def evaluate(
     if part is None:
         raise UsageError("which part of the data?", hint="name it with --part")
     plan = loaded.network.plan
-    assert plan.target is not None
-    examples = Examples(open_part(data, part), data, plan.anatomy, plan.target.classes)
+    tokenizer = loaded.tokenizer if data.tokenizer is None else find_tokenizer(data, plan, None)
+    examples = open_examples(data, part, plan, tokenizer, report)
     report(Stage("evaluating"))
     metrics = figures(loaded, examples, data, options, seed)
     return Evaluation(str(data.source), part, len(examples), metrics)
@@ -64,7 +65,8 @@ def evaluate(
 def with_overrides(data: DataOptions, overrides: Iterable[str], *, checkpoint: bool) -> tuple[DataOptions, EvalOptions]:
     """The data and evaluation options with `key=value` applied.
 
-    A checkpoint's metadata may name a built-in source only: it never decides what code or files are opened.
+    A checkpoint's metadata may name a built-in source only: it never decides what code or files are opened. The
+    tokenizer is the one that was kept, unless another is given.
     """
     given = parse_overrides(overrides)
     unknown = set(given) - {"data", "eval"}
@@ -74,11 +76,12 @@ def with_overrides(data: DataOptions, overrides: Iterable[str], *, checkpoint: b
     if checkpoint and not asked and data.source not in BUILT_IN:
         raise UsageError(f"the checkpoint was trained on {data.source}", hint="give the data with data.source=...")
     place = "the command line"
-    merged = parse(DataOptions, merge(to_data(data), given.get("data", {})), file=place)
+    known = replace(data, tokenizer=None, cache=None)
+    merged = parse(DataOptions, merge(to_data(known), given.get("data", {})), file=place)
     return merged, parse(EvalOptions, given.get("eval", {}), file=place)
 
 
-def figures(loaded: Loaded, examples: Examples, data: DataOptions, options: EvalOptions, seed: int) -> Metrics:
+def figures(loaded: Loaded, examples: Data, data: DataOptions, options: EvalOptions, seed: int) -> Metrics:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = loaded.network.to(device)
     scorer = Scorer(network, loaded.intervals, options, data.image, device, seed)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from dbconvert.data.examples import Examples
+from dbconvert.data.batches import Data
 from dbconvert.diffusion.intervals import Intervals
 from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.engine.units import Unit
@@ -36,8 +36,8 @@ class Job:
     units: dict[int, Unit]
     periphery: Unit | None
     steps: int
-    examples: Examples
-    validation: Examples | None
+    examples: Data
+    validation: Data | None
     recipe: Recipe
     folder: Path
 
@@ -50,8 +50,8 @@ def make_job(
     noise: NoiseFit,
     recipe: Recipe,
     steps: int,
-    examples: Examples,
-    validation: Examples | None,
+    examples: Data,
+    validation: Data | None,
     folder: Path,
 ) -> Job:
     blocks = len(network.plan.blocks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -12,7 +13,10 @@ from torch import Tensor
 
 from dbconvert.checkpoint import INDEX_SUFFIX, load_checkpoint, locate_checkpoint
 from dbconvert.data.images import normalise
+from dbconvert.data.tokenizer_opening import from_description
+from dbconvert.data.tokenizers import Description, Tokenizer
 from dbconvert.diffusion.intervals import Intervals
+from dbconvert.engine import kept_tokenizer
 from dbconvert.engine.assemble import CHECKPOINT, DATA_KEY, source_folder
 from dbconvert.engine.convert import single_block, whole_network, with_own_peripheries
 from dbconvert.engine.infer import Begin, sample
@@ -36,7 +40,7 @@ from dbconvert.errors import DBConvertError, UsageError
 from dbconvert.files import inside
 from dbconvert.plan import NoiseFit, Plan, parse_plan, read_plan
 from dbconvert.recipe import DataOptions, Recipe, read_recipe
-from dbconvert.schema import parse
+from dbconvert.schema import parse, read_json
 from dbconvert.sources.base import Source
 from dbconvert.sources.resolve import HUB_ID, has_code, reopen_source
 from dbconvert.sources.transformers_files import COMPANIONS, CONFIG, SAFETENSORS, fetch
@@ -54,12 +58,25 @@ class Loaded:
     Args:
         data: what its training data looked like; pictures are normalised accordingly.
         layers: for a baseline, the layers that run; None for blocks.
+        described: its tokenizer, for networks of text.
+        places: where the tokenizer's files may lie.
     """
 
     network: BlockwiseNetwork
     noise: NoiseFit
     data: DataOptions
     layers: range | None = None
+    described: Description | None = None
+    places: tuple[Path, ...] = ()
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """What it was trained with.
+
+        Raises:
+            DBConvertError: its files are missing, or another's are there.
+        """
+        return None if self.described is None else from_description(self.described, self.places)
 
     @property
     def intervals(self) -> Intervals:
@@ -141,8 +158,10 @@ def load_file(path: Path, extra: list[Path], *, code: bool = True) -> Loaded:
     noise = parse(NoiseFit, read_metadata_json(metadata, NOISE_KEY, path), file=f"the noise in {path}")
     data = parse(DataOptions, read_metadata_json(metadata, DATA_KEY, path), file=f"the data options in {path}")
     folders = [*extra, source_folder(path), path.parent / MODEL, path.parent]
-    tensors = load_checkpoint(path)[0]
-    return Loaded(filled(plan, reopen_source(plan.source, folders), noise, tensors, path), noise, data)
+    network = filled(plan, reopen_source(plan.source, folders), noise, load_checkpoint(path)[0], path)
+    told = read_metadata_json(metadata, kept_tokenizer.KEY, path) if kept_tokenizer.KEY in metadata else None
+    described = None if told is None else parse(Description, told, file=f"the tokenizer in {path}")
+    return Loaded(network, noise, data, None, described, (kept_tokenizer.beside(path), *folders))
 
 
 def read_metadata_json(metadata: Mapping[str, str], key: str, path: Path) -> object:
@@ -155,9 +174,13 @@ def read_metadata_json(metadata: Mapping[str, str], key: str, path: Path) -> obj
 def load_run(folder: Path, extra: list[Path]) -> Loaded:
     info, recipe, plan, noise = read_run(folder)
     source = reopen_source(plan.source, [*extra, Path(info.package) / MODEL])
+    used = folder / kept_tokenizer.FILE
+    described = parse(Description, read_json(used), file=str(used)) if used.is_file() else None
+    places = (folder / kept_tokenizer.FOLDER,)
     if info.method != "blocks":
         tensors, _ = load_checkpoint(folder / WEIGHTS / NETWORK_FILE)
-        return Loaded(filled(plan, source, noise, tensors, folder), noise, recipe.data, baseline_layers(plan, recipe))
+        network = filled(plan, source, noise, tensors, folder)
+        return Loaded(network, noise, recipe.data, baseline_layers(plan, recipe), described, places)
     tensors = {}
     for name in [*map(block_file, info.blocks), PERIPHERY]:
         tensors.update(load_checkpoint(folder / WEIGHTS / name)[0])
@@ -165,7 +188,7 @@ def load_run(folder: Path, extra: list[Path]) -> Loaded:
         network = lone_block(plan, source, info.blocks[0], noise, tensors)
     else:
         network = filled(plan, source, noise, tensors, folder)
-    return Loaded(network, noise, recipe.data)
+    return Loaded(network, noise, recipe.data, None, described, places)
 
 
 def read_run(folder: Path) -> tuple[RunInfo, Recipe, Plan, NoiseFit]:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dbconvert.data.batches import derive, in_order
-from dbconvert.data.examples import LABEL, Examples
+from dbconvert.data.batches import Data, derive, in_order
+from dbconvert.data.examples import LABEL
 from dbconvert.data.images import normalise
 from dbconvert.diffusion.intervals import Intervals
 from dbconvert.engine.infer import sample
@@ -37,12 +37,12 @@ class Scorer:
     device: torch.device
     seed: int
 
-    def score(self, examples: Examples, layers: range | None = None) -> Metrics:
+    def score(self, examples: Data, layers: range | None = None) -> Metrics:
         """A network in blocks, or a baseline that runs `layers` unconditioned."""
         with self.evaluating():
             return self.blocks(examples) if layers is None else self.plain(examples, layers)
 
-    def blocks(self, examples: Examples) -> Metrics:
+    def blocks(self, examples: Data) -> Metrics:
         """Metrics of a converted network.
 
         `accuracy_zero` and `loss_zero` start from z = 0, where `loss_first` is what the first evaluation says, block 0
@@ -99,7 +99,7 @@ class Scorer:
         losses = self.network(block, inputs, labels, sigma.to(self.device, torch.float32), eps)
         return self.network.task.mean(losses, labels)
 
-    def plain(self, examples: Examples, layers: range) -> Metrics:
+    def plain(self, examples: Data, layers: range) -> Metrics:
         """Accuracy and loss of the unconditioned network."""
         task = self.network.task
         right = lost = 0.0
@@ -109,7 +109,7 @@ class Scorer:
             lost += task.mean(task.losses(output, labels), labels) * len(labels)
         return {"accuracy": right / len(examples), "loss": lost / len(examples)}
 
-    def batches(self, examples: Examples) -> Iterator[tuple[Inputs, Tensor]]:
+    def batches(self, examples: Data) -> Iterator[tuple[Inputs, Tensor]]:
         for loaded in in_order(examples, self.options.batch):
             labels = loaded.pop(LABEL).to(self.device)
             yield {name: self.ready(value.to(self.device)) for name, value in loaded.items()}, labels

@@ -7,25 +7,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from dbconvert.data.datasets import open_part
-from dbconvert.data.examples import LABEL, Examples
+from dbconvert.data.batches import Data
+from dbconvert.data.tokenizers import Tokenizer
 from dbconvert.engine.convert import single_block, whole_network
 from dbconvert.engine.jobs import Job, make_job
 from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.engine.noise import fit_noise
-from dbconvert.engine.package import PLAN, RECIPE, Package, open_package
+from dbconvert.engine.package import MODEL, PLAN, RECIPE, Package, open_package
 from dbconvert.engine.paths import settled
+from dbconvert.engine.reading import find_tokenizer, open_examples, stand_in
 from dbconvert.engine.split import split
 from dbconvert.errors import UsageError
 from dbconvert.events import Note, Reporter
 from dbconvert.plan import NoiseFit, Plan
-from dbconvert.recipe import DataOptions, Recipe, keys, parse_overrides, read_recipe
+from dbconvert.recipe import Recipe, keys, parse_overrides, read_recipe
 from dbconvert.shipped import shipped
 from dbconvert.tasks.registry import choose_task, reasons
 
-PATHS = (("source",), ("package",), ("weights",), ("data", "source"))
+PATHS = (("source",), ("package",), ("weights",), ("data", "source"), ("data", "tokenizer"), ("data", "cache"))
 PACKAGE = "package"
 
 
@@ -46,6 +45,7 @@ class Prepared:
     package: Package
     plan: Plan
     noise: NoiseFit
+    tokenizer: Tokenizer | None
 
 
 def prepare(
@@ -72,15 +72,19 @@ def prepare(
     package = get_package(recipe, folder, report)
     plan = settle_task(package.plan, recipe)
     check_block(block, plan, recipe)
+    check_table(plan, recipe)
     missing = rehearsal and recipe.data.source is None
-    examples = stand_in(recipe, plan) if missing else training_examples(recipe.data, plan)
+    tokenizer = None if missing else find_tokenizer(recipe.data, plan, package.folder / MODEL)
+    data = recipe.data
+    examples = stand_in(recipe, plan) if missing else open_examples(data, data.train, plan, tokenizer, report)
     steps = steps_of(recipe, len(examples))
     network = build_network(package, plan, recipe, block)
     noise = get_noise(package, network, None if missing else examples, keep=keep_noise)
     tell(report, plan, noise, recipe)
-    validation = None if rehearsal else open_examples(recipe.data, recipe.data.validation, plan)
+    held_out = None if rehearsal else data.validation
+    validation = None if held_out is None else open_examples(data, held_out, plan, tokenizer, report)
     job = make_job(network, noise, recipe, steps, examples, validation, folder)
-    return Prepared(job, package, plan, noise)
+    return Prepared(job, package, plan, noise, tokenizer)
 
 
 def tell(report: Reporter, plan: Plan, noise: NoiseFit, recipe: Recipe) -> None:
@@ -130,10 +134,11 @@ def find_recipe(target: str) -> Path:
 
 
 def with_absolute_paths(recipe: Recipe, folder: Path, on_command_line: set[tuple[str | int, ...]]) -> Recipe:
-    source, package, weights, data = (
+    source, package, weights, data, tokenizer, cache = (
         settled(lookup(recipe, key), Path.cwd() if key in on_command_line else folder) for key in PATHS
     )
-    return replace(recipe, source=source, package=package, weights=weights, data=replace(recipe.data, source=data))
+    read = replace(recipe.data, source=data, tokenizer=tokenizer, cache=cache)
+    return replace(recipe, source=source, package=package, weights=weights, data=read)
 
 
 def lookup(recipe: Recipe, key: tuple[str, ...]) -> str | None:
@@ -188,29 +193,6 @@ def settle_task(plan: Plan, recipe: Recipe) -> Plan:
 # -- data, network, noise ---------------------------------------------------------------------------------------
 
 
-def open_examples(data: DataOptions, part: str | None, plan: Plan) -> Examples | None:
-    """One part of the data, None where the recipe names none."""
-    if part is None or plan.target is None:
-        return None
-    return Examples(open_part(data, part), data, plan.anatomy, plan.target.classes)
-
-
-def training_examples(data: DataOptions, plan: Plan) -> Examples:
-    examples = open_examples(data, data.train, plan)
-    assert examples is not None
-    return examples
-
-
-def stand_in(recipe: Recipe, plan: Plan) -> Examples:
-    """A batch of zeros in the shape of the split's example input, to measure memory without data."""
-    assert plan.target is not None
-    item: dict[str, Any] = {
-        given.name: torch.zeros(given.shape[1:], dtype=getattr(torch, given.dtype)) for given in plan.anatomy.inputs
-    }
-    options = DataOptions(label=LABEL)
-    return Examples([{**item, LABEL: 0}] * recipe.train.batch, options, plan.anatomy, plan.target.classes)
-
-
 def build_network(package: Package, plan: Plan, recipe: Recipe, block: int | None) -> BlockwiseNetwork:
     """The network with the package's weights: whole, or one block with nothing of the others in memory."""
     if block is not None:
@@ -225,7 +207,7 @@ def build_network(package: Package, plan: Plan, recipe: Recipe, block: int | Non
     return network
 
 
-def get_noise(package: Package, network: BlockwiseNetwork, examples: Examples | None, *, keep: bool) -> NoiseFit:
+def get_noise(package: Package, network: BlockwiseNetwork, examples: Data | None, *, keep: bool) -> NoiseFit:
     """The package's noise fit, or one made now from the target table and the label frequencies.
 
     Args:
@@ -241,11 +223,21 @@ def get_noise(package: Package, network: BlockwiseNetwork, examples: Examples | 
     return fit
 
 
-def fit_now(network: BlockwiseNetwork, examples: Examples) -> NoiseFit:
+def fit_now(network: BlockwiseNetwork, examples: Data) -> NoiseFit:
     plan = network.plan
     table = network.task.table(network.model).detach().cpu()
     basis = "the label frequencies of the training data and the initial target table"
     return fit_noise(plan.noise, len(plan.blocks), table, examples.label_counts(), basis)
+
+
+def check_table(plan: Plan, recipe: Recipe) -> None:
+    """Refuses blocks with stems of their own whose targets are the rows of a stem's table."""
+    own = plan.target is not None and plan.target.table == "own"
+    if own and recipe.train.periphery == "frozen-target" and recipe.train.method == "blocks":
+        raise UsageError(
+            "the targets are the network's own embeddings, which blocks with their own stems would not share",
+            hint="split with --table fresh (split.table=fresh in a recipe)",
+        )
 
 
 def check_block(block: int | None, plan: Plan, recipe: Recipe) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dbconvert.data.datasets import open_part
-from dbconvert.data.examples import Examples
 from dbconvert.engine.convert import begin_conditioning, converted
 from dbconvert.engine.decide import cautions, decide, decide_blocks
 from dbconvert.engine.network import BlockwiseNetwork
@@ -27,6 +25,7 @@ from dbconvert.engine.package import (
 from dbconvert.engine.package_texts import package_readme, package_recipe, train_script
 from dbconvert.engine.paths import settled
 from dbconvert.engine.picture import draw_noise
+from dbconvert.engine.reading import find_tokenizer, open_examples
 from dbconvert.engine.trained import Fitted
 from dbconvert.events import Note, Reporter, Stage, silent
 from dbconvert.files import atomic_folder, quick_digest, refuse_occupied
@@ -106,7 +105,7 @@ def split(
     if opened.large and not dry_run:
         begin_conditioning(network, seed=seed)
     if data is not None and data.source is not None and plan.task is not None:
-        fit = fit_to_data(network, data)
+        fit = fit_to_data(network, data, opened)
     plan = replace(plan, preview=fit, shapes={k: tuple(v.shape) for k, v in network.tensors().items()})
     warnings = tuple(cautions(plan))
     for warning in warnings:
@@ -129,13 +128,12 @@ def convert_whole(opened: Opened, plan: Plan, task: type[Task] | None, seed: int
     return BlockwiseNetwork(opened.model, run, acting, plan, tuple(range(len(plan.blocks))), "shared")
 
 
-def fit_to_data(network: BlockwiseNetwork, data: DataOptions) -> NoiseFit:
+def fit_to_data(network: BlockwiseNetwork, data: DataOptions, opened: Opened) -> NoiseFit:
     plan = network.plan
     if plan.noise.rule == "edm":
         return plan.preview
-    target = plan.target
-    assert target is not None
-    examples = Examples(open_part(data, data.train), data, plan.anatomy, target.classes)
+    tokenizer = find_tokenizer(data, plan, opened.source.folder)
+    examples = open_examples(data, data.train, plan, tokenizer)
     table = network.task.table(network.model).detach()
     basis = f"the label frequencies of {data.source} ({data.train}) and the initial target table"
     return fit_noise(plan.noise, len(plan.blocks), table, examples.label_counts(), basis)

@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration
 
 from dbconvert.checkpoint import save_tensors
+from dbconvert.engine import kept_tokenizer
 from dbconvert.engine.jobs import Job
 from dbconvert.engine.loop import Loop
 from dbconvert.engine.memory import MemoryReport, measure
@@ -109,6 +110,7 @@ def train(
     memory = measure(job, accelerator.device)
     if accelerator.is_main_process:
         write_head(folder, info, recipe, prepared.plan, noise)
+        kept_tokenizer.keep(prepared.tokenizer, folder)
     start_trackers(accelerator, recipe)
     metrics = loop.run()
     accelerator.end_training()

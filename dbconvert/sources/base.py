@@ -19,7 +19,12 @@ class Source(ABC):
 
     Trained weights may be stored under other keys than the network's own, and several stored tensors may make up one
     of the network's. The names here: a *stored* key is one in a weights file, a *network* key one of its state.
+
+    Attributes:
+        folder: where its configuration, tokenizer and the like lie; None where it has no such folder.
     """
+
+    folder: Path | None = None
 
     @property
     @abstractmethod

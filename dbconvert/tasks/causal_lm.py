@@ -15,16 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dbconvert.anatomy import Anatomy
+from dbconvert.data.sequences import DOCUMENTS, IGNORED
 from dbconvert.graph.oracle import ask
 from dbconvert.graph.two_streams import TwoStreams, spread
 from dbconvert.plan import Rule, Table, Target
 from dbconvert.tasks.base import Change, Corruption, Embed, Inputs, Passage, Task, along, conditioning
 from dbconvert.tasks.discrete import denoise_before_head, register_readouts, register_table
-
-IGNORED = -100
-"""Label of a position that does not count, as padding."""
-DOCUMENTS = "__documents__"
-"""Key in a batch of the document that each position belongs to, [N, S]; no argument of a network is called this."""
 
 
 class CausalLM(Task):

@@ -1,0 +1,67 @@
+"""The data of a plan: which examples its task reads, and the tokenizer that makes them of text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dbconvert.data.batches import Data
+from dbconvert.data.datasets import open_part
+from dbconvert.data.examples import LABEL, Examples
+from dbconvert.data.sequences import Blank, Sequences
+from dbconvert.data.tokenizer_opening import open_tokenizer
+from dbconvert.data.tokenizers import Tokenizer
+from dbconvert.data.tokens import open_text
+from dbconvert.errors import DBConvertError
+from dbconvert.events import Reporter, silent
+from dbconvert.plan import Plan
+from dbconvert.recipe import DataOptions, Recipe
+from dbconvert.tasks.registry import named
+
+
+def is_text(plan: Plan) -> bool:
+    return plan.task is not None and named(plan.task).text
+
+
+def find_tokenizer(data: DataOptions, plan: Plan, model: Path | None) -> Tokenizer | None:
+    """What makes tokens for a plan; None where its task reads no text.
+
+    Args:
+        model: the source's folder, whose tokenizer is taken where the data options name none.
+    """
+    return open_tokenizer(data, model) if is_text(plan) else None
+
+
+def open_examples(
+    data: DataOptions, part: str, plan: Plan, tokenizer: Tokenizer | None, report: Reporter = silent
+) -> Data:
+    """One part of the data as the plan's task reads it.
+
+    Raises:
+        UsageError, DBConvertError: there is no such part, it cannot be read, or it does not fit the network.
+    """
+    assert plan.target is not None
+    if tokenizer is None:
+        return Examples(open_part(data, part), data, plan.anatomy, plan.target.classes)
+    return Sequences(open_text(data, part, tokenizer, report), token_argument(plan), plan.target.classes)
+
+
+def token_argument(plan: Plan) -> str:
+    if plan.anatomy.embedding is None:
+        raise DBConvertError("the network takes no tokens")
+    return plan.anatomy.embedding.argument
+
+
+def stand_in(recipe: Recipe, plan: Plan) -> Data:
+    """A batch in the shape of the split's example input, to measure memory without data."""
+    assert plan.target is not None
+    if is_text(plan):
+        seen = next(given.shape[1] for given in plan.anatomy.inputs if given.name == token_argument(plan))
+        return Blank(token_argument(plan), recipe.train.batch, recipe.data.length or seen)
+    item: dict[str, Any] = {
+        given.name: torch.zeros(given.shape[1:], dtype=getattr(torch, given.dtype)) for given in plan.anatomy.inputs
+    }
+    options = DataOptions(label=LABEL)
+    return Examples([{**item, LABEL: 0}] * recipe.train.batch, options, plan.anatomy, plan.target.classes)
