@@ -1,7 +1,7 @@
 """A small GPT: learnt positions, pre-norm, attention that sees no later position. Text as bytes or characters.
 
-    dbconvert inspect examples/gpt.py
-    dbconvert train ar_text_tiny
+dbconvert inspect examples/gpt.py
+dbconvert train ar_text_tiny
 """
 
 import torch

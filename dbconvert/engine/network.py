@@ -12,7 +12,7 @@ from dbconvert.diffusion.preconditioning import Preconditioning
 from dbconvert.errors import DBConvertError
 from dbconvert.graph.inject import PREFIX, Conditioning, Run
 from dbconvert.plan import Plan
-from dbconvert.tasks.base import Corruption, Inputs, Task, along, leaf
+from dbconvert.tasks.base import Corruption, Inputs, Passage, Task, along, leaf
 
 Periphery = Literal["shared", "own", "single"]
 """`shared`: one stem and readout for all blocks; `own`: each block has its own; `single`: only one block is
@@ -105,11 +105,17 @@ class BlockwiseNetwork(nn.Module):
 
     def denoise(self, block: int, inputs: Inputs, z: Tensor, sigma: Tensor) -> Tensor:
         """The output of one block for noisy targets z [N, d] or [N, S, d] at levels sigma [N] or [N, S]."""
+        return self.pass_through(block, self.task.passage(self.model, block, inputs, self.corrupted(block, z, sigma)))
+
+    def corrupted(self, block: int, z: Tensor, sigma: Tensor) -> Corruption:
+        """Noisy targets as a block meets them."""
         if block not in self.present:
             raise DBConvertError(f"block {block} is not in memory", why=f"only blocks {list(self.present)} are")
         scaling = Preconditioning(self.sigma_data)
-        condition = self.conditioning.embedder[str(block)](scaling.c_noise(sigma))
-        passage = self.task.passage(self.model, block, inputs, Corruption(z, sigma, condition, scaling))
+        return Corruption(z, sigma, self.conditioning.embedder[str(block)](scaling.c_noise(sigma)), scaling)
+
+    def pass_through(self, block: int, passage: Passage) -> Tensor:
+        """The network's output when one block runs as a task says."""
         self.run.reset()
         self.run.active = self.plan.layers_of(block)
         passage.steer(self.run)

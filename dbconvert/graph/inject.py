@@ -52,7 +52,7 @@ class Run(Volatile):
         embed: changes the token embeddings; it is also given the function that looks tokens up.
         entry: changes the stream as it enters the stack.
         beside: changes a tensor that an active layer receives beside the stream, by the argument's path.
-        attention: what active layers attend in.
+        attention: what active layers attend in, by a key that tells them (and their parts) apart.
         leave: changes the stream as it leaves the stack.
         exit: changes what enters the head.
         hold: takes what enters the head, which then gives nothing: a loss may read it in pieces.
@@ -66,7 +66,7 @@ class Run(Volatile):
     embed: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor] | None = None
     entry: Callable[[Tensor], Tensor] | None = None
     beside: Callable[[Path, Tensor], Tensor] | None = None
-    attention: Callable[[], AbstractContextManager[Any]] | None = None
+    attention: Callable[[object], AbstractContextManager[Any]] | None = None
     leave: Callable[[Tensor], Tensor] | None = None
     exit: Callable[[Tensor], Tensor] | None = None
     hold: list[Tensor] | None = None
@@ -83,8 +83,8 @@ class Run(Volatile):
         """Whether a layer is to run, and not to hand its stream on."""
         return self.active is None or layer in self.active
 
-    def attending(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self.attention is None else self.attention()
+    def attending(self, key: object) -> AbstractContextManager[Any]:
+        return nullcontext() if self.attention is None else self.attention(key)
 
     def given(self, stream: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
         """A layer's arguments with those beside the stream changed."""
@@ -221,7 +221,7 @@ class LayerModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         *args, condition = args  # type: ignore[assignment]
         self.db_layer_sites.fill(condition)
-        with self.db_run.attending():
+        with self.db_run.attending(self.db_index):
             return super().forward(*args, **kwargs)
 
 

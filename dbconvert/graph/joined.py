@@ -47,7 +47,7 @@ class PartModule(nn.Module):
             if self.db_position == 0:
                 self.db_layer_sites.fill(run.condition)
             args, kwargs = run.given(part.stream_in, args, kwargs)
-            with run.attending():
+            with run.attending((self.db_index, self.db_position)):
                 out = super().__call__(*args, **kwargs)
         else:
             out = imitate(part, stream.view_as(stream))

@@ -66,7 +66,7 @@ class TwoStreams:
             return torch.cat([clean, clean], known.sequence[0])
         return self.mask(clean, made_of=value) if known.sequence else clean
 
-    def attention(self) -> TorchFunctionMode:
+    def attention(self, _: object) -> TorchFunctionMode:
         return _Attention(self)
 
     def mask(self, given: Tensor, made_of: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ class _Attention(TorchFunctionMode):
     ) -> Any:
         if func is not ATTENTION:
             return func(*args, **(kwargs or {}))
-        given = {**dict(zip(ARGUMENTS, args, strict=False)), **(kwargs or {})}
+        given = attention_arguments(args, kwargs or {})
         length = self.streams.length
         if given["query"].shape[-2] == given["key"].shape[-2] == 2 * length:
             with uncounted():
@@ -113,6 +113,11 @@ class _Attention(TorchFunctionMode):
             return self.streams.mask(clean[..., :length, :length], made_of=mask)
         visible = self.streams.causal if given.get("is_causal") else self.streams.whole
         return self.streams.mask(visible.to(given["query"].device), made_of=visible)
+
+
+def attention_arguments(args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of torch's attention by name."""
+    return {**dict(zip(ARGUMENTS, args, strict=False)), **kwargs}
 
 
 SAMPLED = 4096

@@ -50,7 +50,7 @@ class Passage:
     embed: Embed | None = None
     entry: Change | None = None
     beside: Callable[[Path, Tensor], Tensor] | None = None
-    attention: Callable[[], AbstractContextManager[Any]] | None = None
+    attention: Callable[[object], AbstractContextManager[Any]] | None = None
     leave: Change | None = None
     exit: Change | None = None
 

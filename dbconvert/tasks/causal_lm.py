@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from dbconvert.anatomy import Anatomy
 from dbconvert.data.sequences import DOCUMENTS, IGNORED
 from dbconvert.graph.oracle import ask
+from dbconvert.graph.prefix import Prefix
 from dbconvert.graph.two_streams import TwoStreams, spread
 from dbconvert.plan import Rule, Table, Target
-from dbconvert.tasks.base import Change, Corruption, Embed, Inputs, Passage, Task, along, conditioning
+from dbconvert.tasks.base import Corruption, Embed, Inputs, Passage, Task, along, conditioning
 from dbconvert.tasks.discrete import denoise_before_head, register_readouts, register_table
 
 
@@ -121,17 +122,52 @@ class CausalLM(Task):
             exit=denoise_before_head(model, block, corruption, corruption.condition),
         )
 
-    def noisy_embeddings(self, examples: int, corruption: Corruption) -> Embed:
-        """Puts c_in z, at the scale of the network's own embeddings, in the place of the second half of the batch."""
+    def prefix(self) -> Prefix:
+        """An empty cache for one block."""
+        return Prefix(self.anatomy.axes, {side.argument: side for side in self.target.sides})
+
+    def next_passage(
+        self, model: nn.Module, block: int, inputs: Inputs, corruption: Corruption, prefix: Prefix | None
+    ) -> Passage:
+        """How a block denoises the one token after a clean prefix, in an ordinary causal pass.
+
+        Args:
+            inputs: the prefix and any token after it, [N, n + 1].
+            corruption: z [N, 1, d], sigma [N].
+            prefix: what is cached of the prefix; None runs all of it.
+        """
+        examples, length = self.tokens(inputs).shape
+        if prefix is not None:
+            prefix.begin(length)
+        new = length if prefix is None else prefix.new
+        clean = conditioning(model).get_submodule("clean")[str(block)]  # type: ignore[index]
+        condition = torch.cat([clean.expand(examples, new - 1, -1), corruption.condition[:, None]], 1)
+        noisy = self.scaled(corruption)
+        axes = self.anatomy.axes
+        sequence = next(i for i in range(3) if i not in (axes.batch, axes.channel + 3))
+        return Passage(
+            inputs,
+            condition,
+            embed=lambda out, look_up: torch.cat([out[:, :-1], noisy(out, look_up)], 1),
+            entry=None if prefix is None else prefix.enter,
+            beside=None if prefix is None else prefix.beside,
+            attention=None if prefix is None else prefix.attention,
+            leave=lambda stream: stream.narrow(sequence, stream.shape[sequence] - 1, 1),
+            exit=denoise_before_head(model, block, corruption, corruption.condition),
+        )
+
+    def scaled(self, corruption: Corruption) -> Embed:
+        """c_in z at the scale of the network's own embeddings."""
         embedding = self.anatomy.embedding
         assert embedding is not None
         rows = embedding.rows
         noisy = along(corruption.scaling.c_in(corruption.sigma), corruption.z) * corruption.z
+        return lambda out, look_up: (noisy * spread(look_up, rows, out.device)).to(out.dtype)
 
-        def embed(out: Tensor, look_up: Change) -> Tensor:
-            return torch.cat([out[:examples], (noisy * spread(look_up, rows, out.device)).to(out.dtype)])
-
-        return embed
+    def noisy_embeddings(self, examples: int, corruption: Corruption) -> Embed:
+        """Puts c_in z, at the scale of the network's own embeddings, in the place of the second half of the batch."""
+        noisy = self.scaled(corruption)
+        return lambda out, look_up: torch.cat([out[:examples], noisy(out, look_up)])
 
     def denoised(self, model: nn.Module, output: Tensor) -> Tensor:
         return output.float().softmax(-1) @ self.table(model)

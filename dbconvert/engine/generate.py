@@ -1,0 +1,213 @@
+"""generate: text from a trained network, one token at a time, every token denoised by all blocks in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dbconvert.data.tokenizers import Tokenizer
+from dbconvert.diffusion.intervals import Intervals
+from dbconvert.diffusion.sampling import euler_step, levels
+from dbconvert.engine.load import Loaded, load
+from dbconvert.engine.network import BlockwiseNetwork
+from dbconvert.errors import DBConvertError, UsageError
+from dbconvert.events import Note, Reporter, Stage, silent
+from dbconvert.graph.prefix import Prefix
+from dbconvert.schema import Count, Positive, record
+from dbconvert.tasks.causal_lm import CausalLM
+
+AGREE = 1e-3
+"""The largest difference of cached and uncached scores, over the largest score."""
+
+
+@record
+class Decoding:
+    """How tokens are chosen.
+
+    Args:
+        temperature: 0 takes the likeliest token, from z = 0; else a draw of noise decides, and scores of block 0 are
+            divided by it: near sigma_min the choice has been made.
+        top_k, top_p: what block 0's distribution is cut to; 0 and 1 leave it whole.
+        steps: network evaluations a token, B + 1 by default.
+    """
+
+    temperature: float = 0.0
+    top_k: Count = 0
+    top_p: float = 1.0
+    steps: Positive | None = None
+
+
+def generate(
+    target: str,
+    prompt: str,
+    *,
+    tokens: int = 200,
+    decoding: Decoding = Decoding(),  # noqa: B008
+    cache: bool = True,
+    seed: int = 0,
+    model: str | None = None,
+    report: Reporter = silent,
+) -> Iterator[str]:
+    """Continues a prompt; yields text as it comes.
+
+    Args:
+        target: a checkpoint or a run, as `load` takes it.
+        tokens: at most so many; an end token ends it.
+        cache: keep keys and values of what is there already.
+        model: the network's Python file, where it does not lie beside the checkpoint.
+
+    Raises:
+        UsageError: the prompt is empty, or the network is none of text.
+        DBConvertError: the network fails, as on more tokens than it has positions for.
+    """
+    if decoding.temperature < 0 or not 0 < decoding.top_p <= 1:
+        raise UsageError("temperature must not be negative, and top-p lies in (0, 1]")
+    report(Stage("loading"))
+    loaded = load(target, model)
+    tokenizer = loaded.tokenizer
+    if tokenizer is None or not isinstance(loaded.network.decided_task, CausalLM):
+        raise UsageError(f"{target} does not generate text", hint="its task is not causal_lm")
+    start = torch.tensor([tokenizer.encode(prompt)], dtype=torch.long)
+    if start.shape[1] == 0:
+        raise UsageError("the prompt is empty", hint="give at least one token with --prompt")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loaded.network.to(device)
+    writer = Writer(loaded.network, loaded.intervals, decoding, torch.Generator().manual_seed(seed))
+    if loaded.layers is not None:
+        found = plain_tokens(loaded, start.to(device), tokens, writer)
+    else:
+        cache = cache and can_cache(writer, start.to(device), report)
+        found = writer.tokens(start.to(device), tokens, cache=cache)
+    return pieces(found, tokenizer, prompt)
+
+
+def pieces(found: Iterator[int], tokenizer: Tokenizer, prompt: str) -> Iterator[str]:
+    """Tokens as text, held back while a character is incomplete."""
+    so_far: list[int] = []
+    shown = ""
+    for token in found:
+        if token == tokenizer.eos:
+            break
+        so_far.append(token)
+        text = tokenizer.decode(so_far)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            yield text[len(shown) :]
+            shown = text
+    yield tokenizer.decode(so_far)[len(shown) :]
+
+
+@dataclass
+class Writer:
+    """Writes on, token by token.
+
+    Args:
+        generator: of the noise and the draws, on the CPU.
+    """
+
+    network: BlockwiseNetwork
+    intervals: Intervals
+    decoding: Decoding
+    generator: torch.Generator
+
+    @property
+    def task(self) -> CausalLM:
+        assert isinstance(self.network.task, CausalLM)
+        return self.network.task
+
+    @torch.no_grad()
+    def tokens(self, start: Tensor, count: int, *, cache: bool) -> Iterator[int]:
+        """At most `count` tokens after `start` [1, n]."""
+        written = start
+        prefixes = {b: self.task.prefix() for b in self.network.present} if cache else {}
+        for _ in range(count):
+            token = self.choose(self.next_scores(written, prefixes))
+            yield token
+            written = torch.cat([written, written.new_full((1, 1), token)], 1)
+
+    def next_scores(self, written: Tensor, prefixes: dict[int, Prefix]) -> Tensor:
+        """Scores [K] of the token after `written`, from the last of all levels."""
+        grid = levels(self.intervals, self.decoding.steps)
+        z = torch.zeros(1, 1, self.task.target.width)
+        if self.decoding.temperature:
+            z = torch.randn(z.shape, generator=self.generator) * grid[0]
+        z = z.to(written.device)
+        scores = z
+        for i, sigma in enumerate(grid):
+            block = self.intervals.block_of(sigma)
+            scores = self.evaluate(block, written, z, sigma, prefixes.get(block))
+            if block == 0:
+                scores = self.filtered(scores)
+            if i + 1 < len(grid):
+                z = euler_step(z, self.task.denoised(self.network.model, scores), sigma, grid[i + 1])
+        return scores[0, 0]
+
+    def evaluate(self, block: int, written: Tensor, z: Tensor, sigma: float, prefix: Prefix | None) -> Tensor:
+        """One evaluation: scores [1, 1, K]."""
+        argument = self.task.anatomy.embedding.argument  # type: ignore[union-attr]
+        inputs = {argument: torch.cat([written, written[:, -1:]], 1)}
+        level = torch.full((1,), sigma, device=written.device)
+        corruption = self.network.corrupted(block, z, level)
+        passage = self.task.next_passage(self.network.model, block, inputs, corruption, prefix)
+        try:
+            scores = self.network.pass_through(block, passage)
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise DBConvertError(
+                f"the network fails on {written.shape[1] + 1} tokens: {str(error).splitlines()[0]}",
+                hint="a network has positions for so many tokens only: shorten the prompt, or ask for fewer tokens",
+            ) from error
+        if prefix is not None:
+            prefix.end()
+        return scores
+
+    def filtered(self, scores: Tensor) -> Tensor:
+        """Block 0's scores by temperature, top-k and top-p."""
+        decoding = self.decoding
+        if not decoding.temperature:
+            return scores
+        scores = scores.float() / decoding.temperature
+        if decoding.top_k:
+            least = scores.topk(min(decoding.top_k, scores.shape[-1])).values[..., -1:]
+            scores = scores.masked_fill(scores < least, -torch.inf)
+        if decoding.top_p < 1:
+            ordered, order = scores.softmax(-1).sort(-1, descending=True)
+            beyond = ordered.cumsum(-1) - ordered >= decoding.top_p
+            scores = scores.masked_fill(beyond.scatter(-1, order, beyond), -torch.inf)
+        return scores
+
+    def choose(self, scores: Tensor) -> int:
+        if not self.decoding.temperature:
+            return int(scores.argmax())
+        return int(torch.multinomial(scores.float().softmax(-1).cpu(), 1, generator=self.generator))
+
+
+def can_cache(writer: Writer, start: Tensor, report: Reporter) -> bool:
+    """Whether cached scores are those without a cache, tried on the prompt; a note says why not."""
+    tried = Writer(writer.network, writer.intervals, Decoding(), torch.Generator())
+    prefixes = {b: tried.task.prefix() for b in tried.network.present}
+    try:
+        with torch.no_grad():
+            for length in dict.fromkeys((max(1, start.shape[1] - 1), start.shape[1])):
+                cached = tried.next_scores(start[:, :length], prefixes)
+            plain = tried.next_scores(start, {})
+    except (DBConvertError, RuntimeError) as error:
+        report(Note(f"without a cache: {str(error).splitlines()[0]}", warning=True))
+        return False
+    apart = float((cached - plain).abs().max() / plain.abs().max().clamp(min=1))
+    if apart > AGREE:
+        report(Note(f"without a cache: cached scores differ by {apart:.1e}", warning=True))
+    return apart <= AGREE
+
+
+@torch.no_grad()
+def plain_tokens(loaded: Loaded, start: Tensor, count: int, writer: Writer) -> Iterator[int]:
+    """A baseline writes as an ordinary network does, without a cache."""
+    written = start
+    argument = loaded.network.plan.anatomy.embedding.argument  # type: ignore[union-attr]
+    for _ in range(count):
+        output = loaded.network.output(loaded.network.model_output({argument: written}, loaded.layers))
+        token = writer.choose(writer.filtered(output[0, -1]))
+        yield token
+        written = torch.cat([written, written.new_full((1, 1), token)], 1)

@@ -1,0 +1,114 @@
+"""A clean prefix, cached: the keys and values of positions that do not change, kept layer by layer.
+
+The stem runs on the whole sequence, which is cheap and keeps positions and masks as they are; the layers run on what is
+new. Keys and values are met where torch's attention takes them, so that it works for every network whose layers mix
+positions there and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from dbconvert.anatomy import Axes, Path, SideAxes
+from dbconvert.errors import DBConvertError
+from dbconvert.graph.functions import uncounted
+from dbconvert.graph.two_streams import ATTENTION, attention_arguments
+
+Pair = tuple[Tensor, Tensor]
+
+
+class Prefix:
+    """The cache of one block; it steers one forward pass after another on a growing sequence.
+
+    Args:
+        axes: of the stream.
+        sides: what the layers receive beside the stream, by argument.
+    """
+
+    def __init__(self, axes: Axes, sides: Mapping[Path, SideAxes]) -> None:
+        self.axes, self.sides = axes, sides
+        self.sequence = next(i for i in range(3) if i not in (axes.batch, axes.channel + 3))
+        self.kept: dict[object, Pair] = {}
+        self.filled = self.length = 0
+
+    def begin(self, length: int) -> None:
+        """Before a pass on `length` positions, of which the last is not to be kept."""
+        self.length = length
+
+    def end(self) -> None:
+        """After it: all positions but the last are cached now.
+
+        Raises:
+            DBConvertError: no layer attended where keys and values are met.
+        """
+        if not self.kept:
+            raise DBConvertError("the layers do not mix positions in torch's attention, so that nothing can be cached")
+        self.filled = self.length - 1
+
+    @property
+    def new(self) -> int:
+        """Positions that the layers run on."""
+        return self.length - self.filled
+
+    def last(self, value: Tensor, axis: int, count: int) -> Tensor:
+        return value.narrow(axis, value.shape[axis] - count, count)
+
+    def enter(self, stream: Tensor) -> Tensor:
+        return self.last(stream, self.sequence, self.new)
+
+    def leave(self, stream: Tensor) -> Tensor:
+        """The last position alone."""
+        return self.last(stream, self.sequence, 1)
+
+    def beside(self, path: Path, value: Tensor) -> Tensor:
+        """Positions of what is new; masks keep the columns of the prefix."""
+        known = self.sides.get(path)
+        if known is None or not known.sequence:
+            return value
+        return self.last(value, known.sequence[0], self.new)
+
+    def attention(self, layer: object) -> TorchFunctionMode:
+        return _Cached(self, layer)
+
+    def meet(self, key: object, pair: Pair) -> Pair:
+        """Keys and values of the prefix and of what is new; all but the last position's are kept."""
+        before = self.kept.get(key)
+        whole = pair if before is None else join(before, pair)
+        self.kept[key] = (whole[0][..., :-1, :], whole[1][..., :-1, :])
+        return whole
+
+
+class _Cached(TorchFunctionMode):
+    """Attention over the cached prefix too, while one layer runs."""
+
+    def __init__(self, prefix: Prefix, layer: object) -> None:
+        super().__init__()
+        self.prefix, self.layer, self.calls = prefix, layer, 0
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not ATTENTION:
+            return func(*args, **(kwargs or {}))
+        given = attention_arguments(args, kwargs or {})
+        prefix = self.prefix
+        if given["key"].shape[-2] != prefix.new:
+            return func(**given)
+        with uncounted():
+            key = self.layer, self.calls
+            given["key"], given["value"] = prefix.meet(key, (given["key"], given["value"]))
+            if given.get("attn_mask") is None and given.get("is_causal"):
+                rows = torch.ones(prefix.new, prefix.length, dtype=torch.bool, device=given["query"].device)
+                given["attn_mask"] = rows.tril(prefix.filled)
+            given["is_causal"] = False
+        self.calls += 1
+        return func(**given)
+
+
+def join(before: Pair, new: Pair) -> Pair:
+    return torch.cat([before[0], new[0]], -2), torch.cat([before[1], new[1]], -2)

@@ -1,0 +1,193 @@
+"""[clean ; noisy] in one pass: right for every causal family, and every mistake that trains silently is caught."""
+
+import networks
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from dbconvert.anatomy import Axes
+from dbconvert.errors import DBConvertError, Refused
+from dbconvert.graph import oracle, two_streams
+from dbconvert.graph.analysis import analyse
+from dbconvert.graph.two_streams import TwoStreams, two_stream_mask
+from tests.acceptance.table import CONVERTED
+
+CAUSAL = [
+    "gpt", "gpt_inline", "hf_gpt2", "hf_opt", "hf_llama", "hf_qwen2", "hf_qwen3", "hf_mistral", "hf_gemma2",
+    "hf_gemma3", "hf_gpt_neox", "hf_gpt_neox_sequential", "hf_gptj", "hf_falcon", "hf_phi", "hf_bloom", "hf_olmo2",
+    "hf_granite", "hf_cohere", "hf_mixtral", "hf_deepseek_v3",
+]  # fmt: skip
+RECURRENT = {"hf_mamba": "backbone.layers.0", "hf_jamba": "model.layers.0"}
+BIDIRECTIONAL = ["hf_bert", "hf_modernbert"]
+
+
+def opened(name):
+    row = CONVERTED[name]
+    model, inputs = row.build()
+    return model, analyse(model, inputs, stack=row.stack)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_the_noisy_half_sees_what_its_clean_prefix_shows(name):
+    model, anatomy = opened(name)
+    assert oracle.is_causal(model, anatomy)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    oracle.ask(model, anatomy)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_every_language_model_of_the_table_is_asked():
+    told = {*CAUSAL, *RECURRENT, *BIDIRECTIONAL}
+    for name, row in CONVERTED.items():
+        if row.verdict == "accepted" and name not in told:
+            model, inputs = row.build()
+            anatomy = analyse(model, inputs, stack=row.stack)
+            assert anatomy.embedding is None or anatomy.head is None or anatomy.head.pooled, name
+
+
+@pytest.mark.parametrize(("name", "layer"), RECURRENT.items())
+def test_recurrent_layers_are_refused_by_name(name, layer):
+    """They leak through the concatenation: the noisy half goes on from the last clean state."""
+    model, anatomy = opened(name)
+    with pytest.raises(Refused, match="does not show every noisy token") as refusal:
+        oracle.ask(model, anatomy)
+    assert layer in str(refusal.value) and "recurrent" in refusal.value.hint
+
+
+@pytest.mark.parametrize("name", BIDIRECTIONAL)
+def test_bidirectional_networks_are_told_apart(name):
+    assert oracle.is_causal(*opened(name)) is False
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["hf_llama", "hf_gpt2", "hf_mistral"])
+def test_either_attention_of_transformers(name, attention):
+    """A bool mask with eager attention would be added as 0 and 1: masks keep the kind that the stem made."""
+    model, anatomy = opened(name)
+    model.set_attn_implementation(attention)
+    oracle.ask(model, anatomy)
+
+
+def leaking(given, together=None):
+    """Every noisy token sees its own clean copy: training would look wonderful."""
+    mask = two_stream_mask(given, together)
+    length = given.shape[-1]
+    seen = True if mask.dtype == torch.bool else 0.0
+    mask[..., length:, :length].diagonal(dim1=-2, dim2=-1).fill_(seen)
+    return mask
+
+
+def blind(given, together=None):
+    """The last clean token is not seen."""
+    mask = two_stream_mask(given, together)
+    length = given.shape[-1]
+    hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    mask[..., length:, :length].diagonal(-1, dim1=-2, dim2=-1).fill_(hidden)
+    return mask
+
+
+@pytest.mark.parametrize("wrong", [leaking, blind])
+@pytest.mark.parametrize("name", ["gpt", "hf_gemma2"])
+def test_a_wrong_mask_is_caught(name, wrong, monkeypatch):
+    monkeypatch.setattr(two_streams, "two_stream_mask", wrong)
+    with pytest.raises(Refused):
+        oracle.ask(*opened(name))
+
+
+def test_other_positions_of_the_noisy_half_are_caught(monkeypatch):
+    """Positions that run on, S..2S-1, instead of beginning again."""
+    plain = TwoStreams.beside
+
+    def running_on(self, path, value):
+        changed = plain(self, path, value)
+        return changed.roll(1, 1) if path[0] == "position_embeddings" else changed
+
+    monkeypatch.setattr(TwoStreams, "beside", running_on)
+    with pytest.raises(Refused):
+        oracle.ask(*opened("hf_llama"))
+
+
+class ByHand(nn.Module):
+    """Attention with a mask of its own, sized for the longest sequence."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(networks.WIDTH, 3 * networks.WIDTH), nn.Linear(networks.WIDTH, networks.WIDTH)
+        self.register_buffer("mask", torch.ones(64, 64).tril().bool())
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        scores = (q @ k.transpose(1, 2) / 6).masked_fill(~self.mask[: x.shape[1], : x.shape[1]], -1e9)
+        return self.out(scores.softmax(-1) @ v)
+
+
+class ByIndex(nn.Module):
+    """The same through torch's attention, with a bias that goes by index."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(networks.WIDTH, 3 * networks.WIDTH), nn.Linear(networks.WIDTH, networks.WIDTH)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        place = torch.arange(x.shape[1])
+        bias = (place[None] - place[:, None]).float().masked_fill(place[None] > place[:, None], -torch.inf)
+        return self.out(F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], attn_mask=bias)[:, 0])
+
+
+def gpt_with(attention):
+    torch.manual_seed(0)
+    model = networks.GPT()
+    for block in model.h:
+        block.attention = attention()
+    model.eval()
+    return model, analyse(model, {"ids": networks.tokens()})
+
+
+def test_masks_made_by_hand_are_refused_and_named():
+    with pytest.raises(Refused, match="does not show") as refusal:
+        oracle.ask(*gpt_with(ByHand))
+    assert "h.0" in str(refusal.value) and "scaled_dot_product_attention" in refusal.value.hint
+
+
+def test_biases_by_index_pass():
+    """Made for 2S positions inside the layer, they hold those of the clean sequence in their corner."""
+    oracle.ask(*gpt_with(ByIndex))
+
+
+# -- masks ------------------------------------------------------------------------------------------------------
+
+
+def test_the_mask():
+    mask = two_stream_mask(torch.ones(3, 3, dtype=torch.bool).tril())
+    expected = [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [0, 0, 0, 1, 0, 0],
+        [1, 0, 0, 0, 1, 0],
+        [1, 1, 0, 0, 0, 1],
+    ]
+    assert mask.int().tolist() == expected
+
+
+def test_documents_do_not_see_each_other():
+    documents = torch.tensor([[0, 0, 1]])
+    together = documents[:, :, None] == documents[:, None]
+    mask = two_stream_mask(torch.ones(3, 3, dtype=torch.bool).tril(), together)[0]
+    assert mask[2].int().tolist() == [0, 0, 1, 0, 0, 0] and mask[5].int().tolist() == [0, 0, 0, 0, 0, 1]
+    assert mask[4].int().tolist() == [1, 0, 0, 0, 1, 0]
+
+
+def test_an_added_mask_keeps_its_biases():
+    given = torch.full((2, 2), torch.finfo(torch.float32).min).triu(1) + torch.tensor([[0.5, 0.0], [0.25, 0.5]])
+    mask = two_stream_mask(given)
+    least = torch.finfo(torch.float32).min
+    assert mask[3].tolist() == [0.25, least, least, 0.5] and mask[2].tolist() == [least, least, 0.5, least]
+
+
+def test_an_argument_that_was_not_there_before_is_refused():
+    streams = TwoStreams(4, Axes(0, -1), {})
+    with pytest.raises(DBConvertError, match="receive a tensor .* at extra"):
+        streams.beside(("extra",), torch.zeros(2, 4))
