@@ -139,10 +139,11 @@ def is_causal(model: nn.Module, anatomy: Anatomy) -> bool | None:
 def outspoken(model: nn.Module, anatomy: Anatomy) -> nn.Module:
     """A copy whose layers speak as loudly as their stream: freshly initialised ones whisper, and so would mistakes."""
     model = copy.deepcopy(model).eval()
-    for name, parameter in model.named_parameters():
-        if parameter.dim() > 1 and anatomy.layer_of(name) is not None:
-            scale = float(parameter.float().std()) * parameter.shape[-1] ** 0.5
-            parameter.mul_(1 / scale if scale else 1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 and anatomy.layer_of(name) is not None:
+                scale = float(parameter.float().std()) * parameter.shape[-1] ** 0.5
+                parameter.mul_(1 / scale if scale else 1)
     return model
 
 

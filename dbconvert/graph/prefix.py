@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from dbconvert.anatomy import Axes, Path, SideAxes
 from dbconvert.errors import DBConvertError
 from dbconvert.graph.functions import uncounted
-from dbconvert.graph.two_streams import ATTENTION, attention_arguments
+from dbconvert.graph.two_streams import ATTENTION, attention_arguments, positions_axis
 
 Pair = tuple[Tensor, Tensor]
 
@@ -32,7 +32,7 @@ class Prefix:
 
     def __init__(self, axes: Axes, sides: Mapping[Path, SideAxes]) -> None:
         self.axes, self.sides = axes, sides
-        self.sequence = next(i for i in range(3) if i not in (axes.batch, axes.channel + 3))
+        self.sequence = positions_axis(axes)
         self.kept: dict[object, Pair] = {}
         self.filled = self.length = 0
 
@@ -60,10 +60,6 @@ class Prefix:
 
     def enter(self, stream: Tensor) -> Tensor:
         return self.last(stream, self.sequence, self.new)
-
-    def leave(self, stream: Tensor) -> Tensor:
-        """The last position alone."""
-        return self.last(stream, self.sequence, 1)
 
     def beside(self, path: Path, value: Tensor) -> Tensor:
         """Positions of what is new; masks keep the columns of the prefix."""
@@ -111,4 +107,15 @@ class _Cached(TorchFunctionMode):
 
 
 def join(before: Pair, new: Pair) -> Pair:
-    return torch.cat([before[0], new[0]], -2), torch.cat([before[1], new[1]], -2)
+    """Along positions, with as many heads as the new ones have."""
+    heads = new[0].shape[-3]
+    keys, values = (with_heads(tensor, heads) for tensor in before)
+    return torch.cat([keys, new[0]], -2), torch.cat([values, new[1]], -2)
+
+
+def with_heads(tensor: Tensor, heads: int) -> Tensor:
+    """[..., h, S, d] with another number of heads: those that query heads share come once, or once for each of them."""
+    there = tensor.shape[-3]
+    if there < heads:
+        return tensor.repeat_interleave(heads // there, -3)
+    return tensor[..., :: there // heads, :, :]

@@ -37,7 +37,7 @@ class TwoStreams:
 
     def __init__(self, length: int, axes: Axes, sides: Mapping[Path, SideAxes], together: Tensor | None = None) -> None:
         self.length, self.axes, self.sides, self.together = length, axes, sides, together
-        self.sequence = next(i for i in range(3) if i not in (axes.batch, axes.channel + 3))
+        self.sequence = positions_axis(axes)
         self.masks: dict[object, tuple[Tensor, Tensor]] = {}
 
     def enter(self, stream: Tensor) -> Tensor:
@@ -113,6 +113,11 @@ class _Attention(TorchFunctionMode):
             return self.streams.mask(clean[..., :length, :length], made_of=mask)
         visible = self.streams.causal if given.get("is_causal") else self.streams.whole
         return self.streams.mask(visible.to(given["query"].device), made_of=visible)
+
+
+def positions_axis(axes: Axes) -> int:
+    """The axis of positions of a stream of examples, positions and channels."""
+    return next(i for i in range(3) if i not in (axes.batch, axes.channel + 3))
 
 
 def attention_arguments(args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from dbconvert.anatomy import Anatomy
 from dbconvert.data.sequences import DOCUMENTS, IGNORED
 from dbconvert.graph.oracle import ask
 from dbconvert.graph.prefix import Prefix
-from dbconvert.graph.two_streams import TwoStreams, spread
+from dbconvert.graph.two_streams import TwoStreams, positions_axis, spread
 from dbconvert.plan import Rule, Table, Target
 from dbconvert.tasks.base import Corruption, Embed, Inputs, Passage, Task, along, conditioning
 from dbconvert.tasks.discrete import denoise_before_head, register_readouts, register_table
@@ -143,8 +143,14 @@ class CausalLM(Task):
         clean = conditioning(model).get_submodule("clean")[str(block)]  # type: ignore[index]
         condition = torch.cat([clean.expand(examples, new - 1, -1), corruption.condition[:, None]], 1)
         noisy = self.scaled(corruption)
-        axes = self.anatomy.axes
-        sequence = next(i for i in range(3) if i not in (axes.batch, axes.channel + 3))
+        sequence = positions_axis(self.anatomy.axes)
+        read = denoise_before_head(model, block, corruption, corruption.condition)
+
+        def leave(stream: Tensor) -> Tensor:
+            """As long as it came, since what follows may ask for that; only the last position is read."""
+            last = stream.narrow(sequence, stream.shape[sequence] - 1, 1)
+            return last.expand([length if i == sequence else n for i, n in enumerate(last.shape)])
+
         return Passage(
             inputs,
             condition,
@@ -152,8 +158,8 @@ class CausalLM(Task):
             entry=None if prefix is None else prefix.enter,
             beside=None if prefix is None else prefix.beside,
             attention=None if prefix is None else prefix.attention,
-            leave=lambda stream: stream.narrow(sequence, stream.shape[sequence] - 1, 1),
-            exit=denoise_before_head(model, block, corruption, corruption.condition),
+            leave=leave,
+            exit=lambda features: read(features.narrow(1, 0, 1)),
         )
 
     def scaled(self, corruption: Corruption) -> Embed:

@@ -189,5 +189,5 @@ def test_an_added_mask_keeps_its_biases():
 
 def test_an_argument_that_was_not_there_before_is_refused():
     streams = TwoStreams(4, Axes(0, -1), {})
-    with pytest.raises(DBConvertError, match="receive a tensor .* at extra"):
+    with pytest.raises(DBConvertError, match=r"receive a tensor .* at extra"):
         streams.beside(("extra",), torch.zeros(2, 4))

@@ -1,0 +1,140 @@
+"""The autoregressive task: what it accepts, what it counts, and generation with and without a cache."""
+
+import networks
+import pytest
+import torch
+from language import causal_network
+from torch.nn import functional as F
+
+from dbconvert.data.sequences import DOCUMENTS, IGNORED
+from dbconvert.engine.generate import Decoding, Writer, can_cache
+from dbconvert.errors import UsageError
+from dbconvert.graph.analysis import analyse
+from dbconvert.tasks.causal_lm import CausalLM
+from dbconvert.tasks.registry import choose_task
+from tests.acceptance.table import CONVERTED
+
+CACHED = ["gpt", "hf_gpt2", "hf_llama", "hf_mistral", "hf_gemma3", "hf_gpt_neox", "hf_opt", "hf_falcon", "hf_mixtral"]
+UNCACHED = ["hf_bloom", "hf_gptj", "hf_gemma2"]
+
+
+def start(length=5):
+    return torch.randint(0, networks.VOCABULARY, (1, length), generator=torch.Generator().manual_seed(1))
+
+
+def writer(name, **decoding):
+    network, intervals = causal_network(CONVERTED[name])
+    return Writer(network, intervals, Decoding(**decoding), torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_cached_generation_is_generation(name):
+    """Token for token, greedy, for longer than the attention's window; and the scores agree."""
+    made = writer(name)
+    assert can_cache(made, start(), lambda _: None)
+    plain = list(made.tokens(start(), 12, cache=False))
+    assert list(made.tokens(start(), 12, cache=True)) == plain and len(set(plain)) > 1
+
+
+@pytest.mark.parametrize("name", UNCACHED)
+def test_attention_by_hand_is_generated_without_a_cache_and_says_so(name):
+    made, notes = writer(name), []
+    assert not can_cache(made, start(), notes.append)
+    assert "without a cache" in notes[0].text
+    assert len(list(made.tokens(start(), 3, cache=False))) == 3
+
+
+def test_one_pass_on_all_positions_is_the_generator_s_at_each():
+    """What is trained is what generates: block by block, at any level."""
+    made = writer("hf_llama")
+    network, tokens = made.network, start(7)
+    z = torch.randn(1, 7, networks.WIDTH)
+    for block, level in ((0, 2.0), (1, 0.4)):
+        sigma = torch.tensor([level])
+        together = network.denoise(block, {"input_ids": tokens}, z, sigma)
+        for i in range(1, 7):
+            alone = made.evaluate(block, tokens[:, :i], z[:, i : i + 1], level, None)
+            assert torch.allclose(together[:, i], alone[:, 0], atol=1e-4)
+
+
+def test_levels_of_single_positions():
+    made = writer("hf_llama")
+    tokens, z = start(6), torch.randn(1, 6, networks.WIDTH)
+    levels = torch.linspace(0.3, 3, 6)[None]
+    together = made.network.denoise(0, {"input_ids": tokens}, z, levels)
+    for i in (0, 3, 5):
+        same = made.network.denoise(0, {"input_ids": tokens}, z, levels[:, i])
+        assert torch.allclose(together[:, i], same[:, i], atol=1e-5)
+
+
+def test_later_tokens_and_other_documents_change_nothing():
+    made = writer("gpt")
+    tokens, z, sigma = start(6), torch.randn(1, 6, networks.WIDTH), torch.ones(1)
+
+    def scores(tokens, z, **more):
+        return made.network.denoise(0, {"ids": tokens, **more}, z, sigma)
+
+    before = scores(tokens, z)
+    changed, other = tokens.clone(), z.clone()
+    changed[:, 3] = (changed[:, 3] + 1) % networks.VOCABULARY
+    other[:, 3] = 0
+    after = scores(changed, other)
+    assert torch.allclose(after[:, :3], before[:, :3], atol=1e-6) and not torch.allclose(after[:, 4], before[:, 4])
+    apart = {DOCUMENTS: torch.tensor([[0, 0, 0, 0, 1, 1]])}
+    assert torch.allclose(scores(changed, other, **apart)[:, 4:], scores(tokens, z, **apart)[:, 4:], atol=1e-6)
+
+
+def test_sampling():
+    hot, cold = writer("gpt", temperature=1.0), writer("gpt", temperature=1.0, top_k=1)
+    scores = torch.randn(1, 1, 9)
+    assert torch.equal(hot.filtered(scores), scores) and int(torch.isfinite(cold.filtered(scores)).sum()) == 1
+    half = writer("gpt", temperature=0.5, top_p=0.6).filtered(scores)
+    kept = torch.isfinite(half)
+    share = (2 * scores).softmax(-1)
+    assert float(share[kept].sum()) >= 0.6 > float(share[kept].sum() - share[kept].min())
+    first, again = (list(writer("gpt", temperature=1.0).tokens(start(), 5, cache=True)) for _ in range(2))
+    assert first == again
+
+
+def test_what_counts():
+    anatomy = analyse(*networks.build("hf_llama"))
+    task = CausalLM(anatomy, CausalLM.decide(anatomy))
+    labels = torch.tensor([[3, 4, 5, IGNORED], [1, 2, 3, 4]])
+    assert task.counted(labels).tolist() == [[0, 1, 1, 0], [0, 1, 1, 1]]
+    output = torch.randn(2, 4, networks.VOCABULARY)
+    losses = task.losses(output, labels)
+    assert losses[0, 3] == 0 and torch.allclose(losses[1], F.cross_entropy(output[1], labels[1], reduction="none"))
+    plain = task.plain_losses(output, labels)
+    assert torch.equal(plain[1, 1:], task.losses(output[1:, :-1], labels[1:, 1:])[0])
+    assert torch.equal(task.losses(task.plain(output), labels)[1, 1:], plain[1, 1:])
+
+
+@pytest.mark.parametrize("table", ["own", "fresh"])
+def test_tables(table):
+    network, _ = causal_network(CONVERTED["hf_llama"], table=table)
+    found = network.task.table(network.model)
+    assert torch.allclose(found[1:].norm(dim=-1), torch.ones(len(found) - 1), atol=1e-5)  # 0 pads: a row of zeros
+    own = F.normalize(network.model.get_submodule("model.embed_tokens").weight, dim=-1)
+    assert torch.equal(found, own) == (table == "own")
+    labels = torch.tensor([[2, IGNORED]])
+    assert torch.equal(network.task.clean(network.model, labels)[0, 0], found[2])
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("hf_bert", "positions see later ones"), ("vit", "no table of embeddings")],
+)
+def test_others_are_refused(name, reason):
+    from dataclasses import replace
+
+    anatomy = analyse(*networks.build(name))
+    with pytest.raises(UsageError, match=reason):
+        choose_task(replace(anatomy, causal=False), "causal_lm")
+
+
+def test_a_model_without_a_language_head_is_refused():
+    import transformers
+
+    model = transformers.LlamaModel(networks.llama_config()).eval()
+    with pytest.raises(UsageError, match="no language head"):
+        choose_task(analyse(model, {"input_ids": networks.tokens()}), "causal_lm")
