@@ -46,10 +46,10 @@ class Scorer:
         """Metrics of a converted network.
 
         `accuracy_zero` and `loss_zero` start from z = 0, where `loss_first` is what the first evaluation says, block 0
-        at sigma_max; `accuracy_draw` is the mean over single noise draws and
-        `accuracy_average` that of their averaged predictions; `loss_block_b` is the unweighted loss over the
-        block's own levels, `loss_sigma_s` the one at a fixed level. Sampling needs all blocks; a single block has
-        losses only.
+        at sigma_max, and `loss_first_draw` the same from noise, over all draws; `accuracy_draw` is the mean over
+        single noise draws and `accuracy_average` that of their averaged predictions; `loss_block_b` is the unweighted
+        loss over the block's own levels, `loss_sigma_s` the one at a fixed level. Sampling needs all blocks; a single
+        block has losses only.
         """
         totals: dict[str, float] = defaultdict(float)
         for index, (inputs, labels) in enumerate(self.batches(examples)):
@@ -70,11 +70,14 @@ class Scorer:
             "loss_zero": task.mean(task.losses(last, labels), labels),
             "loss_first": task.mean(task.losses(first, labels), labels),
         }
-        draws = [
-            sample(self.network, self.intervals, inputs, steps=steps, begin="noise", generator=generator)[-1]
+        every = [
+            sample(self.network, self.intervals, inputs, steps=steps, begin="noise", generator=generator)
             for _ in range(self.options.draws)
         ]
+        draws = [outputs[-1] for outputs in every]
         if draws:
+            begun = [task.mean(task.losses(outputs[0], labels), labels) for outputs in every]
+            found["loss_first_draw"] = sum(begun) / len(begun)
             found["accuracy_draw"] = sum(task.mean(task.correct(d, labels), labels) for d in draws) / len(draws)
             found["accuracy_average"] = task.mean(task.correct(task.average(draws), labels), labels)
         return found

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dbconvert.anatomy import Change
 from dbconvert.diffusion.preconditioning import Preconditioning
+from dbconvert.engine.chunks import in_chunks
 from dbconvert.errors import DBConvertError
 from dbconvert.graph.inject import PREFIX, Conditioning, Run
 from dbconvert.plan import Plan
@@ -98,10 +102,22 @@ class BlockwiseNetwork(nn.Module):
         Returns:
             the losses, unweighted, of the labels' shape.
         """
+        hold: list[Tensor] | None = [] if self.task.text else None
         if block is None or eps is None:
-            return self.task.plain_losses(self.output(self.model_output(inputs, layers)), labels)
-        clean = self.task.clean(self.model, labels)
-        return self.task.losses(self.denoise(block, inputs, clean + along(sigma, clean) * eps, sigma), labels)
+            output = self.output(self.model_output(inputs, layers, hold))
+            ahead = self.task.ahead
+        else:
+            clean = self.task.clean(self.model, labels)
+            z = clean + along(sigma, clean) * eps
+            passage = self.task.passage(self.model, block, inputs, self.corrupted(block, z, sigma))
+            output = self.pass_through(block, passage, hold)
+            ahead = 0
+        if hold is None:
+            return self.task.losses(output, labels)
+        features = hold[0][:, : labels.shape[1] - ahead]
+        read = partial(self.read, block)
+        losses = in_chunks(read, self.task.losses, features, labels[:, ahead:], self.task.target.classes)
+        return F.pad(losses, (ahead, 0))
 
     def denoise(self, block: int, inputs: Inputs, z: Tensor, sigma: Tensor) -> Tensor:
         """The output of one block for noisy targets z [N, d] or [N, S, d] at levels sigma [N] or [N, S]."""
@@ -114,9 +130,14 @@ class BlockwiseNetwork(nn.Module):
         scaling = Preconditioning(self.sigma_data)
         return Corruption(z, sigma, self.conditioning.embedder[str(block)](scaling.c_noise(sigma)), scaling)
 
-    def pass_through(self, block: int, passage: Passage) -> Tensor:
-        """The network's output when one block runs as a task says."""
+    def pass_through(self, block: int, passage: Passage, hold: list[Tensor] | None = None) -> Tensor:
+        """The network's output when one block runs as a task says.
+
+        Args:
+            hold: takes the features that enter the head, which gives nothing then.
+        """
         self.run.reset()
+        self.run.hold = hold
         self.run.active = self.plan.layers_of(block)
         passage.steer(self.run)
         return self.output(self.call(block, passage.inputs))
@@ -125,17 +146,38 @@ class BlockwiseNetwork(nn.Module):
         """What the unconditioned network predicts: all layers, or only some of them."""
         return self.task.plain(self.output(self.model_output(inputs, layers)))
 
-    def model_output(self, inputs: Inputs, layers: range | None = None) -> Any:
-        """All that the unconditioned network returns."""
+    def model_output(self, inputs: Inputs, layers: range | None = None, hold: list[Tensor] | None = None) -> Any:
+        """All that the unconditioned network returns; `hold` as in `pass_through`."""
         self.run.reset()
+        self.run.hold = hold
         self.run.active = layers
         return self.model(**inputs)
 
     def call(self, block: int, inputs: Inputs) -> Any:
         if self.periphery != "own":
             return self.model(**inputs)
-        own = self.conditioning.get_submodule(f"periphery.{block}").tensors()  # type: ignore[operator]
-        return torch.func.functional_call(self.model, own, args=(), kwargs=inputs)
+        return torch.func.functional_call(self.model, self.own(block), args=(), kwargs=inputs)
+
+    def own(self, block: int) -> dict[str, Tensor]:
+        """A block's own stem and readout, by the network's names."""
+        found: dict[str, Tensor] = self.conditioning.get_submodule(f"periphery.{block}").tensors()  # type: ignore[operator]
+        return found
+
+    def read(self, block: int | None, features: Tensor) -> Tensor:
+        """What the head makes of features [..., d], and what follows it: scores [..., K]."""
+        facts = self.plan.anatomy.head
+        assert facts is not None
+        head = self.model.get_submodule(facts.module)
+        self.run.exit = self.run.hold = None
+        if self.periphery == "own" and block is not None:
+            prefix = facts.module + "."
+            mine = {k.removeprefix(prefix): v for k, v in self.own(block).items() if k.startswith(prefix)}
+            scores: Tensor = torch.func.functional_call(head, mine, (features,))
+        else:
+            scores = head(features)
+        for change in facts.after:
+            scores = applied(change, scores)
+        return scores
 
     def output(self, value: Any) -> Tensor:
         head = self.plan.anatomy.head
@@ -201,6 +243,12 @@ class BlockwiseNetwork(nn.Module):
         own = nn.ModuleDict({str(b): OwnPeriphery(names) for b in self.present})
         self.conditioning.add_module("periphery", own)
         self.periphery = "own"
+
+
+def applied(change: Change, scores: Tensor) -> Tensor:
+    if change.name == "tanh" or change.by is None:
+        return scores.tanh()
+    return scores * change.by if change.name == "multiply" else scores / change.by
 
 
 def own_key(block: int, key: str) -> str:

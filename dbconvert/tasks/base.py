@@ -69,6 +69,8 @@ class Task(ABC):
     """The target tables it can use, the default first."""
     text: ClassVar[bool] = False
     """Whether its examples are tokens."""
+    ahead: ClassVar[int] = 0
+    """How many positions before its label the unconditioned network tells it."""
     tried: ClassVar[bool] = False
     """Whether it has to run a network, or its twin, to know that it fits."""
 
@@ -145,10 +147,6 @@ class Task(ABC):
     def plain(self, output: Tensor) -> Tensor:
         """What the unconditioned network predicts, in the places of the labels."""
         return output
-
-    def plain_losses(self, output: Tensor, labels: Tensor) -> Tensor:
-        """Losses of the unconditioned network's own output."""
-        return self.losses(output, labels)
 
     @abstractmethod
     def correct(self, output: Tensor, labels: Tensor) -> Tensor:

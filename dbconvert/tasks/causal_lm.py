@@ -35,6 +35,7 @@ class CausalLM(Task):
     rule: ClassVar[Rule] = "auto"
     tables: ClassVar[tuple[Table, ...]] = ("own", "fresh")
     text: ClassVar[bool] = True
+    ahead: ClassVar[int] = 1
     tried: ClassVar[bool] = True
 
     # -- deciding -----------------------------------------------------------------------------------------
@@ -190,9 +191,6 @@ class CausalLM(Task):
     def plain(self, output: Tensor) -> Tensor:
         """Position i of the ordinary network predicts token i + 1; nothing predicts the first, which does not count."""
         return torch.cat([output[:, :1], output[:, :-1]], 1)
-
-    def plain_losses(self, output: Tensor, labels: Tensor) -> Tensor:
-        return F.pad(self.losses(output[:, :-1], labels[:, 1:]), (1, 0))
 
     def correct(self, output: Tensor, labels: Tensor) -> Tensor:
         return output.argmax(-1) == labels

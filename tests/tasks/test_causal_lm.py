@@ -104,9 +104,42 @@ def test_what_counts():
     output = torch.randn(2, 4, networks.VOCABULARY)
     losses = task.losses(output, labels)
     assert losses[0, 3] == 0 and torch.allclose(losses[1], F.cross_entropy(output[1], labels[1], reduction="none"))
-    plain = task.plain_losses(output, labels)
-    assert torch.equal(plain[1, 1:], task.losses(output[1:, :-1], labels[1:, 1:])[0])
-    assert torch.equal(task.losses(task.plain(output), labels)[1, 1:], plain[1, 1:])
+    ahead = task.losses(task.plain(output), labels)
+    assert torch.equal(ahead[1, 1:], task.losses(output[1:, :-1], labels[1:, 1:])[0])
+
+
+@pytest.mark.parametrize("name", ["hf_llama", "hf_gemma2", "hf_cohere", "gpt"])
+def test_losses_in_chunks_are_the_losses(name, monkeypatch):
+    """The same numbers and gradients, also behind a softcap or a scale, with scores of a few positions at a time."""
+    network, _ = causal_network(CONVERTED[name])
+    argument = network.plan.anatomy.embedding.argument
+    tokens, sigma, eps = start(9).repeat(2, 1), torch.tensor([0.5, 2.0]), torch.randn(2, 9, networks.WIDTH)
+
+    def losses_and_gradients(block, eps):
+        network.zero_grad()
+        losses = network(block, {argument: tokens}, tokens, sigma, eps)
+        losses.sum().backward()
+        return losses.detach(), {n: p.grad.clone() for n, p in network.named_parameters() if p.grad is not None}
+
+    for block, noise in ((1, eps), (None, None)):
+        whole, gradients = losses_and_gradients(block, noise)
+        seen = []
+        monkeypatch.setattr("dbconvert.engine.chunks.SCORES", 4 * networks.VOCABULARY)
+        read = type(network).read
+
+        def counted(self, block, features, read=read, seen=seen):
+            seen.append(features.shape[1])
+            return read(self, block, features)
+
+        monkeypatch.setattr(type(network), "read", counted)
+        losses, found = losses_and_gradients(block, noise)
+        monkeypatch.undo()
+        assert max(seen) == 4 and torch.allclose(losses, whole, atol=1e-5)
+        assert found.keys() == gradients.keys()
+        assert all(torch.allclose(found[n], g, atol=1e-4) for n, g in gradients.items())
+        if noise is None:
+            logits = network.plain({argument: tokens})
+            assert torch.allclose(network.task.losses(logits, tokens)[:, 1:], whole[:, 1:], atol=1e-4)
 
 
 @pytest.mark.parametrize("table", ["own", "fresh"])
