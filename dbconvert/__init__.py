@@ -1,8 +1,8 @@
 """dbconvert: converts a residual network into DiffusionBlocks form and trains it one block at a time.
 
-The public API is the command line's verbs: `inspect`, `estimate`, `split`, `train`, `assemble`, `evaluate` and `load`,
-and `Adapter`, with which a model.py says what its layers are. They are imported when first used, so that
-`import dbconvert` is quick.
+The public API is the command line's verbs: `inspect`, `estimate`, `split`, `train`, `assemble`, `evaluate`,
+`generate` and `load`, and `Adapter`, with which a model.py says what its layers are. They are imported when first
+used, so that `import dbconvert` is quick.
 """
 
 from __future__ import annotations
@@ -15,18 +15,20 @@ if TYPE_CHECKING:
     from dbconvert.engine.assemble import assemble
     from dbconvert.engine.estimate import estimate
     from dbconvert.engine.evaluate import evaluate
+    from dbconvert.engine.generate import generate
     from dbconvert.engine.load import load
     from dbconvert.engine.opening import inspect
     from dbconvert.engine.split import split
     from dbconvert.engine.train import train
 
-__all__ = ["Adapter", "assemble", "estimate", "evaluate", "inspect", "load", "split", "train"]
+__all__ = ["Adapter", "assemble", "estimate", "evaluate", "generate", "inspect", "load", "split", "train"]
 
 _HOMES = {
     "Adapter": "dbconvert.anatomy",
     "assemble": "dbconvert.engine.assemble",
     "estimate": "dbconvert.engine.estimate",
     "evaluate": "dbconvert.engine.evaluate",
+    "generate": "dbconvert.engine.generate",
     "inspect": "dbconvert.engine.opening",
     "load": "dbconvert.engine.load",
     "split": "dbconvert.engine.split",

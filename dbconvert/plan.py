@@ -49,6 +49,7 @@ class NoiseRule:
     Args:
         rule: `auto` fits the distribution to the target table (posterior entropy); `edm` is the log-normal. None,
             in requests only, is `auto` for discrete targets and `edm` for continuous ones.
+        per: whether training draws a level for every example, or for every position of it, where each has a target.
     """
 
     rule: Rule | None = None
@@ -59,6 +60,7 @@ class NoiseRule:
     sigma_min: float | None = None
     sigma_max: float | None = None
     sigma_data: float | None = None
+    per: Literal["example", "position"] = "example"
 
 
 @record

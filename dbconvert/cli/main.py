@@ -92,7 +92,12 @@ def split(
     layers_per_block: Annotated[int | None, typer.Option(help="Layers of every block but the last.")] = None,
     stack: STACK = None,
     task: Annotated[str | None, typer.Option(help="What the network is for; inferred when only one fits.")] = None,
-    data: Annotated[str | None, typer.Option(help="digits, a hub id, a folder, parquet, or file.py:function.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="digits, pydoc, a hub id, a folder, text, parquet, or file.py:function.")
+    ] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="byte, char, or a Transformers folder or hub id.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens an example.")] = None,
+    table: Annotated[str | None, typer.Option(help="Target table: own embeddings or fresh.")] = None,
     weights: WEIGHTS = None,
     noise: Annotated[str | None, typer.Option(help="auto or edm.")] = None,
     p_mean: Annotated[float | None, typer.Option(help="Mean of ln sigma (edm).")] = None,
@@ -129,7 +134,9 @@ def split(
         "stack": stack,
         "start": start,
         "condition_width": condition_width,
+        "table": table,
     }
+    corpus = {"source": data, "tokenizer": tokenizer, "length": length}
     levels = {
         "rule": noise,
         "partition": partition,
@@ -148,7 +155,7 @@ def split(
                 options=parse(SplitOptions, options, file="the command line"),
                 noise=parse(NoiseRule, levels, file="the command line"),
                 task=task,
-                data=DataOptions(source=data) if data is not None else None,
+                data=None if data is None else parse(DataOptions, corpus, file="the command line"),
                 weights=weights,
                 seed=seed,
                 trust=trust_remote_code,
@@ -277,6 +284,39 @@ def evaluate(
     with render.progress() as report:
         result = run(target, part=part, model=model, overrides=overrides or [], seed=seed, report=report)
     emit(render.evaluation_json(result)) if as_json else render.show_evaluation(result)
+
+
+@app.command()
+def generate(
+    target: Annotated[str, typer.Argument(help="A run or a checkpoint.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    tokens: Annotated[int, typer.Option(help="At most so many.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Likeliest tokens of block 0 that count; 0 counts all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Share of block 0's likeliest tokens that counts.")] = 1.0,
+    steps: Annotated[int | None, typer.Option(help="Evaluations a token; one more than blocks by default.")] = None,
+    cache: Annotated[bool, typer.Option(help="Keep keys and values of what is written.")] = True,
+    model: Annotated[
+        str | None, typer.Option(help="The network's model.py, where it is not beside the checkpoint.")
+    ] = None,
+    seed: SEED = 0,
+) -> None:
+    """Continue a text, one token at a time."""
+    from dbconvert.cli import render
+    from dbconvert.engine.generate import Decoding
+    from dbconvert.engine.generate import generate as run
+    from dbconvert.schema import parse
+
+    asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "steps": steps}
+    decoding = parse(Decoding, asked, file="the command line")
+    with render.progress() as report:
+        pieces = run(
+            target, prompt, tokens=tokens, decoding=decoding, cache=cache, seed=seed, model=model, report=report
+        )
+    typer.echo(prompt, nl=False)
+    for piece in pieces:
+        typer.echo(piece, nl=False)
+    typer.echo("")
 
 
 @app.command()

@@ -117,7 +117,7 @@ class Loop:
             active.prepare_update()
         self.job.network.train()
         inputs, labels = self.to_device(batch)
-        sigma = self.draw_sigma(block, len(labels))
+        sigma = self.draw_sigma(block, labels)
         losses = self.backward(block, inputs, labels, sigma)
         loss = self.job.network.task.mean(losses, labels)
         if not torch.isfinite(losses).all():
@@ -142,10 +142,12 @@ class Loop:
             moved[name] = normalise(self.augment(value), image)
         return moved, labels
 
-    def draw_sigma(self, block: int, count: int) -> Tensor:
+    def draw_sigma(self, block: int, labels: Tensor) -> Tensor:
+        """A level for every example, [N], or for every label, as the plan says."""
         if self.job.layers is not None:
-            return torch.zeros(count, device=self.accelerator.device)
-        return self.job.intervals.draw(block, stratified(count)).to(self.accelerator.device)
+            return torch.zeros(len(labels), device=self.accelerator.device)
+        shape = labels.shape if self.job.network.plan.noise.per == "position" else labels.shape[:1]
+        return self.job.intervals.draw(block, stratified(shape.numel()).view(shape)).to(self.accelerator.device)
 
     def backward(self, block: int, inputs: Inputs, labels: Tensor, sigma: Tensor) -> Tensor:
         """Accumulates the gradients of a batch, a part at a time; returns its unweighted losses."""
