@@ -1,13 +1,15 @@
 """Noise distributions over sigma, truncated to [sigma_min, sigma_max].
 
-Intervals, training draws and sampling grids use a distribution only through `cdf` and `icdf`, so that the
-log-normal of EDM and an entropy-fitted table are one mechanism. All arithmetic is float64.
+Intervals, training draws and sampling grids use a distribution only through the methods of `NoiseDistribution`, so
+that the log-normal of EDM, an entropy-fitted table and a masking schedule are one mechanism. All arithmetic is float64.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +24,8 @@ class NoiseDistribution(ABC):
 
     sigma_min: float
     sigma_max: float
+    logarithmic: ClassVar[bool] = True
+    """Whether widths of intervals are measured in ln sigma."""
 
     @abstractmethod
     def cdf(self, sigma: Tensor) -> Tensor:
@@ -30,6 +34,25 @@ class NoiseDistribution(ABC):
     @abstractmethod
     def icdf(self, q: Tensor) -> Tensor:
         """The level below which a share q of the mass lies; inverse of `cdf`, float64, any shape."""
+
+    def between(self, low: float, high: float, uniform: Tensor) -> Tensor:
+        """Training levels of an interval from numbers in [0, 1): the distribution truncated to it."""
+        start, end = self.cdf(torch.tensor([low, high], dtype=torch.float64))
+        return self.icdf(start + uniform.double() * (end - start))
+
+    def widened(self, low: float, high: float, share: float) -> tuple[float, float]:
+        """An interval with both ends moved outwards by a share of its width, in ln sigma."""
+        reach = (high / low) ** share
+        return low / reach, high * reach
+
+    def evenly(self, shares: Tensor) -> Tensor:
+        """Levels at shares of the way up, in ln sigma."""
+        low, high = self.sigma_min, self.sigma_max
+        return (math.log(low) + shares * math.log(high / low)).exp()
+
+    def spaced(self, shares: Tensor) -> Tensor:
+        """Sampling levels at shares of the way up, in mass."""
+        return self.icdf(shares)
 
     def density(self, log_sigma: Tensor, step: float = 1e-3) -> Tensor:
         """Density over ln sigma by central differences (for pictures)."""

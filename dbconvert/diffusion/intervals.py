@@ -6,7 +6,6 @@ owns (boundary[B-1-b], boundary[B-b]].
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,7 +24,7 @@ def boundaries(distribution: NoiseDistribution, blocks: int, partition: Partitio
     """The B + 1 ascending boundaries of B intervals.
 
     `equal-mass` gives every block 1/B of the distribution (paper, section 3.3); `uniform` gives every block
-    the same width in ln sigma (the paper's ablation).
+    the same width in ln sigma, or in time (the paper's ablation).
     """
     if blocks < 1:
         raise UsageError(f"{blocks} blocks: at least one is needed")
@@ -34,7 +33,7 @@ def boundaries(distribution: NoiseDistribution, blocks: int, partition: Partitio
     if partition == "equal-mass":
         inner = distribution.icdf(shares[1:-1]).tolist()
     else:
-        inner = (math.log(low) + shares[1:-1] * math.log(high / low)).exp().tolist()
+        inner = distribution.evenly(shares[1:-1]).tolist()
     return [low, *inner, high]
 
 
@@ -45,8 +44,8 @@ class Intervals:
     Args:
         distribution: where training draws and sampling grids come from.
         boundaries: B + 1 ascending levels.
-        overlap: the paper's gamma; a training interval reaches this share of its width in ln sigma into its
-            neighbours on either side.
+        overlap: the paper's gamma; a training interval reaches this share of its width, in ln sigma or in time, into
+            its neighbours on either side.
     """
 
     distribution: NoiseDistribution
@@ -70,9 +69,8 @@ class Intervals:
 
     def training(self, block: int) -> tuple[float, float]:
         """The levels that block is trained on: its own, widened by the overlap and clamped to the range."""
-        low, high = self.owned(block)
-        reach = (high / low) ** self.overlap
-        return max(low / reach, self.boundaries[0]), min(high * reach, self.boundaries[-1])
+        low, high = self.distribution.widened(*self.owned(block), self.overlap)
+        return max(low, self.boundaries[0]), min(high, self.boundaries[-1])
 
     def share(self, block: int) -> float:
         """Share of the distribution's mass (entropy, where it was fitted to one) in the block's own interval."""
@@ -85,13 +83,12 @@ class Intervals:
         return self.blocks - 1 - above
 
     def draw(self, block: int, uniform: Tensor) -> Tensor:
-        """Training levels of a block from numbers in [0, 1): the distribution truncated to its training interval.
+        """Training levels of a block, within its training interval, from numbers in [0, 1).
 
         Returns float32 of uniform's shape and device.
         """
-        low, high = self.distribution.cdf(torch.tensor(self.training(block), dtype=torch.float64))
-        quantiles = low + uniform.detach().cpu().double() * (high - low)
-        return self.distribution.icdf(quantiles).to(uniform.device, torch.float32)
+        drawn = self.distribution.between(*self.training(block), uniform.detach().cpu())
+        return drawn.to(uniform.device, torch.float32)
 
 
 def stratified(count: int, generator: torch.Generator | None = None) -> Tensor:

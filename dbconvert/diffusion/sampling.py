@@ -18,7 +18,8 @@ KARRAS_RHO = 7
 def sigma_grid(distribution: NoiseDistribution, evaluations: int, grid: Grid = "quantiles") -> list[float]:
     """Descending levels of N network evaluations: N - 1 Euler moves and a readout at sigma_min.
 
-    `quantiles` spaces them equally in the distribution's mass; `karras` is EDM's eq. 5 with rho = 7.
+    `quantiles` spaces them equally in the distribution's mass (in time, where tokens are masked); `karras` is EDM's
+    eq. 5 with rho = 7.
     """
     if evaluations < 1:
         raise UsageError(f"{evaluations} sampling steps: at least one is needed")
@@ -27,7 +28,7 @@ def sigma_grid(distribution: NoiseDistribution, evaluations: int, grid: Grid = "
         return [high]
     shares = torch.linspace(1, 0, evaluations, dtype=torch.float64)
     if grid == "quantiles":
-        inner = distribution.icdf(shares[1:-1]).tolist()
+        inner = distribution.spaced(shares[1:-1]).tolist()
     else:
         roots = low ** (1 / KARRAS_RHO) + shares[1:-1] * (high ** (1 / KARRAS_RHO) - low ** (1 / KARRAS_RHO))
         inner = (roots**KARRAS_RHO).tolist()
