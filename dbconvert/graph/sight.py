@@ -1,0 +1,118 @@
+"""What positions see of each other in a network that is not to hide the future: masks changed on their way in.
+
+Whatever sees a position is seen by it: a causal mask shows everything then, a window reaches both ways, and padding
+stays hidden. Documents and padding of a batch can be kept apart on top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from dbconvert.anatomy import Path, SideAxes
+from dbconvert.errors import DBConvertError
+from dbconvert.graph.functions import uncounted
+from dbconvert.graph.two_streams import ARGUMENTS, ATTENTION
+
+
+class Sight:
+    """What happens to the masks of one forward pass.
+
+    Args:
+        sides: what the layers receive beside the stream, by argument.
+        opened: whether masks are to hide the future no more.
+        together: [N, S, S] bool, which positions may see each other at all; None when all may.
+    """
+
+    def __init__(self, sides: Mapping[Path, SideAxes], *, opened: bool, together: Tensor | None = None) -> None:
+        self.sides, self.opened, self.together = sides, opened, together
+        self.masks: dict[int, tuple[Tensor, Tensor]] = {}
+        self.changed: set[int] = set()
+
+    def beside(self, path: Path, value: Tensor) -> Tensor:
+        """A side input as the layers are to receive it.
+
+        Raises:
+            DBConvertError: the analysis has not seen this argument.
+        """
+        known = self.sides.get(path)
+        if known is None:
+            raise DBConvertError(
+                f"the layers receive a tensor {list(value.shape)} at {'.'.join(map(str, path))}, which they did not "
+                "when the network was analysed",
+                hint="leave that argument out, or split again with an example_inputs() that gives it",
+            )
+        return self.mask(value) if len(known.sequence) == 2 else value
+
+    def attention(self) -> TorchFunctionMode:
+        return _Attention(self)
+
+    def mask(self, given: Tensor) -> Tensor:
+        """The mask in the place of a given one; one a pass for all layers."""
+        if id(given) in self.changed:
+            return given
+        if id(given) not in self.masks:
+            with uncounted():
+                made = both_ways(given) if self.opened else given
+                made = made if self.together is None else limited(made, self.together)
+            self.masks[id(given)] = given, made  # kept alive: its id is the key
+            self.changed.add(id(made))
+        return self.masks[id(given)][1]
+
+
+class _Attention(TorchFunctionMode):
+    """Gives attention the mask for it."""
+
+    def __init__(self, sight: Sight) -> None:
+        super().__init__()
+        self.sight = sight
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not ATTENTION:
+            return func(*args, **(kwargs or {}))
+        given = {**dict(zip(ARGUMENTS, args, strict=False)), **(kwargs or {})}
+        if given["query"].shape[-2] == given["key"].shape[-2]:
+            given["attn_mask"], given["is_causal"] = self.mask(given)
+        return func(**given)
+
+    def mask(self, given: dict[str, Any]) -> tuple[Tensor | None, bool]:
+        """The mask, and whether attention is to hide the future by itself."""
+        mask: Tensor | None = given.get("attn_mask")
+        causal = bool(given.get("is_causal")) and not self.sight.opened
+        if mask is not None:
+            return self.sight.mask(mask), causal
+        together = self.sight.together
+        if together is None:
+            return None, causal
+        seen = together.tril() if causal else together
+        return seen.view(len(seen), *[1] * (given["query"].dim() - 3), *seen.shape[1:]), False
+
+
+def both_ways(mask: Tensor) -> Tensor:
+    """[..., S, S] in which whatever sees a position is seen by it, padding excepted.
+
+    Args:
+        mask: bool, or added to the scores. A position hidden from itself is padding; where all are, True hides.
+    """
+    itself = mask.diagonal(dim1=-2, dim2=-1)[..., None, :]
+    other = mask.transpose(-2, -1)
+    if mask.dtype == torch.bool:
+        hides = ~itself.any(-1, keepdim=True)
+        return (((mask ^ hides) | (other ^ hides)) & (itself ^ hides)) ^ hides
+    hidden = torch.finfo(mask.dtype).min
+    return torch.where(itself <= hidden / 2, hidden, torch.maximum(mask, other))
+
+
+def limited(mask: Tensor, together: Tensor) -> Tensor:
+    """A mask that also hides what is not together, [N, S, S] bool."""
+    seen = together.view(len(together), *[1] * max(mask.dim() - 3, 0), *together.shape[1:])
+    if mask.dtype == torch.bool:
+        hides = ~mask.diagonal(dim1=-2, dim2=-1).any(-1)[..., None, None]
+        return ((mask ^ hides) & seen) ^ hides
+    return torch.where(seen, mask, torch.finfo(mask.dtype).min)
