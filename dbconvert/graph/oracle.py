@@ -137,11 +137,18 @@ def is_causal(model: nn.Module, anatomy: Anatomy) -> bool | None:
 
 
 def outspoken(model: nn.Module, anatomy: Anatomy) -> nn.Module:
-    """A copy whose layers speak as loudly as their stream: freshly initialised ones whisper, and so would mistakes."""
+    """A copy whose layers speak as loudly as their stream: freshly initialised ones whisper, and so would mistakes.
+
+    Weights that begin at zero, a head's or those at the ends of branches, become random: they would say nothing.
+    """
     model = copy.deepcopy(model).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() > 1 and anatomy.layer_of(name) is not None:
+            if parameter.dim() < 2:
+                continue
+            if not bool(parameter.any()):
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
+            elif anatomy.layer_of(name) is not None:
                 scale = float(parameter.float().std()) * parameter.shape[-1] ** 0.5
                 parameter.mul_(1 / scale if scale else 1)
     return model
