@@ -48,7 +48,7 @@ class Sight:
             )
         return self.mask(value) if len(known.sequence) == 2 else value
 
-    def attention(self) -> TorchFunctionMode:
+    def attention(self, _: object) -> TorchFunctionMode:
         return _Attention(self)
 
     def mask(self, given: Tensor) -> Tensor:
