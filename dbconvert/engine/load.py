@@ -76,7 +76,8 @@ class Loaded:
         Raises:
             DBConvertError: its files are missing, or another's are there.
         """
-        return None if self.described is None else from_description(self.described, self.places)
+        there = [place for place in self.places if place.is_dir()]
+        return None if self.described is None else from_description(self.described, there)
 
     @property
     def intervals(self) -> Intervals:

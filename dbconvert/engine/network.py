@@ -148,10 +148,12 @@ class BlockwiseNetwork(nn.Module):
 
     def model_output(self, inputs: Inputs, layers: range | None = None, hold: list[Tensor] | None = None) -> Any:
         """All that the unconditioned network returns; `hold` as in `pass_through`."""
+        passage = Passage(inputs) if self.decided_task is None else self.decided_task.plain_passage(inputs)
         self.run.reset()
         self.run.hold = hold
         self.run.active = layers
-        return self.model(**inputs)
+        passage.steer(self.run)
+        return self.model(**passage.inputs)
 
     def call(self, block: int, inputs: Inputs) -> Any:
         if self.periphery != "own":

@@ -112,7 +112,8 @@ class _Attention(TorchFunctionMode):
             # One made of both sequences by index, or by `beside` already, holds that of the clean one in its corner.
             return self.streams.mask(clean[..., :length, :length], made_of=mask)
         visible = self.streams.causal if given.get("is_causal") else self.streams.whole
-        return self.streams.mask(visible.to(given["query"].device), made_of=visible)
+        shape = (1,) * (given["query"].dim() - 2) + visible.shape
+        return self.streams.mask(visible.to(given["query"].device).view(shape), made_of=visible)
 
 
 def positions_axis(axes: Axes) -> int:

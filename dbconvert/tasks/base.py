@@ -46,7 +46,7 @@ class Passage:
     """What a task does at each point of one forward pass; `graph.inject.Run` says where they are."""
 
     inputs: Inputs
-    condition: Tensor
+    condition: Tensor | None = None
     embed: Embed | None = None
     entry: Change | None = None
     beside: Callable[[Path, Tensor], Tensor] | None = None
@@ -129,6 +129,10 @@ class Task(ABC):
     @abstractmethod
     def passage(self, model: nn.Module, block: int, inputs: Inputs, corruption: Corruption) -> Passage:
         """How a block denoises."""
+
+    def plain_passage(self, inputs: Inputs) -> Passage:
+        """How the unconditioned network runs."""
+        return Passage(inputs)
 
     @abstractmethod
     def denoised(self, model: nn.Module, output: Tensor) -> Tensor:

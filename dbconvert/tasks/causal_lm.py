@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dbconvert.anatomy import Anatomy
+from dbconvert.anatomy import Anatomy, Path, SideAxes
 from dbconvert.data.sequences import DOCUMENTS, IGNORED
 from dbconvert.graph.oracle import ask
 from dbconvert.graph.prefix import Prefix
+from dbconvert.graph.sight import Sight
 from dbconvert.graph.two_streams import TwoStreams, positions_axis, spread
 from dbconvert.plan import Rule, Table, Target
 from dbconvert.tasks.base import Corruption, Embed, Inputs, Passage, Task, along, conditioning
@@ -107,11 +108,8 @@ class CausalLM(Task):
 
     def passage(self, model: nn.Module, block: int, inputs: Inputs, corruption: Corruption) -> Passage:
         examples, length = self.tokens(inputs).shape
-        inputs = dict(inputs)
-        documents = inputs.pop(DOCUMENTS, None)
-        together = None if documents is None else documents[:, :, None] == documents[:, None, :]
-        sides = {side.argument: side for side in self.target.sides}
-        streams = TwoStreams(length, self.anatomy.axes, sides, together)
+        inputs, together = apart(inputs)
+        streams = TwoStreams(length, self.anatomy.axes, self.sides, together)
         return Passage(
             {name: torch.cat([v, v]) if len(v) == examples else v for name, v in inputs.items()},
             both_conditions(conditioning(model).get_submodule("clean")[str(block)], corruption.condition),  # type: ignore[index]
@@ -123,9 +121,20 @@ class CausalLM(Task):
             exit=denoise_before_head(model, block, corruption, corruption.condition),
         )
 
+    @property
+    def sides(self) -> dict[Path, SideAxes]:
+        return {side.argument: side for side in self.target.sides}
+
+    def plain_passage(self, inputs: Inputs) -> Passage:
+        inputs, together = apart(inputs)
+        if together is None:
+            return Passage(inputs)
+        sight = Sight(self.sides, opened=False, together=together)
+        return Passage(inputs, beside=sight.beside, attention=sight.attention)
+
     def prefix(self) -> Prefix:
         """An empty cache for one block."""
-        return Prefix(self.anatomy.axes, {side.argument: side for side in self.target.sides})
+        return Prefix(self.anatomy.axes, self.sides)
 
     def next_passage(
         self, model: nn.Module, block: int, inputs: Inputs, corruption: Corruption, prefix: Prefix | None
@@ -203,6 +212,13 @@ class CausalLM(Task):
         counted = (labels != IGNORED).float()
         counted[:, 0] = 0
         return counted
+
+
+def apart(inputs: Inputs) -> tuple[Inputs, Tensor | None]:
+    """The network's own inputs, and which positions belong to one document, [N, S, S]; None when all do."""
+    documents = inputs.get(DOCUMENTS)
+    rest = {name: value for name, value in inputs.items() if name != DOCUMENTS}
+    return rest, None if documents is None else documents[:, :, None] == documents[:, None, :]
 
 
 def both_conditions(clean: Tensor, noisy: Tensor) -> Tensor:

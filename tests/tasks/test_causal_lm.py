@@ -82,6 +82,8 @@ def test_later_tokens_and_other_documents_change_nothing():
     assert torch.allclose(after[:, :3], before[:, :3], atol=1e-6) and not torch.allclose(after[:, 4], before[:, 4])
     apart = {DOCUMENTS: torch.tensor([[0, 0, 0, 0, 1, 1]])}
     assert torch.allclose(scores(changed, other, **apart)[:, 4:], scores(tokens, z, **apart)[:, 4:], atol=1e-6)
+    plain, moved = (made.network.plain({"ids": t, **apart}) for t in (tokens, changed))
+    assert torch.equal(plain[:, 5:], moved[:, 5:]) and not torch.equal(plain[:, 4], moved[:, 4])
 
 
 def test_sampling():
