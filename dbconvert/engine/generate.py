@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -105,17 +106,24 @@ class Writer:
 
     Args:
         generator: of the noise and the draws, on the CPU.
+        scale: of the network's own embeddings, by block.
     """
 
     network: BlockwiseNetwork
     intervals: Intervals
     decoding: Decoding
     generator: torch.Generator
+    scale: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def task(self) -> CausalLM:
         assert isinstance(self.network.task, CausalLM)
         return self.network.task
+
+    @cached_property
+    def table(self) -> Tensor:
+        """The targets, [K, d]."""
+        return self.task.table(self.network.model)
 
     @torch.no_grad()
     def tokens(self, start: Tensor, count: int, *, cache: bool) -> Iterator[int]:
@@ -141,7 +149,7 @@ class Writer:
             if block == 0:
                 scores = self.filtered(scores)
             if i + 1 < len(grid):
-                z = euler_step(z, self.task.denoised(self.network.model, scores), sigma, grid[i + 1])
+                z = euler_step(z, scores.float().softmax(-1) @ self.table, sigma, grid[i + 1])
         return scores[0, 0]
 
     def evaluate(self, block: int, written: Tensor, z: Tensor, sigma: float, prefix: Prefix | None) -> Tensor:
@@ -150,7 +158,7 @@ class Writer:
         inputs = {argument: torch.cat([written, written[:, -1:]], 1)}
         level = torch.full((1,), sigma, device=written.device)
         corruption = self.network.corrupted(block, z, level)
-        passage = self.task.next_passage(self.network.model, block, inputs, corruption, prefix)
+        passage = self.task.next_passage(self.network.model, block, inputs, corruption, prefix, self.scale)
         try:
             scores = self.network.pass_through(block, passage)
         except (RuntimeError, ValueError, IndexError) as error:

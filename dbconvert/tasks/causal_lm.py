@@ -21,7 +21,7 @@ from dbconvert.graph.prefix import Prefix
 from dbconvert.graph.sight import Sight
 from dbconvert.graph.two_streams import TwoStreams, positions_axis, spread
 from dbconvert.plan import Rule, Table, Target
-from dbconvert.tasks.base import Corruption, Embed, Inputs, Passage, Task, along, conditioning
+from dbconvert.tasks.base import Change, Corruption, Embed, Inputs, Passage, Task, along, conditioning
 from dbconvert.tasks.discrete import denoise_before_head, register_readouts, register_table
 
 
@@ -113,7 +113,7 @@ class CausalLM(Task):
         return Passage(
             {name: torch.cat([v, v]) if len(v) == examples else v for name, v in inputs.items()},
             both_conditions(conditioning(model).get_submodule("clean")[str(block)], corruption.condition),  # type: ignore[index]
-            embed=self.noisy_embeddings(examples, corruption),
+            embed=self.noisy_embeddings(examples, corruption, block),
             entry=streams.enter,
             beside=streams.beside,
             attention=streams.attention,
@@ -137,7 +137,13 @@ class CausalLM(Task):
         return Prefix(self.anatomy.axes, self.sides)
 
     def next_passage(
-        self, model: nn.Module, block: int, inputs: Inputs, corruption: Corruption, prefix: Prefix | None
+        self,
+        model: nn.Module,
+        block: int,
+        inputs: Inputs,
+        corruption: Corruption,
+        prefix: Prefix | None,
+        scale: dict[int, Tensor],
     ) -> Passage:
         """How a block denoises the one token after a clean prefix, in an ordinary causal pass.
 
@@ -145,6 +151,7 @@ class CausalLM(Task):
             inputs: the prefix and any token after it, [N, n + 1].
             corruption: z [N, 1, d], sigma [N].
             prefix: what is cached of the prefix; None runs all of it.
+            scale: of the network's own embeddings, by block; filled in when it is not there yet.
         """
         examples, length = self.tokens(inputs).shape
         if prefix is not None:
@@ -152,7 +159,7 @@ class CausalLM(Task):
         new = length if prefix is None else prefix.new
         clean = conditioning(model).get_submodule("clean")[str(block)]  # type: ignore[index]
         condition = torch.cat([clean.expand(examples, new - 1, -1), corruption.condition[:, None]], 1)
-        noisy = self.scaled(corruption)
+        noisy = self.scaled(corruption, scale, block)
         sequence = positions_axis(self.anatomy.axes)
         read = denoise_before_head(model, block, corruption, corruption.condition)
 
@@ -172,17 +179,23 @@ class CausalLM(Task):
             exit=lambda features: read(features.narrow(1, 0, 1)),
         )
 
-    def scaled(self, corruption: Corruption) -> Embed:
-        """c_in z at the scale of the network's own embeddings."""
+    def scaled(self, corruption: Corruption, known: dict[int, Tensor], block: int) -> Embed:
+        """c_in z at the scale of the network's own embeddings, which is looked up in `known` first."""
         embedding = self.anatomy.embedding
         assert embedding is not None
         rows = embedding.rows
         noisy = along(corruption.scaling.c_in(corruption.sigma), corruption.z) * corruption.z
-        return lambda out, look_up: (noisy * spread(look_up, rows, out.device)).to(out.dtype)
 
-    def noisy_embeddings(self, examples: int, corruption: Corruption) -> Embed:
+        def embed(out: Tensor, look_up: Change) -> Tensor:
+            if block not in known:
+                known[block] = spread(look_up, rows, out.device)
+            return (noisy * known[block]).to(out.dtype)
+
+        return embed
+
+    def noisy_embeddings(self, examples: int, corruption: Corruption, block: int) -> Embed:
         """Puts c_in z, at the scale of the network's own embeddings, in the place of the second half of the batch."""
-        noisy = self.scaled(corruption)
+        noisy = self.scaled(corruption, {}, block)
         return lambda out, look_up: torch.cat([out[:examples], noisy(out, look_up)])
 
     def denoised(self, model: nn.Module, output: Tensor) -> Tensor:

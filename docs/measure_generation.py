@@ -1,0 +1,90 @@
+"""Measures tokens per second of generation in blocks beside the unconverted network's own, and writes it to
+docs/generation.json; regenerate.py makes a table of it.
+
+    python docs/measure_generation.py [LAYERS WIDTH BLOCKS]
+
+A Llama with random weights, greedy, one example, both with their caches, in turns.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import dbconvert
+from dbconvert.engine.convert import whole_network
+from dbconvert.engine.generate import Decoding, Writer, can_cache
+from dbconvert.engine.package import open_package
+from dbconvert.recipe import SplitOptions
+
+RESULTS = Path(__file__).resolve().parent / "generation.json"
+PROMPT, TOKENS, REPEATS = 128, 64, 5
+
+
+def main() -> int:
+    layers, width, blocks = (int(word) for word in sys.argv[1:4]) if len(sys.argv) > 3 else (12, 512, 4)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        own, ours = made(Path(folder), layers, width, blocks)
+    speeds: dict[str, list[float]] = {"unconverted": [], "in blocks": []}
+    for _ in range(REPEATS):
+        for name, write in (("unconverted", own), ("in blocks", ours)):
+            speeds[name].append(tokens_per_second(write))
+    found = {
+        "layers": layers,
+        "width": width,
+        "blocks": blocks,
+        "tokens_per_second": speeds,
+        "ratio": statistics.median(b / a for a, b in zip(*speeds.values(), strict=True)),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, one thread; torch {version('torch')}",
+    }
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    return 0
+
+
+def made(folder: Path, layers: int, width: int, blocks: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """What writes TOKENS tokens: the network itself, and its blocks."""
+    import transformers
+
+    config = transformers.LlamaConfig(
+        hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=width // 64,
+        vocab_size=8192, max_position_embeddings=1024, architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    config.save_pretrained(folder / "m")
+    dbconvert.split(str(folder / "m"), out=str(folder / "p"), options=SplitOptions(blocks=blocks))
+    package = open_package(folder / "p")
+    network = whole_network(package.plan, package.source()).eval()
+    network.load(package.tensors(), where="package")
+    writer = Writer(network, package.plan.preview.intervals(), Decoding(), torch.Generator())
+    start = torch.randint(0, 8192, (1, PROMPT))
+    if not can_cache(writer, start, lambda _: None):
+        raise SystemExit("the blocks generate without a cache")
+
+    def own() -> Any:
+        return model.generate(
+            start, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False, use_cache=True, pad_token_id=0
+        )
+
+    return own, lambda: list(writer.tokens(start, TOKENS, cache=True))
+
+
+def tokens_per_second(write: Callable[[], Any]) -> float:
+    begun = time.perf_counter()
+    write()
+    return TOKENS / (time.perf_counter() - begun)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
