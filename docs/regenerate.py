@@ -24,12 +24,13 @@ from typing import Any
 
 from families import family_parts
 from refusals import refusal_parts
+from text_tables import text_parts
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results.json"
 SIZE = ROOT / "docs" / "size.json"
 COPYING = ROOT / "docs" / "copying.json"
-PAGES = ("README.md", "docs/training.md", "docs/size.md", "docs/families.md", "docs/will-it-convert.md")
+PAGES = ("README.md", "docs/training.md", "docs/size.md", "docs/families.md", "docs/will-it-convert.md", "docs/text.md")
 SEEDS = (0, 1, 2)
 VARIANTS = {
     "shared": ["train.periphery=shared"],
@@ -114,6 +115,7 @@ def parts(results: dict[str, Any]) -> dict[str, str]:
         **size_parts(json.loads(SIZE.read_text())),
         **family_parts(),
         **refusal_parts(),
+        **text_parts(),
     }
 
 

@@ -1,0 +1,89 @@
+"""The tables of docs/text.md, from what measure_text.py and measure_generation.py wrote."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+TEXT = Path(__file__).with_name("text.json")
+GENERATION = Path(__file__).with_name("generation.json")
+
+
+def text_parts() -> dict[str, str]:
+    found = json.loads(TEXT.read_text())
+    libraries = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    return {
+        "text-losses": losses(found["rows"]),
+        "text-shares": shares(found["rows"]),
+        "text-machine": f"Measured with `python docs/measure_text.py` on {found['machine']}; {libraries}.",
+        "text-generation": generation(json.loads(GENERATION.read_text())),
+    }
+
+
+def losses(rows: dict[str, Any]) -> str:
+    seeds = " / ".join(next(iter(rows.values())))
+    lines = [
+        f"| training | block 0 at sigma_max, from z = 0, seeds {seeds} | the same, from noise | accuracy, all blocks "
+        "from z = 0 | activations | seconds |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, by_seed in rows.items():
+        first = figures(by_seed, "loss_first", "loss")
+        drawn = figures(by_seed, "loss_first_draw")
+        right = figures(by_seed, "accuracy_zero", "accuracy", percent=True)
+        held = statistics.median(one["activations"] for one in by_seed.values()) / 1e6
+        time = statistics.median(one["seconds"] for one in by_seed.values())
+        lines.append(f"| {name} | {first} | {drawn} | {right} | {held:.1f} MB | {time:.0f} |")
+    return "\n".join(lines)
+
+
+def figures(by_seed: dict[str, Any], *names: str, percent: bool = False) -> str:
+    """The first of some metrics that there is, seed by seed."""
+    found = [next((one["metrics"][n] for n in names if n in one["metrics"]), None) for one in by_seed.values()]
+    if None in found:
+        return "-"
+    return " / ".join(f"{100 * v:.1f}" for v in found) + " %" if percent else " / ".join(f"{v:.3f}" for v in found)
+
+
+def shares(rows: dict[str, Any]) -> str:
+    """How much of the first block's cross-entropy each block resolves, by the trained network's own curve."""
+    lines = ["| training | block 0 | block 1 | block 2 |", "| --- | --- | --- | --- |"]
+    for name, by_seed in rows.items():
+        told = [share(one) for one in by_seed.values() if "loss_first_draw" in one["metrics"]]
+        if told:
+            cells = (" / ".join(f"{of_block:.2f}" for of_block in blocks) for blocks in zip(*told, strict=True))
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def share(one: dict[str, Any]) -> list[float]:
+    """The drop of the cross-entropy over each block's own levels, over what is open at sigma_max."""
+    curve = sorted(
+        (float(name.removeprefix("loss_sigma_")), value)
+        for name, value in one["metrics"].items()
+        if name.startswith("loss_sigma_")
+    )
+    top = one["metrics"]["loss_first_draw"]
+    at = [curve[0][1], *(between(curve, sigma) for sigma in one["boundaries"][1:-1]), top]
+    drops = [(high - low) / top for low, high in zip(at, at[1:], strict=False)]
+    return drops[::-1]
+
+
+def between(curve: list[tuple[float, float]], sigma: float) -> float:
+    """The cross-entropy at a level, linear between the measured ones."""
+    for (low, below), (high, above) in zip(curve, curve[1:], strict=False):
+        if low <= sigma <= high:
+            return below + (above - below) * (sigma - low) / (high - low)
+    return curve[-1][1]
+
+
+def generation(found: dict[str, Any]) -> str:
+    speeds = {name: statistics.median(values) for name, values in found["tokens_per_second"].items()}
+    told = ", ".join(f"{name} {speed:.1f}" for name, speed in speeds.items())
+    return (
+        f"A Llama of {found['layers']} layers, {found['width']} wide, in {found['blocks']} blocks, greedy, one example, "
+        f"both cached, in turns: tokens a second {told}; median ratio {found['ratio']:.2f} "
+        f"(`python docs/measure_generation.py`, {found['machine']})."
+    )
