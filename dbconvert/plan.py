@@ -12,13 +12,15 @@ from dbconvert.anatomy import Anatomy, SideAxes
 from dbconvert.conditioning.modulation import Start
 from dbconvert.diffusion.distributions import LogNormal, NoiseDistribution, Tabulated
 from dbconvert.diffusion.intervals import Intervals, Partition
+from dbconvert.diffusion.masking import Masking, Schedule
 from dbconvert.errors import DBConvertError, UsageError
-from dbconvert.schema import identity, parse, read_json, record
+from dbconvert.schema import PositiveFloat, identity, parse, read_json, record
 
 SCHEMA_VERSION = 1
-Rule = Literal["auto", "edm"]
-Table = Literal["fresh", "own"]
-"""Where the clean targets come from: a new unit-norm table, or the network's own token embeddings, normalised."""
+Rule = Literal["auto", "edm", "mask"]
+Table = Literal["fresh", "own", "none"]
+"""Where the clean targets come from: a new unit-norm table, or the network's own token embeddings, normalised; masked
+tokens need none."""
 
 
 @record
@@ -47,9 +49,10 @@ class NoiseRule:
     """How noise levels are chosen; None leaves a figure to the rule.
 
     Args:
-        rule: `auto` fits the distribution to the target table (posterior entropy); `edm` is the log-normal. None,
-            in requests only, is `auto` for discrete targets and `edm` for continuous ones.
+        rule: `auto` fits the distribution to the target table (posterior entropy); `edm` is the log-normal; `mask`
+            hides tokens. None, in requests only, is the task's own.
         per: whether training draws a level for every example, or for every position of it, where each has a target.
+        schedule, power: of `mask`, as `Masking` takes them; linear by default.
     """
 
     rule: Rule | None = None
@@ -61,6 +64,12 @@ class NoiseRule:
     sigma_max: float | None = None
     sigma_data: float | None = None
     per: Literal["example", "position"] = "example"
+    schedule: Schedule | None = None
+    power: PositiveFloat | None = None
+
+    def masking(self) -> Masking:
+        """The schedule of `mask`."""
+        return Masking(self.schedule or "linear", self.power)
 
 
 @record
@@ -73,6 +82,8 @@ class NoiseFit:
         log_sigma, mass: the fitted CDF (`auto`), empty for `edm`.
         p_mean, p_std: of the log-normal (`edm`).
         entropy: of the labels in nats (`auto`).
+        sigma_data: scale of the targets; 1 where there is no noise to scale (`mask`).
+        schedule, power: of `mask`.
     """
 
     rule: Rule
@@ -85,9 +96,13 @@ class NoiseFit:
     p_mean: float | None = None
     p_std: float | None = None
     entropy: float | None = None
+    schedule: Schedule | None = None
+    power: float | None = None
 
     def distribution(self) -> NoiseDistribution:
         low, high = self.boundaries[0], self.boundaries[-1]
+        if self.rule == "mask":
+            return Masking(self.schedule or "linear", self.power)
         if self.rule == "auto":
             return Tabulated(self.log_sigma, self.mass, low, high)
         if self.p_mean is None or self.p_std is None:
@@ -110,18 +125,20 @@ class Target:
         classes: rows of the target table.
         width: its columns, the width of the stream.
         placement: `token` puts the noisy target in the place of one token, `add` adds it to every position; `sequence`
-            gives every position one of its own, behind the clean ones.
+            gives every position one of its own, behind the clean ones; `mask` puts a learnt vector in a token's place.
         token: index of that token.
         table: where the clean targets come from.
         sides: axes of what the layers receive beside the stream, where the task has to change it.
+        apart: whether masks can keep positions of other documents out of sight.
     """
 
     classes: int
     width: int
-    placement: Literal["token", "add", "sequence"]
+    placement: Literal["token", "add", "sequence", "mask"]
     token: int | None = None
     table: Table = "fresh"
     sides: tuple[SideAxes, ...] = ()
+    apart: bool = True
 
 
 @record

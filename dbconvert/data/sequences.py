@@ -26,27 +26,34 @@ class Sequences(Dataset[Batch]):
     Args:
         argument: of the network.
         classes: tokens that the network knows.
+        aside: make padding a document of its own, for networks that see both ways.
 
     Raises:
         DBConvertError: the tokenizer knows more.
     """
 
-    def __init__(self, text: TextExamples, argument: str, classes: int) -> None:
+    def __init__(self, text: TextExamples, argument: str, classes: int, *, aside: bool = False) -> None:
         if text.size > classes:
             raise DBConvertError(
                 f"the tokenizer has {text.size} tokens, and the network's table {classes} rows",
                 hint="name the network's own tokenizer with data.tokenizer=...",
             )
-        self.text, self.argument, self.classes = text, argument, classes
+        self.text, self.argument, self.classes, self.aside = text, argument, classes, aside
 
     def __len__(self) -> int:
         return len(self.text)
+
+    @property
+    def characters_per_token(self) -> float:
+        return self.text.characters_per_token
 
     def __getitems__(self, indices: list[int]) -> Batch:
         found = self.text.__getitems__(indices)
         tokens = found[keys.TOKENS]
         labels = tokens.masked_fill(~found[keys.VALID], IGNORED) if keys.VALID in found else tokens
         documents = {DOCUMENTS: found[keys.DOCUMENTS]} if keys.DOCUMENTS in found else {}
+        if self.aside and keys.VALID in found:
+            documents = {DOCUMENTS: torch.where(found[keys.VALID], documents.get(DOCUMENTS, 0), -1)}
         return {self.argument: tokens, LABEL: labels, **documents}
 
     def label_counts(self) -> Tensor:

@@ -63,6 +63,10 @@ class Intervals:
     def blocks(self) -> int:
         return len(self.boundaries) - 1
 
+    def whole(self) -> Intervals:
+        """One interval of all levels."""
+        return Intervals(self.distribution, (self.boundaries[0], self.boundaries[-1]), 0.0)
+
     def owned(self, block: int) -> tuple[float, float]:
         """(low, high] of the levels that block serves at inference."""
         return self.boundaries[self.blocks - 1 - block], self.boundaries[self.blocks - block]

@@ -33,7 +33,7 @@ def task_of(plan: Plan, name: str | None = None) -> Task:
             why=reasons(plan.anatomy),
             hint="split it again with --task NAME",
         )
-    return named(chosen)(plan.anatomy, plan.target)
+    return named(chosen)(plan.anatomy, plan.target, plan.noise)
 
 
 def converted(model: nn.Module, plan: Plan, task: Task | None, *, seed: int = 0) -> Run:

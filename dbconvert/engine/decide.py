@@ -10,7 +10,7 @@ import torch
 
 from dbconvert.anatomy import Anatomy
 from dbconvert.conditioning.modulation import Start, condition_width
-from dbconvert.engine.noise import UNIFORM, edm_noise, fit_noise
+from dbconvert.engine.noise import UNIFORM, fit_noise, refuse_misfit
 from dbconvert.engine.opening import Opened
 from dbconvert.errors import Refused, UsageError
 from dbconvert.graph.inject import site_features
@@ -64,6 +64,8 @@ def decide(
     anatomy = opened.anatomy
     target = decide_target(opened, task, options) if task is not None else None
     rule = replace(noise, rule=noise.rule or (task.rule if task is not None else "edm"))
+    if task is not None:
+        refuse_misfit(rule, task)
     if rule.rule == "auto" and target is not None:
         table = torch.nn.functional.normalize(
             torch.randn(target.classes, target.width, generator=torch.Generator().manual_seed(0)), dim=-1
@@ -76,7 +78,7 @@ def decide(
             hint="name one with --task, or use --noise edm",
         )
     else:
-        fit = edm_noise(rule, len(blocks))
+        fit = fit_noise(rule, len(blocks), None, None, UNIFORM)
     fit.intervals()  # refuses levels that do not ascend and a negative overlap
     plan = Plan(
         schema_version=SCHEMA_VERSION,
@@ -118,7 +120,7 @@ def decide_target(opened: Opened, task: type[Task], options: SplitOptions) -> Ta
             kind="untried",
             hint="--prove builds it with its weights, whatever they take",
         )
-    return replace(target, sides=task.learn(example.model, example.anatomy, target).sides)
+    return task.learn(example.model, example.anatomy, target)
 
 
 def decide_start(opened: Opened, wanted: Start | None) -> Start:

@@ -16,7 +16,7 @@ from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.engine.opening import Opened, open_and_analyse
 from dbconvert.engine.rehearsal import Case, Rehearsal
 from dbconvert.events import Reporter, Stage, silent
-from dbconvert.plan import NoiseRule, cut
+from dbconvert.plan import NoiseRule, Rule, cut
 from dbconvert.recipe import SplitOptions
 from dbconvert.tasks.registry import choose_task
 
@@ -100,8 +100,9 @@ def as_one_block(opened: Opened) -> BlockwiseNetwork:
     anatomy = opened.anatomy
     chosen = choose_task(anatomy, None)
     options, whole = SplitOptions(start="original"), cut(anatomy.depth, blocks=1)
-    plan, _ = decide(opened, options, NoiseRule(rule="edm"), chosen, whole)
-    task = chosen(anatomy, plan.target) if chosen is not None and plan.target is not None else None
+    rule: Rule = "mask" if chosen is not None and chosen.rule == "mask" else "edm"
+    plan, _ = decide(opened, options, NoiseRule(rule=rule), chosen, whole)
+    task = chosen(anatomy, plan.target, plan.noise) if chosen is not None and plan.target is not None else None
     run = converted(opened.model, plan, task)
     return BlockwiseNetwork(opened.model, run, task, plan, (0,), "shared")
 

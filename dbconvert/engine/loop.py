@@ -144,10 +144,13 @@ class Loop:
 
     def draw_sigma(self, block: int, labels: Tensor) -> Tensor:
         """A level for every example, [N], or for every label, as the plan says."""
+        network, intervals, device = self.job.network, self.job.intervals, self.accelerator.device
         if self.job.layers is not None:
-            return torch.zeros(len(labels), device=self.accelerator.device)
-        shape = labels.shape if self.job.network.plan.noise.per == "position" else labels.shape[:1]
-        return self.job.intervals.draw(block, stratified(shape.numel()).view(shape)).to(self.accelerator.device)
+            if not network.task.bounded:
+                return torch.zeros(len(labels), device=device)
+            intervals = intervals.whole()
+        shape = labels.shape if network.plan.noise.per == "position" else labels.shape[:1]
+        return intervals.draw(block, stratified(shape.numel()).view(shape)).to(device)
 
     def backward(self, block: int, inputs: Inputs, labels: Tensor, sigma: Tensor) -> Tensor:
         """Accumulates the gradients of a batch, a part at a time; returns its unweighted losses."""
@@ -165,12 +168,12 @@ class Loop:
 
     def losses(self, block: int, inputs: Inputs, labels: Tensor, sigma: Tensor) -> Tensor:
         """Unweighted, of the labels' shape."""
-        layers = self.job.layers
+        layers, task = self.job.layers, self.job.network.task
         if layers is not None:
-            losses: Tensor = self.model(None, inputs, labels, sigma, None, layers=layers)
+            eps = task.draw(inputs, device=labels.device) if task.bounded else None
+            losses: Tensor = self.model(None, inputs, labels, sigma, eps, layers=layers)
             return losses
-        eps = torch.randn(self.job.network.task.target_shape(inputs), device=labels.device)
-        losses = self.model(block, inputs, labels, sigma, eps)
+        losses = self.model(block, inputs, labels, sigma, task.draw(inputs, device=labels.device))
         return losses
 
     def weight(self, sigma: Tensor) -> Tensor:

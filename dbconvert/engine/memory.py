@@ -96,8 +96,9 @@ def activations(job: Job, block: int, device: torch.device) -> int:
 
     def loss() -> Tensor:
         sigma = job.intervals.draw(max(block, 0), torch.rand(len(labels))).to(device)
-        eps = None if job.layers is not None else torch.randn(network.task.target_shape(inputs), device=device)
-        losses: Tensor = network(None if eps is None else block, inputs, labels, sigma, eps, layers=job.layers)
+        baseline = job.layers is not None
+        eps = None if baseline and not network.task.bounded else network.task.draw(inputs, device=device)
+        losses: Tensor = network(None if baseline else block, inputs, labels, sigma, eps, layers=job.layers)
         return losses.mean()
 
     with unchanged_state(network), torch.random.fork_rng(devices=[]):

@@ -13,7 +13,9 @@ from torch import Tensor
 from dbconvert.data.batches import Data, derive, in_order
 from dbconvert.data.examples import LABEL
 from dbconvert.data.images import normalise
+from dbconvert.data.sequences import Sequences
 from dbconvert.diffusion.intervals import Intervals
+from dbconvert.engine.evidence import Evidence
 from dbconvert.engine.infer import sample
 from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.recipe import EvalOptions, ImageOptions
@@ -40,7 +42,16 @@ class Scorer:
     def score(self, examples: Data, layers: range | None = None) -> Metrics:
         """A network in blocks, or a baseline that runs `layers` unconditioned."""
         with self.evaluating():
+            if self.network.task.bounded:
+                return self.bound(examples, layers)
             return self.blocks(examples) if layers is None else self.plain(examples, layers)
+
+    def bound(self, examples: Data, layers: range | None) -> Metrics:
+        """The evidence bound of masked tokens; a baseline serves all times."""
+        intervals = self.intervals if layers is None else self.intervals.whole()
+        evidence = Evidence(self.network, intervals, self.options.draws, self.seed, layers)
+        per_token = examples.characters_per_token if isinstance(examples, Sequences) else 1.0
+        return evidence.measure(self.batches(examples), per_token)
 
     def blocks(self, examples: Data) -> Metrics:
         """Metrics of a converted network.
@@ -85,7 +96,7 @@ class Scorer:
     def losses(self, inputs: Inputs, labels: Tensor, generator: torch.Generator) -> Metrics:
         """The unweighted loss of each block over its own levels, and at fixed levels of equal mass between them."""
         distribution = self.intervals.distribution
-        eps = torch.randn(self.network.task.target_shape(inputs), generator=generator).to(self.device)
+        eps = self.network.task.draw(inputs, generator=generator).to(self.device)
         found = {}
         for block in self.network.present:
             low, high = distribution.cdf(torch.tensor(self.intervals.owned(block), dtype=torch.float64))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from dbconvert.engine.chunks import in_chunks
 from dbconvert.errors import DBConvertError
 from dbconvert.graph.inject import PREFIX, Conditioning, Run
 from dbconvert.plan import Plan
-from dbconvert.tasks.base import Corruption, Inputs, Passage, Task, along, leaf
+from dbconvert.tasks.base import Corruption, Inputs, Passage, Task, leaf
 
 Periphery = Literal["shared", "own", "single"]
 """`shared`: one stem and readout for all blocks; `own`: each block has its own; `single`: only one block is
@@ -97,38 +98,56 @@ class BlockwiseNetwork(nn.Module):
         Args:
             block: None runs `layers` unconditioned, for the baselines.
             inputs: arguments of the network, batch of N.
-            labels: [N] or [N, S]. sigma: [N] or [N, S]. eps: [*labels, d].
+            labels: [N] or [N, S]. sigma: [N] or [N, S].
+            eps: what the task drew; None gives a baseline its inputs as they are.
 
         Returns:
             the losses, unweighted, of the labels' shape.
         """
-        hold: list[Tensor] | None = [] if self.task.text else None
-        if block is None or eps is None:
-            output = self.output(self.model_output(inputs, layers, hold))
-            ahead = self.task.ahead
+        task, z, ahead = self.task, None, 0
+        hold: list[Tensor] | None = [] if task.text else None
+        if eps is None:
+            output, ahead = self.output(self.model_output(inputs, layers, hold)), task.ahead
         else:
-            clean = self.task.clean(self.model, labels)
-            z = clean + along(sigma, clean) * eps
-            passage = self.task.passage(self.model, block, inputs, self.corrupted(block, z, sigma))
-            output = self.pass_through(block, passage, hold)
-            ahead = 0
-        if hold is None:
-            return self.task.losses(output, labels)
-        features = hold[0][:, : labels.shape[1] - ahead]
+            z = task.corrupt(self.model, labels, sigma, eps)
+            if block is None:
+                output = self.untold(inputs, z, sigma, layers, hold)
+            else:
+                output = self.denoise(block, inputs, z, sigma, hold)
+        losses = task.losses(output, labels) if hold is None else self.held_losses(block, hold[0], labels, ahead)
+        return losses if z is None else task.weighed(losses, z, sigma)
+
+    def held_losses(self, block: int | None, features: Tensor, labels: Tensor, ahead: int) -> Tensor:
+        """Losses from what enters the head, [N, S, d], which tells labels so many positions ahead."""
         read = partial(self.read, block)
-        losses = in_chunks(read, self.task.losses, features, labels[:, ahead:], self.task.target.classes)
+        kept = features[:, : labels.shape[1] - ahead]
+        losses = in_chunks(read, self.task.losses, kept, labels[:, ahead:], self.task.target.classes)
         return F.pad(losses, (ahead, 0))
 
-    def denoise(self, block: int, inputs: Inputs, z: Tensor, sigma: Tensor) -> Tensor:
-        """The output of one block for noisy targets z [N, d] or [N, S, d] at levels sigma [N] or [N, S]."""
-        return self.pass_through(block, self.task.passage(self.model, block, inputs, self.corrupted(block, z, sigma)))
+    def denoise(self, block: int, inputs: Inputs, z: Tensor, sigma: Tensor, hold: list[Tensor] | None = None) -> Tensor:
+        """The output of one block for corrupted targets z at levels sigma [N] or [N, S]; `hold` as in `pass_through`.
+
+        Args:
+            z: noisy, [N, d] or [N, S, d], or which tokens are hidden, [N, S].
+        """
+        passage = self.task.passage(self.model, block, inputs, self.corrupted(block, z, sigma))
+        return self.pass_through(block, passage, hold)
+
+    def untold(
+        self, inputs: Inputs, z: Tensor, sigma: Tensor, layers: range | None, hold: list[Tensor] | None = None
+    ) -> Tensor:
+        """The same of the unconditioned network: all layers, or only some of them, who are not told the level."""
+        told = self.task.passage(self.model, 0, inputs, self.corrupted(0, z, sigma))
+        passage = replace(told, condition=None, exit=None)
+        return self.output(self.model_output(passage.inputs, layers, hold, passage))
 
     def corrupted(self, block: int, z: Tensor, sigma: Tensor) -> Corruption:
         """Noisy targets as a block meets them."""
         if block not in self.present:
             raise DBConvertError(f"block {block} is not in memory", why=f"only blocks {list(self.present)} are")
         scaling = Preconditioning(self.sigma_data)
-        return Corruption(z, sigma, self.conditioning.embedder[str(block)](scaling.c_noise(sigma)), scaling)
+        condition = self.conditioning.embedder[str(block)](self.task.c_noise(sigma, scaling))
+        return Corruption(z, sigma, condition, scaling)
 
     def pass_through(self, block: int, passage: Passage, hold: list[Tensor] | None = None) -> Tensor:
         """The network's output when one block runs as a task says.
@@ -146,9 +165,16 @@ class BlockwiseNetwork(nn.Module):
         """What the unconditioned network predicts: all layers, or only some of them."""
         return self.task.plain(self.output(self.model_output(inputs, layers)))
 
-    def model_output(self, inputs: Inputs, layers: range | None = None, hold: list[Tensor] | None = None) -> Any:
+    def model_output(
+        self,
+        inputs: Inputs,
+        layers: range | None = None,
+        hold: list[Tensor] | None = None,
+        passage: Passage | None = None,
+    ) -> Any:
         """All that the unconditioned network returns; `hold` as in `pass_through`."""
-        passage = Passage(inputs) if self.decided_task is None else self.decided_task.plain_passage(inputs)
+        if passage is None:
+            passage = Passage(inputs) if self.decided_task is None else self.decided_task.plain_passage(inputs)
         self.run.reset()
         self.run.hold = hold
         self.run.active = layers

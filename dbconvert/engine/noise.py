@@ -10,6 +10,7 @@ from dbconvert.diffusion.entropy import fit_entropy
 from dbconvert.diffusion.intervals import boundaries
 from dbconvert.errors import UsageError
 from dbconvert.plan import NoiseFit, NoiseRule
+from dbconvert.tasks.base import Task
 
 EDM = LogNormal()
 EDM_SIGMA_DATA = 0.5
@@ -29,6 +30,9 @@ def fit_noise(rule: NoiseRule, blocks: int, table: Tensor | None, frequencies: T
     """
     if rule.rule == "edm":
         return edm_noise(rule, blocks)
+    if rule.rule == "mask":
+        return mask_noise(rule, blocks)
+    refuse_idle(rule, ("schedule", "power"), "mask")
     if rule.p_mean is not None or rule.p_std is not None:
         raise UsageError("p_mean and p_std belong to noise `edm`", hint="add --noise edm, or leave them out")
     if table is None:
@@ -53,7 +57,38 @@ def fit_noise(rule: NoiseRule, blocks: int, table: Tensor | None, frequencies: T
     )
 
 
+def refuse_idle(rule: NoiseRule, options: tuple[str, ...], owner: str) -> None:
+    """Raises UsageError for figures that another rule would use."""
+    given = [name for name in options if getattr(rule, name) is not None]
+    if given:
+        raise UsageError(f"{given[0]} belongs to noise `{owner}`, and this one is `{rule.rule}`", hint="leave it out")
+
+
+def refuse_misfit(rule: NoiseRule, task: type[Task]) -> None:
+    """Raises UsageError where a task hides tokens and the rule is noise, or the other way round."""
+    if (rule.rule == "mask") != (task.rule == "mask"):
+        raise UsageError(f"noise `{rule.rule}` is not for task {task.name}", hint=f"leave it out: it is `{task.rule}`")
+
+
+def mask_noise(rule: NoiseRule, blocks: int) -> NoiseFit:
+    refuse_idle(rule, ("p_mean", "p_std", "sigma_min", "sigma_max", "sigma_data"), "edm")
+    if rule.per == "position":
+        raise UsageError("tokens are hidden at one time in all of an example", hint="leave noise.per at `example`")
+    masking = rule.masking()
+    power = "" if masking.power is None else f", power {masking.power:g}"
+    return NoiseFit(
+        rule="mask",
+        basis=f"tokens are hidden by the {masking.schedule} schedule{power}",
+        boundaries=tuple(boundaries(masking, blocks, rule.partition)),
+        overlap=rule.overlap,
+        sigma_data=1.0,
+        schedule=masking.schedule,
+        power=masking.power,
+    )
+
+
 def edm_noise(rule: NoiseRule, blocks: int) -> NoiseFit:
+    refuse_idle(rule, ("schedule", "power"), "mask")
     distribution = LogNormal(
         EDM.p_mean if rule.p_mean is None else rule.p_mean,
         EDM.p_std if rule.p_std is None else rule.p_std,

@@ -12,7 +12,7 @@ from dbconvert.data.tokenizers import Tokenizer
 from dbconvert.engine.convert import single_block, whole_network
 from dbconvert.engine.jobs import Job, make_job
 from dbconvert.engine.network import BlockwiseNetwork
-from dbconvert.engine.noise import fit_noise
+from dbconvert.engine.noise import fit_noise, refuse_misfit
 from dbconvert.engine.package import MODEL, PLAN, RECIPE, Package, open_package
 from dbconvert.engine.paths import settled
 from dbconvert.engine.reading import find_tokenizer, open_examples, stand_in
@@ -187,6 +187,7 @@ def settle_task(plan: Plan, recipe: Recipe) -> Plan:
             why=reasons(plan.anatomy),
             hint="set task=NAME, or split with --task",
         )
+    refuse_misfit(plan.noise, chosen)
     return replace(plan, task=chosen.name, target=chosen.decide(plan.anatomy))
 
 

@@ -45,7 +45,8 @@ def open_examples(
     assert plan.target is not None
     if tokenizer is None:
         return Examples(open_part(data, part), data, plan.anatomy, plan.target.classes)
-    return Sequences(open_text(data, part, tokenizer, report), token_argument(plan), plan.target.classes)
+    text, aside = open_text(data, part, tokenizer, report), named(str(plan.task)).aside
+    return Sequences(text, token_argument(plan), plan.target.classes, aside=aside)
 
 
 def token_argument(plan: Plan) -> str:

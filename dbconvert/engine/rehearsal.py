@@ -131,7 +131,7 @@ class Rehearsal:
         eps = None
         if layers is not None:
             self.as_block(layers)
-            eps = torch.randn(task.target_shape(inputs), device=self.device)
+            eps = task.draw(inputs, device=torch.device(self.device))
         losses: Tensor = network(None if eps is None else 0, inputs, task.stand_in(inputs), sigma, eps)
         return losses.mean()
 

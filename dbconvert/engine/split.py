@@ -123,14 +123,14 @@ def split(
 
 def convert_whole(opened: Opened, plan: Plan, task: type[Task] | None, seed: int) -> BlockwiseNetwork:
     """Injects the plan into the network, with the task's own parameters where a task was decided."""
-    acting = task(plan.anatomy, plan.target) if task is not None and plan.target is not None else None
+    acting = task(plan.anatomy, plan.target, plan.noise) if task is not None and plan.target is not None else None
     run = converted(opened.model, plan, acting, seed=seed)
     return BlockwiseNetwork(opened.model, run, acting, plan, tuple(range(len(plan.blocks))), "shared")
 
 
 def fit_to_data(network: BlockwiseNetwork, data: DataOptions, opened: Opened) -> NoiseFit:
     plan = network.plan
-    if plan.noise.rule == "edm":
+    if plan.noise.rule != "auto":
         return plan.preview
     tokenizer = find_tokenizer(data, plan, opened.source.folder)
     examples = open_examples(data, data.train, plan, tokenizer)

@@ -51,13 +51,18 @@ class Sight:
     def attention(self, _: object) -> TorchFunctionMode:
         return _Attention(self)
 
-    def mask(self, given: Tensor) -> Tensor:
-        """The mask in the place of a given one; one a pass for all layers."""
+    def mask(self, given: Tensor, rank: int = 0) -> Tensor:
+        """The mask in the place of a given one; one a pass for all layers.
+
+        Args:
+            rank: of the scores that it is broadcast to, where that is known.
+        """
         if id(given) in self.changed:
             return given
         if id(given) not in self.masks:
             with uncounted():
-                made = both_ways(given) if self.opened else given
+                made = given.view(*[1] * (rank - given.dim()), *given.shape)
+                made = both_ways(made) if self.opened else made
                 made = made if self.together is None else limited(made, self.together)
             self.masks[id(given)] = given, made  # kept alive: its id is the key
             self.changed.add(id(made))
@@ -86,7 +91,7 @@ class _Attention(TorchFunctionMode):
         mask: Tensor | None = given.get("attn_mask")
         causal = bool(given.get("is_causal")) and not self.sight.opened
         if mask is not None:
-            return self.sight.mask(mask), causal
+            return self.sight.mask(mask, given["query"].dim()), causal
         together = self.sight.together
         if together is None:
             return None, causal

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from dbconvert.anatomy import Anatomy, Path
+from dbconvert.diffusion.masking import Masking
 from dbconvert.diffusion.preconditioning import Preconditioning
+from dbconvert.errors import DBConvertError
 from dbconvert.graph.inject import PREFIX, Run
-from dbconvert.plan import Rule, Table, Target
+from dbconvert.plan import NoiseRule, Rule, Table, Target
 
 Change = Callable[[Tensor], Tensor]
 Embed = Callable[[Tensor, Change], Tensor]
@@ -30,8 +32,8 @@ class Corruption:
     """Noisy targets on their way into a block.
 
     Args:
-        z: y + sigma eps, [N, d] or [N, S, d].
-        sigma: [N], or [N, S] where every position has its own.
+        z: y + sigma eps, [N, d] or [N, S, d]; where tokens are masked, which are, [N, S].
+        sigma: the level, [N], or [N, S] where every position has its own.
         condition: the embedded level, [*sigma, width].
     """
 
@@ -64,7 +66,7 @@ class Task(ABC):
 
     name: ClassVar[str]
     rule: ClassVar[Rule]
-    """Default noise rule: `auto` for discrete targets, `edm` for continuous ones."""
+    """Default noise rule: `auto` for discrete targets, `edm` for continuous ones, `mask` for hidden tokens."""
     tables: ClassVar[tuple[Table, ...]] = ("fresh",)
     """The target tables it can use, the default first."""
     text: ClassVar[bool] = False
@@ -73,10 +75,20 @@ class Task(ABC):
     """How many positions before its label the unconditioned network tells it."""
     tried: ClassVar[bool] = False
     """Whether it has to run a network, or its twin, to know that it fits."""
+    bounded: ClassVar[bool] = False
+    """Whether the mean of its losses over all levels bounds the likelihood, for the unconditioned network too."""
+    aside: ClassVar[bool] = False
+    """Whether padding has to be told from text by the batch: tokens before it could see it."""
 
-    def __init__(self, anatomy: Anatomy, target: Target) -> None:
+    def __init__(self, anatomy: Anatomy, target: Target, noise: NoiseRule = NoiseRule()) -> None:
         self.anatomy = anatomy
         self.target = target
+        self.noise = noise
+
+    @property
+    def masking(self) -> Masking:
+        """The schedule by which tokens are hidden."""
+        return self.noise.masking()
 
     # -- deciding -----------------------------------------------------------------------------------------
 
@@ -84,6 +96,11 @@ class Task(ABC):
     @abstractmethod
     def refusal(anatomy: Anatomy) -> str | None:
         """Why this task cannot use such a network; None if it can."""
+
+    @staticmethod
+    def on_request(anatomy: Anatomy) -> bool:
+        """Whether a network that this task accepts is only given it when it is asked for by name."""
+        return False
 
     @staticmethod
     @abstractmethod
@@ -112,19 +129,34 @@ class Task(ABC):
     def block_of(self, key: str) -> int | None:
         """The block that owns a parameter that `register` added, None for the periphery."""
 
-    @abstractmethod
     def table(self, model: nn.Module) -> Tensor:
         """The targets as training uses them, [K, d]."""
+        raise self.without("table of targets")
 
     # -- a forward pass -----------------------------------------------------------------------------------
 
-    @abstractmethod
     def target_shape(self, inputs: Inputs) -> tuple[int, ...]:
         """Shape of the clean targets: [N, d] or [N, S, d]."""
+        raise self.without("noisy target")
 
-    @abstractmethod
     def clean(self, model: nn.Module, labels: Tensor) -> Tensor:
         """Clean targets y [*labels, d]."""
+        raise self.without("noisy target")
+
+    def c_noise(self, level: Tensor, scaling: Preconditioning) -> Tensor:
+        """What the embedder is fed for a level, of its shape."""
+        return scaling.c_noise(level)
+
+    def draw(
+        self, inputs: Inputs, *, generator: torch.Generator | None = None, device: torch.device | None = None
+    ) -> Tensor:
+        """The random numbers of a corruption."""
+        return torch.randn(self.target_shape(inputs), generator=generator, device=device)
+
+    def corrupt(self, model: nn.Module, labels: Tensor, level: Tensor, eps: Tensor) -> Tensor:
+        """z, from what `draw` gave."""
+        clean = self.clean(model, labels)
+        return clean + along(level, clean) * eps
 
     @abstractmethod
     def passage(self, model: nn.Module, block: int, inputs: Inputs, corruption: Corruption) -> Passage:
@@ -134,9 +166,9 @@ class Task(ABC):
         """How the unconditioned network runs."""
         return Passage(inputs)
 
-    @abstractmethod
     def denoised(self, model: nn.Module, output: Tensor) -> Tensor:
         """The network's output as an estimate of the clean target, [*labels, d]."""
+        raise self.without("noisy target")
 
     # -- figures ------------------------------------------------------------------------------------------
 
@@ -147,6 +179,10 @@ class Task(ABC):
     @abstractmethod
     def losses(self, output: Tensor, labels: Tensor) -> Tensor:
         """Losses, unweighted, of the shape of the labels."""
+
+    def weighed(self, losses: Tensor, z: Tensor, level: Tensor) -> Tensor:
+        """Losses as training and evaluation count them, where that depends on the corruption."""
+        return losses
 
     def plain(self, output: Tensor) -> Tensor:
         """What the unconditioned network predicts, in the places of the labels."""
@@ -168,6 +204,9 @@ class Task(ABC):
         """Over all labels that count."""
         counted = self.counted(labels)
         return float((values * counted).sum() / counted.sum())
+
+    def without(self, what: str) -> DBConvertError:
+        return DBConvertError(f"task {self.name} has no {what}")
 
 
 def conditioning(model: nn.Module) -> nn.Module:

@@ -43,16 +43,30 @@ def denoise_before_head(model: nn.Module, block: int, corruption: Corruption, co
     """
     scaling, z = corruption.scaling, corruption.z
     sigma = along(corruption.sigma, z)
-    shift, scale = conditioning(model).get_submodule(f"readout.{block}")(condition).chunk(2, -1)
-    if shift.dim() < z.dim():
-        shift, scale = shift[:, None], scale[:, None]
+    read = modulated(model, block, condition)
     skip = scaling.c_skip(sigma) * z / scaling.sigma_data
     out = scaling.c_out(sigma) / scaling.sigma_data
 
     def leave(features: Tensor) -> Tensor:
         kind = features.dtype
-        denoised = skip.to(kind) + out.to(kind) * features
-        read: Tensor = denoised * (1 + scale.to(kind)) + shift.to(kind)
-        return read
+        return read(skip.to(kind) + out.to(kind) * features)
 
     return leave
+
+
+def modulated(model: nn.Module, block: int, condition: Tensor) -> Change:
+    """What `register_readouts` added: features (1 + scale) + shift before the head.
+
+    Args:
+        condition: [N, width] or [N, S, width].
+    """
+    shift, scale = conditioning(model).get_submodule(f"readout.{block}")(condition).chunk(2, -1)
+
+    def read(features: Tensor) -> Tensor:
+        by, to = scale.to(features.dtype), shift.to(features.dtype)
+        if by.dim() < features.dim():
+            by, to = by[:, None], to[:, None]
+        scaled: Tensor = features * (1 + by) + to
+        return scaled
+
+    return read

@@ -7,12 +7,14 @@ from dbconvert.errors import UsageError
 from dbconvert.tasks.base import Task
 from dbconvert.tasks.causal_lm import CausalLM
 from dbconvert.tasks.classification import Classification
+from dbconvert.tasks.masked_lm import MaskedLM
 
-TASKS: tuple[type[Task], ...] = (Classification, CausalLM)
+TASKS: tuple[type[Task], ...] = (Classification, CausalLM, MaskedLM)
 
 
 def accepting(anatomy: Anatomy) -> list[type[Task]]:
-    return [task for task in TASKS if task.refusal(anatomy) is None]
+    """Tasks that a network is given without being asked."""
+    return [task for task in TASKS if task.refusal(anatomy) is None and not task.on_request(anatomy)]
 
 
 def reasons(anatomy: Anatomy) -> str:

@@ -1,0 +1,75 @@
+"""From masks to a text: every step, some hidden tokens are drawn and shown, by the block whose time it is."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from dbconvert.data.sequences import IGNORED
+from dbconvert.diffusion.intervals import Intervals
+from dbconvert.diffusion.sampling import sigma_grid
+from dbconvert.engine.network import BlockwiseNetwork
+from dbconvert.errors import UsageError
+from dbconvert.tasks.masked_lm import MaskedLM
+
+
+@torch.no_grad()
+def unmask(
+    network: BlockwiseNetwork,
+    intervals: Intervals,
+    tokens: Tensor,
+    hidden: Tensor,
+    *,
+    steps: int,
+    generator: torch.Generator,
+    temperature: float = 1.0,
+    vocabulary: int | None = None,
+    layers: range | None = None,
+) -> Tensor:
+    """Ancestral sampling (MD4, section 4) from t = 1 to 0 in even steps.
+
+    A token hidden at t is shown at s < t with probability (alpha(s) - alpha(t)) / (1 - alpha(t)), drawn from what the
+    block of t says; the last step shows all that are left.
+
+    Args:
+        tokens: [N, S]; those that are not hidden stay as they are.
+        hidden: [N, S] bool.
+        steps: network evaluations.
+        generator: of the draws, on the CPU.
+        temperature: of the draws; 0 takes the likeliest token.
+        vocabulary: only tokens below are drawn; all by default.
+        layers: for a baseline, the layers that run unconditioned.
+
+    Returns:
+        tokens [N, S].
+    """
+    task = network.task
+    if not isinstance(task, MaskedLM):
+        raise UsageError(f"task {task.name} hides no tokens", hint="unmasking is for masked_lm")
+    if temperature < 0:
+        raise UsageError(f"temperature {temperature} is negative")
+    argument = task.anatomy.embedding.argument  # type: ignore[union-attr]
+    times = [*sigma_grid(intervals.distribution, steps + 1)[:-1], 0.0]
+    hidden, tokens = hidden & (tokens != IGNORED), tokens.clone()
+    for t, earlier in pairwise(times):
+        level = torch.full((len(tokens),), t, device=tokens.device)
+        if layers is None:
+            scores = network.denoise(intervals.block_of(t), {argument: tokens}, hidden, level)
+        else:
+            scores = network.untold({argument: tokens}, hidden, level, layers)
+        drawn = draw(scores[..., :vocabulary], temperature, generator)
+        chance = torch.rand(tokens.shape, generator=generator).to(tokens.device)
+        shown = hidden & (chance < task.masking.revealed(t, earlier))
+        tokens = torch.where(shown, drawn, tokens)
+        hidden = hidden & ~shown
+    return tokens
+
+
+def draw(scores: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+    """A token for every position, [N, S], from scores [N, S, K]; the Gumbel trick keeps draws apart by position."""
+    if temperature == 0:
+        return scores.argmax(-1)
+    uniform = torch.rand(scores.shape, generator=generator).clamp(1e-20, 1 - 1e-7).to(scores.device)
+    return (scores.float() / temperature - (-uniform.log()).log()).argmax(-1)
