@@ -99,6 +99,11 @@ class NoiseFit:
     schedule: Schedule | None = None
     power: float | None = None
 
+    @property
+    def level(self) -> str:
+        """What a level is called."""
+        return "t" if self.rule == "mask" else "sigma"
+
     def distribution(self) -> NoiseDistribution:
         low, high = self.boundaries[0], self.boundaries[-1]
         if self.rule == "mask":

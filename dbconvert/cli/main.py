@@ -99,12 +99,14 @@ def split(
     length: Annotated[int | None, typer.Option(help="Tokens an example.")] = None,
     table: Annotated[str | None, typer.Option(help="Target table: own embeddings or fresh.")] = None,
     weights: WEIGHTS = None,
-    noise: Annotated[str | None, typer.Option(help="auto or edm.")] = None,
+    noise: Annotated[str | None, typer.Option(help="auto, edm or mask; the task's own by default.")] = None,
     p_mean: Annotated[float | None, typer.Option(help="Mean of ln sigma (edm).")] = None,
     p_std: Annotated[float | None, typer.Option(help="Standard deviation of ln sigma (edm).")] = None,
     sigma_min: Annotated[float | None, typer.Option(help="Lowest noise level.")] = None,
     sigma_max: Annotated[float | None, typer.Option(help="Highest noise level.")] = None,
     sigma_data: Annotated[float | None, typer.Option(help="Scale of the targets.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="linear, cosine or polynomial (mask).")] = None,
+    power: Annotated[float | None, typer.Option(help="Of the polynomial schedule (mask).")] = None,
     partition: Annotated[str, typer.Option(help="equal-mass or uniform.")] = "equal-mass",
     overlap: Annotated[
         float, typer.Option(help="How far a block's training interval reaches into its neighbours.")
@@ -146,6 +148,8 @@ def split(
         "sigma_min": sigma_min,
         "sigma_max": sigma_max,
         "sigma_data": sigma_data,
+        "schedule": schedule,
+        "power": power,
     }
     try:
         with render.progress() as report:
@@ -301,7 +305,7 @@ def generate(
     ] = None,
     seed: SEED = 0,
 ) -> None:
-    """Continue a text, one token at a time."""
+    """Continue a text, one token at a time; masked_lm fills in what follows, in any order."""
     from dbconvert.cli import render
     from dbconvert.engine.generate import Decoding
     from dbconvert.engine.generate import generate as run

@@ -227,7 +227,7 @@ def split_json(result: SplitResult) -> dict[str, Any]:
 def noise_table(plan: Plan, noise: NoiseFit) -> Table:
     intervals = noise.intervals()
     kind = "entropy" if noise.rule == "auto" else "mass"
-    table = grid("block", "layers", "sigma", "trained on", kind)
+    table = grid("block", "layers", noise.level, "trained on", kind)
     for block, (first, last) in enumerate(plan.blocks):
         low, high = intervals.owned(block)
         least, most = intervals.training(block)
@@ -249,7 +249,8 @@ def show_split(result: SplitResult) -> None:
         f"task {plan.task}, start {plan.start}, conditioning {plan.condition_width} wide"
     )
     out.print(noise_table(plan, noise))
-    out.print(f"noise {noise.rule}: {escape(noise.basis)}; sigma_data {noise.sigma_data:.4g}")
+    scale = "" if noise.rule == "mask" else f"; sigma_data {noise.sigma_data:.4g}"
+    out.print(f"noise {noise.rule}: {escape(noise.basis)}{scale}")
     if result.package is None:
         out.print("dry run: nothing was written")
     else:

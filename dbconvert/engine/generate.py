@@ -14,11 +14,13 @@ from dbconvert.diffusion.intervals import Intervals
 from dbconvert.diffusion.sampling import euler_step, levels
 from dbconvert.engine.load import Loaded, load
 from dbconvert.engine.network import BlockwiseNetwork
+from dbconvert.engine.unmask import filled_in
 from dbconvert.errors import DBConvertError, UsageError
 from dbconvert.events import Note, Reporter, Stage, silent
 from dbconvert.graph.prefix import Prefix
 from dbconvert.schema import Count, Positive, record
 from dbconvert.tasks.causal_lm import CausalLM
+from dbconvert.tasks.masked_lm import MaskedLM
 
 AGREE = 1e-3
 """The largest difference of cached and uncached scores, over the largest score."""
@@ -30,9 +32,10 @@ class Decoding:
 
     Args:
         temperature: 0 takes the likeliest token, from z = 0; else a draw of noise decides, and scores of block 0 are
-            divided by it: near sigma_min the choice has been made.
+            divided by it: near sigma_min the choice has been made. Where tokens are hidden it divides all scores.
         top_k, top_p: what block 0's distribution is cut to; 0 and 1 leave it whole.
-        steps: network evaluations a token, B + 1 by default.
+        steps: network evaluations a token, B + 1 by default; where tokens are hidden, of all together, one a token by
+            default.
     """
 
     temperature: float = 0.0
@@ -52,7 +55,7 @@ def generate(
     model: str | None = None,
     report: Reporter = silent,
 ) -> Iterator[str]:
-    """Continues a prompt; yields text as it comes.
+    """Continues a prompt; yields text as it comes, or at once where tokens are hidden and shown in any order.
 
     Args:
         target: a checkpoint or a run, as `load` takes it.
@@ -61,17 +64,20 @@ def generate(
         model: the network's Python file, where it does not lie beside the checkpoint.
 
     Raises:
-        UsageError: the prompt is empty, or the network is none of text.
+        UsageError: the prompt is empty or too long, or the network is none of text.
         DBConvertError: the network fails, as on more tokens than it has positions for.
     """
     if decoding.temperature < 0 or not 0 < decoding.top_p <= 1:
         raise UsageError("temperature must not be negative, and top-p lies in (0, 1]")
     report(Stage("loading"))
     loaded = load(target, model)
-    tokenizer = loaded.tokenizer
-    if tokenizer is None or not isinstance(loaded.network.decided_task, CausalLM):
-        raise UsageError(f"{target} does not generate text", hint="its task is not causal_lm")
+    tokenizer, task = loaded.tokenizer, loaded.network.decided_task
+    if tokenizer is None or not isinstance(task, (CausalLM, MaskedLM)):
+        raise UsageError(f"{target} does not generate text", hint="its task is neither causal_lm nor masked_lm")
     start = torch.tensor([tokenizer.encode(prompt)], dtype=torch.long)
+    if isinstance(task, MaskedLM):
+        refuse_cuts(decoding)
+        return iter([filled_in(loaded, start, tokens, tokenizer, decoding.temperature, decoding.steps, seed)])
     if start.shape[1] == 0:
         raise UsageError("the prompt is empty", hint="give at least one token with --prompt")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -83,6 +89,11 @@ def generate(
         cache = cache and can_cache(writer, start.to(device), report)
         found = writer.tokens(start.to(device), tokens, cache=cache)
     return pieces(found, tokenizer, prompt)
+
+
+def refuse_cuts(decoding: Decoding) -> None:
+    if decoding.top_k or decoding.top_p < 1:
+        raise UsageError("top-k and top-p are for networks that write one token at a time", hint="use --temperature")
 
 
 def pieces(found: Iterator[int], tokenizer: Tokenizer, prompt: str) -> Iterator[str]:

@@ -49,6 +49,7 @@ def package_readme(plan: Plan, noise: NoiseFit) -> str:
         for low, high in [noise.intervals().owned(b)]
     ]
     kind = "entropy" if noise.rule == "auto" else "mass"
+    scale = "" if noise.rule == "mask" else f"; sigma_data {noise.sigma_data:.4g}"
     lines = [
         f"# {anatomy.network} in {len(plan.blocks)} blocks",
         "",
@@ -57,11 +58,11 @@ def package_readme(plan: Plan, noise: NoiseFit) -> str:
         f"The stack `{anatomy.stack}` has {anatomy.depth} layers of width {anatomy.width}; gates start at"
         f" `{plan.start}`; the conditioning vector is {plan.condition_width} wide.",
         "",
-        f"| block | layers | sigma | {kind} |",
+        f"| block | layers | {noise.level} | {kind} |",
         "| --- | --- | --- | --- |",
         *rows,
         "",
-        f"Noise rule `{noise.rule}`: {noise.basis}; sigma_data {noise.sigma_data:.4g}.",
+        f"Noise rule `{noise.rule}`: {noise.basis}{scale}.",
         "",
         "![noise intervals](noise.png)",
         "",

@@ -7,9 +7,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from dbconvert.data.sequences import IGNORED
+from dbconvert.data.tokenizers import Tokenizer
 from dbconvert.diffusion.intervals import Intervals
 from dbconvert.diffusion.sampling import sigma_grid
+from dbconvert.engine.load import Loaded
 from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.errors import UsageError
 from dbconvert.tasks.masked_lm import MaskedLM
@@ -52,7 +53,6 @@ def unmask(
         raise UsageError(f"temperature {temperature} is negative")
     argument = task.anatomy.embedding.argument  # type: ignore[union-attr]
     times = [*sigma_grid(intervals.distribution, steps + 1)[:-1], 0.0]
-    hidden, tokens = hidden & (tokens != IGNORED), tokens.clone()
     for t, earlier in pairwise(times):
         level = torch.full((len(tokens),), t, device=tokens.device)
         if layers is None:
@@ -65,6 +65,47 @@ def unmask(
         tokens = torch.where(shown, drawn, tokens)
         hidden = hidden & ~shown
     return tokens
+
+
+def filled_in(
+    loaded: Loaded,
+    start: Tensor,
+    count: int,
+    tokenizer: Tokenizer,
+    temperature: float,
+    steps: int | None,
+    seed: int,
+) -> str:
+    """The text that follows `start` [1, n] once all that is hidden behind it is shown.
+
+    Args:
+        count: at most so many tokens; the example fills up to the length that the network was trained on.
+
+    Raises:
+        UsageError: the start leaves no room.
+    """
+    length = min(start.shape[1] + count, loaded.data.length or start.shape[1] + count)
+    if length <= start.shape[1]:
+        raise UsageError(
+            f"the prompt has {start.shape[1]} tokens, and the network was trained on {loaded.data.length}",
+            hint="shorten the prompt",
+        )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokens = torch.zeros(1, length, dtype=torch.long)
+    tokens[:, : start.shape[1]] = start
+    hidden = (torch.arange(length) >= start.shape[1])[None]
+    found = unmask(
+        loaded.network.to(device),
+        loaded.intervals if loaded.layers is None else loaded.intervals.whole(),
+        tokens.to(device),
+        hidden.to(device),
+        steps=steps or int(hidden.sum()),
+        generator=torch.Generator().manual_seed(seed),
+        temperature=temperature,
+        vocabulary=tokenizer.size,
+        layers=loaded.layers,
+    )
+    return tokenizer.decode(found[0, start.shape[1] :].tolist())
 
 
 def draw(scores: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
