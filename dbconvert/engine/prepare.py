@@ -73,6 +73,7 @@ def prepare(
     plan = settle_task(package.plan, recipe)
     check_block(block, plan, recipe)
     check_table(plan, recipe)
+    check_weight(plan, recipe)
     missing = rehearsal and recipe.data.source is None
     tokenizer = None if missing else find_tokenizer(recipe.data, plan, package.folder / MODEL)
     data = recipe.data
@@ -238,6 +239,15 @@ def check_table(plan: Plan, recipe: Recipe) -> None:
         raise UsageError(
             "the targets are the network's own embeddings, which blocks with their own stems would not share",
             hint="split with --table fresh (split.table=fresh in a recipe)",
+        )
+
+
+def check_weight(plan: Plan, recipe: Recipe) -> None:
+    """Refuses the weight of noise where tokens are hidden, whose losses have one of their own."""
+    if plan.noise.rule == "mask" and recipe.train.weight == "edm":
+        raise UsageError(
+            "train.weight=edm is for noisy targets, and hidden tokens have none",
+            hint="leave it at `none`: their losses are weighted by -alpha' / (1 - alpha) already",
         )
 
 
