@@ -17,6 +17,7 @@ from dbconvert.engine.generate import Decoding
 from dbconvert.engine.load import load
 from dbconvert.engine.unmask import unmask
 from dbconvert.errors import DBConvertError, UsageError
+from dbconvert.plan import NoiseRule
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TEXT = "the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs. " * 60
@@ -30,9 +31,8 @@ def recipe(tmp_path_factory):
     folder = tmp_path_factory.mktemp("masked")
     source = (EXAMPLES / "encoder.py").read_text()
     start, end = source.index("    return Encoder("), source.index("def example_inputs")
-    (folder / "model.py").write_text(
-        (source[:start] + TINY + source[end:]).replace("2 * 32).view(2, 32) % 128", "2 * 12).view(2, 12) % 64")
-    )
+    tiny = source[:start] + TINY + source[end:].replace("2 * 32).view(2, 32) % 128", "2 * 12).view(2, 12) % 64")
+    (folder / "model.py").write_text(tiny)
     (folder / "corpus.txt").write_text(TEXT)
     (folder / "recipe.yaml").write_text(
         "source: model.py\ntask: masked_lm\nsplit: {blocks: 3}\n"
@@ -280,4 +280,4 @@ def test_a_prompt_that_leaves_no_room_is_refused(run):
 
 def test_masking_is_only_for_tasks_that_hide(tmp_path):
     with pytest.raises(UsageError, match="noise `mask` is not for task classification"):
-        dbconvert.split(str(EXAMPLES / "vit.py"), noise=dbconvert.NoiseRule(rule="mask"), dry_run=True)
+        dbconvert.split(str(EXAMPLES / "vit.py"), noise=NoiseRule(rule="mask"), dry_run=True)
