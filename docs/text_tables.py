@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +68,13 @@ def share(one: dict[str, Any]) -> list[float]:
     )
     top = one["metrics"]["loss_first_draw"]
     at = [curve[0][1], *(between(curve, sigma) for sigma in one["boundaries"][1:-1]), top]
-    drops = [(high - low) / top for low, high in zip(at, at[1:], strict=False)]
+    drops = [(high - low) / top for low, high in pairwise(at)]
     return drops[::-1]
 
 
 def between(curve: list[tuple[float, float]], sigma: float) -> float:
     """The cross-entropy at a level, linear between the measured ones."""
-    for (low, below), (high, above) in zip(curve, curve[1:], strict=False):
+    for (low, below), (high, above) in pairwise(curve):
         if low <= sigma <= high:
             return below + (above - below) * (sigma - low) / (high - low)
     return curve[-1][1]
@@ -83,7 +84,7 @@ def generation(found: dict[str, Any]) -> str:
     speeds = {name: statistics.median(values) for name, values in found["tokens_per_second"].items()}
     told = ", ".join(f"{name} {speed:.1f}" for name, speed in speeds.items())
     return (
-        f"A Llama of {found['layers']} layers, {found['width']} wide, in {found['blocks']} blocks, greedy, one example, "
-        f"both cached, in turns: tokens a second {told}; median ratio {found['ratio']:.2f} "
+        f"A Llama of {found['layers']} layers, {found['width']} wide, in {found['blocks']} blocks, greedy, one "
+        f"example, both cached, in turns: tokens a second {told}; median ratio {found['ratio']:.2f} "
         f"(`python docs/measure_generation.py`, {found['machine']})."
     )

@@ -24,7 +24,8 @@ from dbconvert.recipe import Recipe, keys, parse_overrides, read_recipe
 from dbconvert.shipped import shipped
 from dbconvert.tasks.registry import choose_task, reasons
 
-PATHS = (("source",), ("package",), ("weights",), ("data", "source"), ("data", "tokenizer"), ("data", "cache"))
+PATHS = (("source",), ("package",), ("weights",), ("data", "source"), ("data", "tokenizer"))
+CACHE = ("data", "cache")
 PACKAGE = "package"
 
 
@@ -135,9 +136,11 @@ def find_recipe(target: str) -> Path:
 
 
 def with_absolute_paths(recipe: Recipe, folder: Path, on_command_line: set[tuple[str | int, ...]]) -> Recipe:
-    source, package, weights, data, tokenizer, cache = (
-        settled(lookup(recipe, key), Path.cwd() if key in on_command_line else folder) for key in PATHS
-    )
+    def base(key: tuple[str, ...]) -> Path:
+        return Path.cwd() if key in on_command_line else folder
+
+    source, package, weights, data, tokenizer = (settled(lookup(recipe, key), base(key)) for key in PATHS)
+    cache = recipe.data.cache and str((base(CACHE) / recipe.data.cache).resolve())  # need not exist yet
     read = replace(recipe.data, source=data, tokenizer=tokenizer, cache=cache)
     return replace(recipe, source=source, package=package, weights=weights, data=read)
 
