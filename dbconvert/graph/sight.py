@@ -14,9 +14,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from dbconvert.anatomy import Path, SideAxes
-from dbconvert.errors import DBConvertError
 from dbconvert.graph.functions import uncounted
-from dbconvert.graph.two_streams import ARGUMENTS, ATTENTION
+from dbconvert.graph.two_streams import ATTENTION, attention_arguments, known_side
 
 
 class Sight:
@@ -39,13 +38,7 @@ class Sight:
         Raises:
             DBConvertError: the analysis has not seen this argument.
         """
-        known = self.sides.get(path)
-        if known is None:
-            raise DBConvertError(
-                f"the layers receive a tensor {list(value.shape)} at {'.'.join(map(str, path))}, which they did not "
-                "when the network was analysed",
-                hint="leave that argument out, or split again with an example_inputs() that gives it",
-            )
+        known = known_side(self.sides, path, value)
         return self.mask(value) if len(known.sequence) == 2 else value
 
     def attention(self, _: object) -> TorchFunctionMode:
@@ -81,7 +74,7 @@ class _Attention(TorchFunctionMode):
     ) -> Any:
         if func is not ATTENTION:
             return func(*args, **(kwargs or {}))
-        given = {**dict(zip(ARGUMENTS, args, strict=False)), **(kwargs or {})}
+        given = attention_arguments(args, kwargs or {})
         if given["query"].shape[-2] == given["key"].shape[-2]:
             given["attn_mask"], given["is_causal"] = self.mask(given)
         return func(**given)

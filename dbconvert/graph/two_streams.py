@@ -54,13 +54,7 @@ class TwoStreams:
         Raises:
             DBConvertError: the analysis has not seen this argument.
         """
-        known = self.sides.get(path)
-        if known is None:
-            raise DBConvertError(
-                f"the layers receive a tensor {list(value.shape)} at {'.'.join(map(str, path))}, which they did not "
-                "when the network was analysed",
-                hint="leave that argument out, or split again with an example_inputs() that gives it",
-            )
+        known = known_side(self.sides, path, value)
         clean = value if known.batch is None else value.chunk(2, known.batch)[0]
         if len(known.sequence) == 1:
             return torch.cat([clean, clean], known.sequence[0])
@@ -114,6 +108,21 @@ class _Attention(TorchFunctionMode):
         visible = self.streams.causal if given.get("is_causal") else self.streams.whole
         shape = (1,) * (given["query"].dim() - 2) + visible.shape
         return self.streams.mask(visible.to(given["query"].device).view(shape), made_of=visible)
+
+
+def known_side(sides: Mapping[Path, SideAxes], path: Path, value: Tensor) -> SideAxes:
+    """What is known of a tensor that a layer receives beside the stream.
+
+    Raises:
+        DBConvertError: the analysis has not seen this argument.
+    """
+    if path not in sides:
+        raise DBConvertError(
+            f"the layers receive a tensor {list(value.shape)} at {'.'.join(map(str, path))}, which they did not "
+            "when the network was analysed",
+            hint="leave that argument out, or split again with an example_inputs() that gives it",
+        )
+    return sides[path]
 
 
 def positions_axis(axes: Axes) -> int:

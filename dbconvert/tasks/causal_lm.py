@@ -14,18 +14,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dbconvert.anatomy import Anatomy, Path, SideAxes
-from dbconvert.data.sequences import DOCUMENTS, IGNORED
+from dbconvert.anatomy import Anatomy
+from dbconvert.data.sequences import DOCUMENTS
 from dbconvert.graph.oracle import ask
 from dbconvert.graph.prefix import Prefix
 from dbconvert.graph.sight import Sight
 from dbconvert.graph.two_streams import TwoStreams, positions_axis, spread
 from dbconvert.plan import Rule, Table, Target
-from dbconvert.tasks.base import Change, Corruption, Embed, Inputs, Passage, Task, along, conditioning
+from dbconvert.tasks.base import Change, Corruption, Embed, Inputs, Passage, along, conditioning
 from dbconvert.tasks.discrete import denoise_before_head, register_readouts, register_table
+from dbconvert.tasks.language import LanguageTask, one_document
 
 
-class CausalLM(Task):
+class CausalLM(LanguageTask):
     """Networks that look tokens up in a table and end in a linear head over the same tokens at every position.
 
     Parameters it adds: `clean` [width] a block, the conditioning of clean positions; for each block a linear to the
@@ -35,31 +36,19 @@ class CausalLM(Task):
     name: ClassVar[str] = "causal_lm"
     rule: ClassVar[Rule] = "auto"
     tables: ClassVar[tuple[Table, ...]] = ("own", "fresh")
-    text: ClassVar[bool] = True
     ahead: ClassVar[int] = 1
-    tried: ClassVar[bool] = True
 
     # -- deciding -----------------------------------------------------------------------------------------
 
     @staticmethod
     def refusal(anatomy: Anatomy) -> str | None:
         embedding, head = anatomy.embedding, anatomy.head
-        if embedding is None:
-            return "no table of embeddings is looked up with an argument of the network"
-        if head is None:
-            return "the network has no language head: its output is not the result of one linear module"
-        obstacles = {
-            "the head reads one vector an example, not every position": head.pooled,
-            f"the head tells {head.outputs} tokens apart, the table has {embedding.rows}": (
-                head.outputs != embedding.rows
-            ),
-            f"the head reads {head.features} features, and embeddings are {embedding.width} wide": (
-                head.features != embedding.width
-            ),
-            "the stream has other axes than examples, positions and channels": len(anatomy.stream_shape) != 3,
-            "positions see later ones": anatomy.causal is False,
-        }
-        return next((reason for reason, met in obstacles.items() if met), None)
+        obstacle = LanguageTask.obstacle(anatomy)
+        if obstacle is not None or embedding is None or head is None:
+            return obstacle
+        if head.features != embedding.width:
+            return f"the head reads {head.features} features, and embeddings are {embedding.width} wide"
+        return "positions see later ones" if anatomy.causal is False else None
 
     @staticmethod
     def decide(anatomy: Anatomy) -> Target:
@@ -88,17 +77,12 @@ class CausalLM(Task):
         """The table before it is normalised, [K, d]."""
         if self.target.table == "fresh":
             return conditioning(model).get_parameter("target.weight")
-        assert self.anatomy.embedding is not None
-        return model.get_submodule(self.anatomy.embedding.module).get_parameter("weight")
+        return model.get_submodule(self.embedding.module).get_parameter("weight")
 
     def table(self, model: nn.Module) -> Tensor:
         return F.normalize(self.rows(model).float(), dim=-1)
 
     # -- a forward pass -----------------------------------------------------------------------------------
-
-    def tokens(self, inputs: Inputs) -> Tensor:
-        assert self.anatomy.embedding is not None
-        return inputs[self.anatomy.embedding.argument]
 
     def target_shape(self, inputs: Inputs) -> tuple[int, ...]:
         return *self.tokens(inputs).shape, self.target.width
@@ -120,10 +104,6 @@ class CausalLM(Task):
             leave=streams.leave,
             exit=denoise_before_head(model, block, corruption, corruption.condition),
         )
-
-    @property
-    def sides(self) -> dict[Path, SideAxes]:
-        return {side.argument: side for side in self.target.sides}
 
     def plain_passage(self, inputs: Inputs) -> Passage:
         inputs, together = apart(inputs)
@@ -181,9 +161,7 @@ class CausalLM(Task):
 
     def scaled(self, corruption: Corruption, known: dict[int, Tensor], block: int) -> Embed:
         """c_in z at the scale of the network's own embeddings, which is looked up in `known` first."""
-        embedding = self.anatomy.embedding
-        assert embedding is not None
-        rows = embedding.rows
+        rows = self.embedding.rows
         noisy = along(corruption.scaling.c_in(corruption.sigma), corruption.z) * corruption.z
 
         def embed(out: Tensor, look_up: Change) -> Tensor:
@@ -203,26 +181,13 @@ class CausalLM(Task):
 
     # -- figures ------------------------------------------------------------------------------------------
 
-    def stand_in(self, inputs: Inputs) -> Tensor:
-        return self.tokens(inputs)
-
-    def losses(self, output: Tensor, labels: Tensor) -> Tensor:
-        flat = F.cross_entropy(output.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
-        return flat.view(labels.shape)
-
     def plain(self, output: Tensor) -> Tensor:
         """Position i of the ordinary network predicts token i + 1; nothing predicts the first, which does not count."""
         return torch.cat([output[:, :1], output[:, :-1]], 1)
 
-    def correct(self, output: Tensor, labels: Tensor) -> Tensor:
-        return output.argmax(-1) == labels
-
-    def average(self, outputs: list[Tensor]) -> Tensor:
-        return torch.stack([output.float().softmax(-1) for output in outputs]).mean(0).log()
-
     def counted(self, labels: Tensor) -> Tensor:
         """Padding does not count, nor does the first token, which an ordinary network cannot predict."""
-        counted = (labels != IGNORED).float()
+        counted = super().counted(labels)
         counted[:, 0] = 0
         return counted
 
@@ -231,7 +196,7 @@ def apart(inputs: Inputs) -> tuple[Inputs, Tensor | None]:
     """The network's own inputs, and which positions belong to one document, [N, S, S]; None when all do."""
     documents = inputs.get(DOCUMENTS)
     rest = {name: value for name, value in inputs.items() if name != DOCUMENTS}
-    return rest, None if documents is None else documents[:, :, None] == documents[:, None, :]
+    return rest, None if documents is None else one_document(documents)
 
 
 def both_conditions(clean: Tensor, noisy: Tensor) -> Tensor:

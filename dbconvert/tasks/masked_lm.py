@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dbconvert.anatomy import Anatomy
@@ -23,14 +22,15 @@ from dbconvert.graph.seeing import ask_both_ways
 from dbconvert.graph.sight import Sight
 from dbconvert.graph.two_streams import spread
 from dbconvert.plan import Rule, Table, Target
-from dbconvert.tasks.base import Change, Corruption, Embed, Inputs, Passage, Task, along, conditioning
+from dbconvert.tasks.base import Change, Corruption, Embed, Inputs, Passage, along, conditioning
 from dbconvert.tasks.discrete import modulated, register_readouts
+from dbconvert.tasks.language import LanguageTask, one_document
 
 FILLER = 0
 """The number that stands for a hidden token; only its place is used."""
 
 
-class MaskedLM(Task):
+class MaskedLM(LanguageTask):
     """Networks that look tokens up in a table and end in a linear head over the same tokens at every position, where
     every position sees every other, or can be made to.
 
@@ -41,8 +41,6 @@ class MaskedLM(Task):
     name: ClassVar[str] = "masked_lm"
     rule: ClassVar[Rule] = "mask"
     tables: ClassVar[tuple[Table, ...]] = ("none",)
-    text: ClassVar[bool] = True
-    tried: ClassVar[bool] = True
     bounded: ClassVar[bool] = True
     aside: ClassVar[bool] = True
 
@@ -50,19 +48,7 @@ class MaskedLM(Task):
 
     @staticmethod
     def refusal(anatomy: Anatomy) -> str | None:
-        embedding, head = anatomy.embedding, anatomy.head
-        if embedding is None:
-            return "no table of embeddings is looked up with an argument of the network"
-        if head is None:
-            return "the network has no language head: its output is not the result of one linear module"
-        obstacles = {
-            "the head reads one vector an example, not every position": head.pooled,
-            f"the head tells {head.outputs} tokens apart, the table has {embedding.rows}": (
-                head.outputs != embedding.rows
-            ),
-            "the stream has other axes than examples, positions and channels": len(anatomy.stream_shape) != 3,
-        }
-        return next((reason for reason, met in obstacles.items() if met), None)
+        return LanguageTask.obstacle(anatomy)
 
     @staticmethod
     def on_request(anatomy: Anatomy) -> bool:
@@ -97,10 +83,6 @@ class MaskedLM(Task):
 
     # -- a forward pass -----------------------------------------------------------------------------------
 
-    def tokens(self, inputs: Inputs) -> Tensor:
-        assert self.anatomy.embedding is not None
-        return inputs[self.anatomy.embedding.argument]
-
     def c_noise(self, level: Tensor, scaling: Preconditioning) -> Tensor:
         return self.masking.c_noise(level)
 
@@ -114,13 +96,12 @@ class MaskedLM(Task):
         return (eps < along(self.masking.masked(level).to(eps.dtype), eps)) & (labels != IGNORED)
 
     def passage(self, model: nn.Module, block: int, inputs: Inputs, corruption: Corruption) -> Passage:
-        assert self.anatomy.embedding is not None
         inputs = dict(inputs)
         together = self.together(inputs.pop(DOCUMENTS, None))
         hidden = corruption.z
-        inputs[self.anatomy.embedding.argument] = self.tokens(inputs).masked_fill(hidden, FILLER)
+        inputs[self.embedding.argument] = self.tokens(inputs).masked_fill(hidden, FILLER)
         opened = self.anatomy.causal is not False
-        sight = Sight({side.argument: side for side in self.target.sides}, opened=opened, together=together)
+        sight = Sight(self.sides, opened=opened, together=together)
         changed = opened or together is not None
         return Passage(
             inputs,
@@ -144,12 +125,11 @@ class MaskedLM(Task):
                 "this network's attention takes no mask that keeps documents or padding apart",
                 hint="leave data.documents=joined and data.pack=true",
             )
-        return documents[:, :, None] == documents[:, None, :]
+        return one_document(documents)
 
     def hiding(self, model: nn.Module, block: int, hidden: Tensor) -> Embed:
         """Puts the learnt vector, at the scale of the network's own embeddings, in the place of hidden tokens'."""
-        assert self.anatomy.embedding is not None
-        rows = self.anatomy.embedding.rows
+        rows = self.embedding.rows
         vector = conditioning(model).get_parameter(f"mask.{block}.weight")
 
         def embed(out: Tensor, look_up: Change) -> Tensor:
@@ -159,22 +139,6 @@ class MaskedLM(Task):
 
     # -- figures ------------------------------------------------------------------------------------------
 
-    def stand_in(self, inputs: Inputs) -> Tensor:
-        return self.tokens(inputs)
-
-    def losses(self, output: Tensor, labels: Tensor) -> Tensor:
-        flat = F.cross_entropy(output.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
-        return flat.view(labels.shape)
-
     def weighed(self, losses: Tensor, z: Tensor, level: Tensor) -> Tensor:
         """Of hidden positions only, times -alpha' / (1 - alpha)."""
         return losses * z * along(self.masking.weight(level).to(losses.dtype), losses)
-
-    def correct(self, output: Tensor, labels: Tensor) -> Tensor:
-        return output.argmax(-1) == labels
-
-    def average(self, outputs: list[Tensor]) -> Tensor:
-        return torch.stack([output.float().softmax(-1) for output in outputs]).mean(0).log()
-
-    def counted(self, labels: Tensor) -> Tensor:
-        return (labels != IGNORED).float()
