@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import platform
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib.metadata import version
 
-import torch
-
 from dbconvert.anatomy import Anatomy
 from dbconvert.conditioning.modulation import Start, condition_width
-from dbconvert.engine.noise import UNIFORM, fit_noise, refuse_misfit
+from dbconvert.engine.noise import UNIFORM, fit_noise, preview_noise, refuse_misfit
 from dbconvert.engine.opening import Opened
+from dbconvert.engine.twin import one_thread
 from dbconvert.errors import Refused, UsageError
 from dbconvert.graph.inject import site_features
 from dbconvert.plan import SCHEMA_VERSION, NoiseFit, NoiseRule, Plan, Target, cut
@@ -67,10 +67,7 @@ def decide(
     if task is not None:
         refuse_misfit(rule, task)
     if rule.rule == "auto" and target is not None:
-        table = torch.nn.functional.normalize(
-            torch.randn(target.classes, target.width, generator=torch.Generator().manual_seed(0)), dim=-1
-        )
-        fit = fit_noise(rule, len(blocks), table, None, UNIFORM)
+        fit = preview_noise(rule, len(blocks), target)
     elif rule.rule == "auto":
         raise UsageError(
             "noise `auto` is fitted to a task's targets, and no task was decided",
@@ -120,7 +117,8 @@ def decide_target(opened: Opened, task: type[Task], options: SplitOptions) -> Ta
             kind="untried",
             hint="--prove builds it with its weights, whatever they take",
         )
-    return task.learn(example.model, example.anatomy, target)
+    with one_thread() if opened.large else nullcontext():
+        return task.learn(example.model, example.anatomy, target)
 
 
 def decide_start(opened: Opened, wanted: Start | None) -> Start:

@@ -6,14 +6,16 @@ import torch
 from torch import Tensor
 
 from dbconvert.diffusion.distributions import LogNormal, Tabulated
-from dbconvert.diffusion.entropy import fit_entropy
+from dbconvert.diffusion.entropy import EntropyFit, closed_form, fit_entropy
 from dbconvert.diffusion.intervals import boundaries
 from dbconvert.errors import UsageError
-from dbconvert.plan import NoiseFit, NoiseRule
+from dbconvert.plan import NoiseFit, NoiseRule, Target
 from dbconvert.tasks.base import Task
 
 EDM = LogNormal()
 EDM_SIGMA_DATA = 0.5
+LARGEST_TABLE = 2**22
+"""Numbers in a made-up table; larger ones are told by a closed form."""
 UNIFORM = "uniform labels and a random unit-norm table; fitted to the data before training"
 
 
@@ -32,13 +34,30 @@ def fit_noise(rule: NoiseRule, blocks: int, table: Tensor | None, frequencies: T
         return edm_noise(rule, blocks)
     if rule.rule == "mask":
         return mask_noise(rule, blocks)
-    refuse_idle(rule, ("schedule", "power"), "mask")
-    if rule.p_mean is not None or rule.p_std is not None:
-        raise UsageError("p_mean and p_std belong to noise `edm`", hint="add --noise edm, or leave them out")
+    refuse_others(rule)
     if table is None:
         raise UsageError("noise `auto` needs a table of discrete targets", hint="use --noise edm")
     frequencies = torch.ones(len(table)) if frequencies is None else frequencies
-    fit = fit_entropy(table, frequencies)
+    return auto_noise(rule, blocks, fit_entropy(table, frequencies), basis)
+
+
+def preview_noise(rule: NoiseRule, blocks: int, target: Target) -> NoiseFit:
+    """What `auto` will about give, before there is data: for equally frequent labels and a random table."""
+    if target.classes * target.width > LARGEST_TABLE:
+        refuse_others(rule)
+        return auto_noise(rule, blocks, closed_form(target.classes, target.width), UNIFORM)
+    random = torch.randn(target.classes, target.width, generator=torch.Generator().manual_seed(0))
+    return fit_noise(rule, blocks, torch.nn.functional.normalize(random, dim=-1), None, UNIFORM)
+
+
+def refuse_others(rule: NoiseRule) -> None:
+    """Raises UsageError for figures of other rules than `auto`."""
+    refuse_idle(rule, ("schedule", "power"), "mask")
+    if rule.p_mean is not None or rule.p_std is not None:
+        raise UsageError("p_mean and p_std belong to noise `edm`", hint="add --noise edm, or leave them out")
+
+
+def auto_noise(rule: NoiseRule, blocks: int, fit: EntropyFit, basis: str) -> NoiseFit:
     distribution = Tabulated(
         fit.distribution.log_sigma,
         fit.distribution.mass,

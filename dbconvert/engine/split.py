@@ -101,8 +101,9 @@ def split(
     if opened.large and opened.trained is None and not dry_run:
         report(Stage("building the network"))
         opened = replace(opened, model=materialised(opened.source, opened.model, seed))
+    empty = opened.large  # what a task adds is not
     network = convert_whole(opened, plan, chosen, seed)
-    if opened.large and not dry_run:
+    if empty and not dry_run:
         begin_conditioning(network, seed=seed)
     if data is not None and data.source is not None and plan.task is not None:
         fit = fit_to_data(network, data, opened)

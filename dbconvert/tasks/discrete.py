@@ -26,11 +26,20 @@ def fresh_table(model: nn.Module) -> Tensor:
 
 def register_readouts(model: nn.Module, blocks: int, width: int, features: int) -> None:
     """Adds for each block a linear from the conditioning to the shift and scale of the features before the head."""
-    readout = {str(b): nn.Linear(width, 2 * features) for b in range(blocks)}
-    for linear in readout.values():
-        nn.init.zeros_(linear.weight)
-        nn.init.zeros_(linear.bias)
+    hollow = any(parameter.is_meta for parameter in model.parameters())
+    readout = {str(b): zero_linear(width, 2 * features, hollow=hollow) for b in range(blocks)}
     conditioning(model).add_module("readout", nn.ModuleDict(readout))
+
+
+def zero_linear(inputs: int, outputs: int, *, hollow: bool) -> nn.Linear:
+    """A linear of zeros; `hollow` as one expanded zero that takes no memory, for networks that are only written."""
+    linear = nn.Linear(inputs, outputs, device="meta" if hollow else None)
+    for name, parameter in list(linear.named_parameters()):
+        if hollow:
+            setattr(linear, name, nn.Parameter(torch.zeros(()).expand(parameter.shape)))
+        else:
+            nn.init.zeros_(parameter)
+    return linear
 
 
 def denoise_before_head(model: nn.Module, block: int, corruption: Corruption, condition: Tensor) -> Change:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dbconvert.diffusion.distributions import LogNormal, Tabulated
-from dbconvert.diffusion.entropy import fit_entropy, posterior_entropy, rms_deviation
+from dbconvert.diffusion.entropy import closed_form, fit_entropy, posterior_entropy, rms_deviation
 from dbconvert.diffusion.intervals import Intervals, boundaries, stratified
 from dbconvert.diffusion.preconditioning import Preconditioning
 from dbconvert.diffusion.sampling import euler_step, levels, sigma_grid
@@ -171,3 +171,21 @@ class TestEntropy:
 def test_impossible_noise_is_refused(make):
     with pytest.raises(UsageError):
         make()
+
+
+@pytest.mark.parametrize(("labels", "width"), [(100, 32), (2000, 64)])
+def test_the_closed_form_is_about_the_fit(labels, width):
+    fitted, told = fit_entropy(unit_table(labels, width), torch.ones(labels)), closed_form(labels, width)
+    quantiles = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    ratio = told.distribution.icdf(quantiles) / fitted.distribution.icdf(quantiles)
+    assert bool((ratio.log().abs() < 0.25).all()), ratio
+    assert told.sigma_data == pytest.approx(fitted.sigma_data, rel=0.05)
+    assert told.entropy == pytest.approx(fitted.entropy, rel=1e-3)
+
+
+def test_a_large_table_is_fitted_with_fewer_draws(monkeypatch):
+    small = fit_entropy(unit_table(300, 32), torch.ones(300))
+    monkeypatch.setattr("dbconvert.diffusion.entropy.LARGE", 300 * 200)
+    large = fit_entropy(unit_table(300, 32), torch.ones(300))
+    middle = torch.tensor([0.5], dtype=torch.float64)
+    assert float(large.distribution.icdf(middle)) == pytest.approx(float(small.distribution.icdf(middle)), rel=0.1)

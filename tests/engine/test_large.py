@@ -130,6 +130,18 @@ def test_70b_is_inspected_without_a_weight(tmp_path):
     assert int(peak) / 1024 < 600
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
+def test_70b_is_planned_without_a_weight(tmp_path):
+    """With its task, its target table and its noise."""
+    config = transformers.LlamaConfig(**LLAMA_70B, architectures=["LlamaForCausalLM"])
+    source = saved(config, tmp_path / "m")
+    command = [sys.executable, "-c", MEASURED, "split", source, "--blocks", "8", "--dry-run", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    code, peak = done.stderr.split()[-2:]
+    assert code == "0" and json.loads(done.stdout)["task"] == "causal_lm"
+    assert int(peak) / 1024 < 600
+
+
 def test_a_build_within_a_limit_is_the_build(tmp_path):
     source = open_source(saved(networks.gpt2_config(), tmp_path / "m"))
     torch.manual_seed(3)
