@@ -22,6 +22,8 @@ GRID_POINTS = 96
 DRAWS = 2048
 LARGE, LEAST_DRAWS = 2**24, 64
 """Numbers in a table, or in its posterior, beyond which precision and draws give way."""
+AT_ONCE = 2**18
+"""Numbers of the posterior that are held at once."""
 SPREAD = 0.55
 """Standard deviation of ln sigma under F, for random tables."""
 DIGITS = 6
@@ -52,14 +54,15 @@ def posterior_entropy(table: Tensor, frequencies: Tensor, log_sigma: Tensor, *, 
     generator = torch.Generator().manual_seed(seed)
     labels = torch.multinomial(prior, draws, replacement=True, generator=generator)
     eps = torch.randn(draws, table.shape[1], generator=generator, dtype=kind)
-    # z . e / sigma^2 with z = y + sigma eps, so that the two products are made once for the whole grid.
-    clean, noise = table[labels] @ table.T, eps @ table.T
-    energy = clean - 0.5 * table.square().sum(1)
-    entropies = []
-    for sigma in log_sigma.double().exp().tolist():
-        log_posterior = (energy / sigma**2 + noise / sigma + prior.log()).log_softmax(1)
-        entropies.append(-(log_posterior.exp() * log_posterior.clamp(min=-1e3)).sum(1).mean())
-    return torch.stack(entropies).double()
+    entropies = torch.zeros(len(log_sigma), dtype=torch.float64)
+    rows = max(1, AT_ONCE // len(table))
+    for here, noisy in zip(labels.split(rows), eps.split(rows), strict=True):  # type: ignore[no-untyped-call]
+        # z . e / sigma^2 with z = y + sigma eps, so that the two products are made once for the whole grid.
+        energy, noise = table[here] @ table.T - 0.5 * table.square().sum(1), noisy @ table.T
+        for i, sigma in enumerate(log_sigma.double().exp().tolist()):
+            log_posterior = (energy / sigma**2 + noise / sigma + prior.log()).log_softmax(1)
+            entropies[i] -= (log_posterior.exp() * log_posterior.clamp(min=-1e3)).sum(1).mean() * (len(here) / draws)
+    return entropies
 
 
 def closed_form(labels: int, width: int) -> EntropyFit:

@@ -14,7 +14,7 @@ from dbconvert.tasks.base import Task
 
 EDM = LogNormal()
 EDM_SIGMA_DATA = 0.5
-LARGEST_TABLE = 2**22
+LARGEST_TABLE = 2**20
 """Numbers in a made-up table; larger ones are told by a closed form."""
 UNIFORM = "uniform labels and a random unit-norm table; fitted to the data before training"
 

@@ -1,6 +1,7 @@
 """estimate: its figures against what autograd really keeps and what training really holds, and what it chooses."""
 
 import json
+from dataclasses import replace
 
 import commands
 import networks
@@ -13,7 +14,7 @@ from engine.conftest import write_model
 import dbconvert
 from dbconvert.engine import opening
 from dbconvert.engine.ablation import evidence
-from dbconvert.engine.decide import default_width
+from dbconvert.engine.estimate import as_one_block
 from dbconvert.engine.estimate_records import Request, Setting
 from dbconvert.engine.holdings import state_size
 from dbconvert.engine.layer_kinds import layer_kinds
@@ -21,9 +22,9 @@ from dbconvert.engine.meter import Meter
 from dbconvert.engine.outline import outline
 from dbconvert.engine.rehearsal import Case
 from dbconvert.errors import DBConvertError, Refused, UsageError
+from dbconvert.events import silent
 from dbconvert.graph.account import saved_bytes
 from dbconvert.graph.analysis import analyse
-from dbconvert.graph.inject import inject
 from dbconvert.recipe import SplitOptions
 from dbconvert.sources.resolve import open_source
 
@@ -51,21 +52,18 @@ def text_source(name, path):
 
 
 def really_kept(source, layers, inputs):
-    """Bytes that autograd keeps on real tensors: the block alone runs, conditioned, with cross-entropy at its end."""
-    opened = open_source(source)
-    model = opened.build()
-    anatomy = analyse(model, opened.example_inputs(model))
-    run = inject(model, anatomy, blocks=1, width=default_width(anatomy), start="original")
-    model.train()
+    """Bytes that autograd keeps on real tensors in one training pass of the task; None runs the whole network plain."""
+    opened = opening.open_and_analyse(source, stack=None, weights=None, seed=0, report=silent)
+    network = as_one_block(opened).train()
+    tokens, sigma = inputs["input_ids"], torch.ones(BATCH)
+    if layers is not None:
+        network.plan = replace(network.plan, blocks=((layers.start, layers.stop - 1),))
+    eps = None if layers is None else network.task.draw(inputs)
 
     def loss():
-        run.reset()
-        if layers is not None:
-            run.active, run.condition = layers, model.dbconvert.embedder["0"](torch.ones(BATCH))
-        scores = model(**inputs).logits.flatten(0, -2)
-        return F.cross_entropy(scores, torch.zeros(len(scores), dtype=torch.long))
+        return network(None if layers is None else 0, inputs, tokens, sigma, eps).mean()
 
-    return saved_bytes(loss, model.parameters())
+    return saved_bytes(loss, network.parameters())
 
 
 @pytest.mark.parametrize("name", TEXT_FAMILIES)
