@@ -73,7 +73,7 @@ class Encoder(nn.Module):
 
 
 def build_model() -> nn.Module:
-    return Encoder(vocabulary=128, positions=64, depth=6, width=96, heads=4)
+    return Encoder(vocabulary=128, positions=64, depth=6, width=64, heads=4)
 
 
 def example_inputs() -> dict[str, Tensor]:
