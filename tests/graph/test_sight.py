@@ -14,19 +14,39 @@ from dbconvert.graph.analysis import analyse
 from dbconvert.graph.oracle import is_causal
 from dbconvert.graph.seeing import ask_both_ways
 from dbconvert.graph.sight import both_ways, limited
+from tests.acceptance.table import CONVERTED
 
-CAUSAL = ["gpt", "hf_gpt2", "hf_llama", "hf_opt"]
+CAUSAL = [
+    "gpt", "gpt_inline", "hf_bloom", "hf_cohere", "hf_deepseek_v3", "hf_falcon", "hf_gemma2", "hf_gemma3",
+    "hf_gpt2", "hf_gpt_neox", "hf_gptj", "hf_granite", "hf_llama", "hf_mistral", "hf_mixtral", "hf_olmo2", "hf_opt",
+    "hf_phi", "hf_qwen2", "hf_qwen3",
+]  # fmt: skip
+RECURRENT = {"hf_mamba": "backbone.layers.0", "hf_jamba": "model.layers.0"}
+BOTH_WAYS = ["hf_bert", "hf_modernbert", "hf_albert"]
 LOW = torch.finfo(torch.float32).min
 
 
-def opened(model, inputs):
-    anatomy = analyse(model, inputs)
+def opened(model, inputs, stack=None):
+    anatomy = analyse(model, inputs, stack=stack)
     return ask_both_ways(model, replace(anatomy, causal=is_causal(model, anatomy)))
 
 
 @pytest.mark.parametrize("name", CAUSAL)
 def test_causal_networks_are_opened(name):
-    _, apart = opened(*networks.build(name))
+    _, apart = opened(*CONVERTED[name].build(), CONVERTED[name].stack)
+    assert apart
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_recurrent_layers_are_refused_by_name(name):
+    with pytest.raises(Refused, match=RECURRENT[name]) as caught:
+        opened(*CONVERTED[name].build(), CONVERTED[name].stack)
+    assert caught.value.kind == "one-way"
+
+
+@pytest.mark.parametrize("name", BOTH_WAYS)
+def test_bidirectional_networks_keep_documents_apart(name):
+    _, apart = opened(*CONVERTED[name].build(), CONVERTED[name].stack)
     assert apart
 
 
