@@ -8,12 +8,13 @@ from __future__ import annotations
 import gc
 import json
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from dbconvert.errors import DBConvertError, Refused, UsageError
+from dbconvert.cli.failures import complain, unexpected
+from dbconvert.cli.sizes import whole_numbers
+from dbconvert.errors import DBConvertError, Refused
 
 COLLECT = (100_000, 50, 50)
 """When Python looks for cyclic garbage. Its usual 700 new objects start it hundreds of times while torch and
@@ -360,15 +361,6 @@ def emit(data: dict[str, Any]) -> None:
     typer.echo(json.dumps(data, indent=2))
 
 
-def whole_numbers(text: str | None, option: str) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise UsageError(f"{option} {text} is not a list of whole numbers", hint=f"e.g. {option} 4,4,4") from None
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done, 1 refused or failed with a message, 2 wrong usage."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -400,19 +392,3 @@ def guarded(arguments: list[str], *, debug: bool) -> int:
     finally:
         gc.freeze()  # else Python walks through all of the libraries' objects once more before it ends
     return 0
-
-
-def complain(error: DBConvertError) -> None:
-    from dbconvert.cli import render
-
-    render.show_error(error)
-
-
-def unexpected(error: Exception) -> DBConvertError:
-    """A failure that nobody foresaw: still one message."""
-    place = f"{Path(error.__traceback__.tb_frame.f_code.co_filename).name}" if error.__traceback__ else ""
-    return DBConvertError(
-        f"unexpected {type(error).__name__}: {error}",
-        where=place,
-        hint="run again with --debug and report the traceback",
-    )

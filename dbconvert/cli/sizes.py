@@ -1,4 +1,4 @@
-"""Amounts of memory as people write them."""
+"""Amounts of memory and lists of numbers as people write them."""
 
 from __future__ import annotations
 
@@ -34,3 +34,12 @@ def whole_bytes(text: str, option: str) -> int:
     if amount == 0:
         raise UsageError(f"{option} {text} is nothing", hint=f"e.g. {option} 24GB")
     return amount
+
+
+def whole_numbers(text: str | None, option: str) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"{option} {text} is not a list of whole numbers", hint=f"e.g. {option} 4,4,4") from None

@@ -136,13 +136,15 @@ def test_a_transformers_folder(tmp_path):
 
 
 def test_a_network_without_a_task_is_split_but_not_trained(tmp_path):
-    networks.gpt2_config().save_pretrained(tmp_path / "gpt2")
+    config = networks.gpt2_config()
+    config.architectures = ["GPT2Model"]
+    config.save_pretrained(tmp_path / "gpt2")
     result = dbconvert.split(str(tmp_path / "gpt2"), out="p", options=SplitOptions(blocks=2))
     assert result.plan.task is None and "task: null" in (tmp_path / "p" / "recipe.yaml").read_text()
     assert "classification" in result.warnings[0]
     with pytest.raises(UsageError, match="no task") as caught:
         dbconvert.train("p", overrides=["data.source=digits"])
-    assert "classification: the head reads every position" in str(caught.value)
+    assert "classification: the network's output is not the result of one linear head" in str(caught.value)
 
 
 def test_post_norm_starts_at_the_original(tmp_path):
