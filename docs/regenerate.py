@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from families import family_parts
+from masked_tables import masked_parts
 from refusals import refusal_parts
 from text_tables import text_parts
 
@@ -116,6 +117,7 @@ def parts(results: dict[str, Any]) -> dict[str, str]:
         **family_parts(),
         **refusal_parts(),
         **text_parts(),
+        **masked_parts(),
     }
 
 
