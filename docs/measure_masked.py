@@ -27,6 +27,7 @@ SEEDS = ("0", "1")
 ROWS = {
     "3 blocks": [],
     "whole model": ["split.blocks=1"],
+    "shallow control, 2 layers": ["train.method=shallow"],
 }
 DRAWS = 8
 
