@@ -135,6 +135,7 @@ class Target:
         table: where the clean targets come from.
         sides: axes of what the layers receive beside the stream, where the task has to change it.
         apart: whether masks can keep positions of other documents out of sight.
+        halves: whether a block's last layer can run on its noisy half alone, of the clean one taking keys and values.
     """
 
     classes: int
@@ -144,6 +145,7 @@ class Target:
     table: Table = "fresh"
     sides: tuple[SideAxes, ...] = ()
     apart: bool = True
+    halves: bool = False
 
 
 @record

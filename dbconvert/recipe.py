@@ -10,6 +10,7 @@ import yaml
 
 from dbconvert.conditioning.modulation import Start
 from dbconvert.errors import UsageError
+from dbconvert.graph.attention import Kernel
 from dbconvert.plan import NoiseRule, Table
 from dbconvert.schema import Count, Key, Positive, PositiveFloat, Share, parse, read_yaml, record
 
@@ -122,6 +123,8 @@ class TrainOptions:
         periphery: `shared` trains stem, target table and readout with every block; `frozen-target` freezes a
             unit-norm table and gives each block its own stem and readout, so that blocks are independent.
         weight: `none` is the plain loss, `edm` multiplies it by w(sigma).
+        attention: what computes attention over clean and noisy tokens: `sdpa` with a dense mask, `flex` (FlexAttention,
+            on CUDA), or `auto`, which is `flex` on CUDA and `sdpa` elsewhere.
         checkpoint_every: in updates of the whole run; 0 writes none.
     """
 
@@ -133,6 +136,7 @@ class TrainOptions:
     steps_per_turn: Positive = 1
     periphery: Literal["shared", "frozen-target"] = "shared"
     weight: Literal["none", "edm"] = "none"
+    attention: Kernel = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
     accumulate: Positive = 1
     clip: PositiveFloat | None = 1.0

@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dbconvert.data.batches import Data
 from dbconvert.data.tokenizers import Tokenizer
-from dbconvert.engine.convert import single_block, whole_network
+from dbconvert.engine.convert import single_block, task_of, whole_network
 from dbconvert.engine.jobs import Job, make_job
 from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.engine.noise import fit_noise, refuse_misfit
@@ -75,12 +77,14 @@ def prepare(
     check_block(block, plan, recipe)
     check_table(plan, recipe)
     check_weight(plan, recipe)
+    check_attention(plan, recipe)
     missing = rehearsal and recipe.data.source is None
     tokenizer = None if missing else find_tokenizer(recipe.data, plan, package.folder / MODEL)
     data = recipe.data
     examples = stand_in(recipe, plan) if missing else open_examples(data, data.train, plan, tokenizer, report)
     steps = steps_of(recipe, len(examples))
     network = build_network(package, plan, recipe, block)
+    network.task.kernel = recipe.train.attention
     noise = get_noise(package, network, None if missing else examples, keep=keep_noise)
     tell(report, plan, noise, recipe)
     held_out = None if rehearsal else data.validation
@@ -192,6 +196,8 @@ def settle_task(plan: Plan, recipe: Recipe) -> Plan:
             hint="set task=NAME, or split with --task",
         )
     refuse_misfit(plan.noise, chosen)
+    if chosen.tried:
+        raise UsageError(f"task {chosen.name} has to try the network", hint=f"split again with --task {chosen.name}")
     return replace(plan, task=chosen.name, target=chosen.decide(plan.anatomy))
 
 
@@ -251,6 +257,18 @@ def check_weight(plan: Plan, recipe: Recipe) -> None:
         raise UsageError(
             "train.weight=edm is for noisy targets, and hidden tokens have none",
             hint="leave it at `none`: their losses are weighted by -alpha' / (1 - alpha) already",
+        )
+
+
+def check_attention(plan: Plan, recipe: Recipe) -> None:
+    """Refuses an attention that this task or this machine does not have."""
+    if recipe.train.attention == "auto":
+        return
+    if not task_of(plan).doubled:
+        raise UsageError(f"train.attention has no use in task {plan.task}", hint="leave it out")
+    if recipe.train.attention == "flex" and (recipe.train.cpu or not torch.cuda.is_available()):
+        raise UsageError(
+            "FlexAttention has no backward pass on CPU", hint="leave train.attention at `auto`, which is `sdpa` there"
         )
 
 

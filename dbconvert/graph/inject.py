@@ -53,6 +53,8 @@ class Run(Volatile):
         entry: changes the stream as it enters the stack.
         beside: changes a tensor that an active layer receives beside the stream, by the argument's path.
         attention: what active layers attend in, by a key that tells them (and their parts) apart.
+        last: runs the last of the active layers: it is given the layer's call, where its stream is, its arguments and
+            the conditioning.
         leave: changes the stream as it leaves the stack.
         exit: changes what enters the head.
         hold: takes what enters the head, which then gives nothing: a loss may read it in pieces.
@@ -67,6 +69,7 @@ class Run(Volatile):
     entry: Callable[[Tensor], Tensor] | None = None
     beside: Callable[[Path, Tensor], Tensor] | None = None
     attention: Callable[[object], AbstractContextManager[Any]] | None = None
+    last: Callable[[Callable[..., Any], Path, tuple[Any, ...], dict[str, Any], Tensor], Any] | None = None
     leave: Callable[[Tensor], Tensor] | None = None
     exit: Callable[[Tensor], Tensor] | None = None
     hold: list[Tensor] | None = None
@@ -207,16 +210,29 @@ class LayerModule(nn.Module):
         if run.entry is not None and self.db_index == 0:
             stream = run.entry(look_up(args, kwargs, self.db_layer.stream_in))
             args, kwargs = put_in(args, kwargs, self.db_layer.stream_in, stream)
-        if run.runs(self.db_index):
+        if not run.runs(self.db_index):
+            out = imitate(self.db_layer, look_up(args, kwargs, self.db_layer.stream_in))
+        elif run.last is not None and run.condition is not None and self.ends and not self.recomputes:
+            out = run.last(super().__call__, self.db_layer.stream_in, args, kwargs, run.condition)
+        else:
             args, kwargs = run.given(self.db_layer.stream_in, args, kwargs)
             out = super().__call__(*args, run.condition, **kwargs)
-        else:
-            out = imitate(self.db_layer, look_up(args, kwargs, self.db_layer.stream_in))
         if not self.db_last:
             return out
         if run.keep:
             run.leaving = item(out, self.db_layer.stream_out)
         return run.left(out, self.db_layer.stream_out)
+
+    @property
+    def ends(self) -> bool:
+        """Whether no active layer comes after this one."""
+        active = self.db_run.active
+        return self.db_last if active is None else self.db_index == active[-1]
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether Transformers runs the layer again for its backward pass, when nobody steers it any more."""
+        return self.training and getattr(self, "gradient_checkpointing", False)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         *args, condition = args  # type: ignore[assignment]

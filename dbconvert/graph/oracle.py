@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from dbconvert.anatomy import Anatomy, Embedding, Layer, Path, SideAxes
-from dbconvert.errors import Refused
+from dbconvert.errors import DBConvertError, Refused
+from dbconvert.graph.halves import LastLayer
 from dbconvert.graph.inject import PREFIX, Run, inject
 from dbconvert.graph.proof import no_fast_paths
 from dbconvert.graph.tape import argument_leaves
@@ -71,14 +72,15 @@ class Trial:
         self.run.embed = lambda out, _: torch.cat([out[:, :i], noisy], 1)
         return self.logits(self.tokens[:, : i + 1])[:, i]
 
-    def together(self, streams: TwoStreams, active: range | None) -> Tensor:
-        """The noisy half's outputs of one pass on both, [N, S, V]."""
+    def together(self, streams: TwoStreams, active: range | None, *, halves: bool = False) -> Tensor:
+        """The noisy half's outputs of one pass on both, [N, S, V]; `halves` runs the last layer on each by itself."""
         self.run.reset()
         self.run.active = active
         self.run.condition = torch.stack(self.conditions, 1)
         self.run.embed = lambda out, _: torch.cat([out[: len(self.noisy)], self.noisy])
         self.run.entry, self.run.leave = streams.enter, streams.leave
         self.run.beside, self.run.attention = streams.beside, streams.attention
+        self.run.last = LastLayer(streams) if halves else None
         return self.logits(torch.cat([self.tokens, self.tokens]))
 
     def difference(self, sides: dict[Path, SideAxes], active: range | None = None) -> float:
@@ -89,6 +91,14 @@ class Trial:
         found = self.together(streams, active)
         return apart(found, expected)
 
+    def can_halve(self, sides: dict[Path, SideAxes], layer: int) -> bool:
+        """Whether a layer that ends a block gives the same when its clean half is run for keys and values only."""
+        active = range(layer, layer + 1)
+        streams = [TwoStreams(self.tokens.shape[1], self.anatomy.axes, sides) for _ in range(2)]
+        expected = self.together(streams[0], active)
+        found = attempt(lambda: apart(self.together(streams[1], active, halves=True), expected))
+        return isinstance(found, float) and found <= TOLERANCE
+
 
 def apart(found: Tensor, expected: Tensor) -> float:
     """The largest difference, over the largest of the expected values or 1; infinite for numbers that are none."""
@@ -96,10 +106,11 @@ def apart(found: Tensor, expected: Tensor) -> float:
     return float("inf") if isnan(worst) else worst
 
 
-def ask(model: nn.Module, anatomy: Anatomy) -> tuple[SideAxes, ...]:
+def ask(model: nn.Module, anatomy: Anatomy) -> tuple[tuple[SideAxes, ...], bool]:
     """Tries [clean ; noisy] on a network with random conditioning.
 
-    Returns the axes of what the layers receive beside the stream.
+    Returns the axes of what the layers receive beside the stream, and whether every layer gives the same when its clean
+    half is run for keys and values only.
 
     Raises:
         Refused: an output differs, or the pass fails; the error names the first layer at fault.
@@ -117,8 +128,10 @@ def ask(model: nn.Module, anatomy: Anatomy) -> tuple[SideAxes, ...]:
         noisy = torch.randn(EXAMPLES, tokens.shape[1], embedding.width)
         noisy *= spread(model.get_submodule(embedding.module), embedding.rows, tokens.device)
         conditions = torch.randn(EXAMPLES, WIDTH), torch.randn(EXAMPLES, WIDTH)
-        judge(Trial(model, anatomy, run, tokens, noisy, conditions), sides)
-    return tuple(sides.values())
+        trial = Trial(model, anatomy, run, tokens, noisy, conditions)
+        judge(trial, sides)
+        halves = all(trial.can_halve(sides, layer) for layer in range(anatomy.depth))
+    return tuple(sides.values()), halves
 
 
 def is_causal(model: nn.Module, anatomy: Anatomy) -> bool | None:
@@ -169,7 +182,7 @@ def attempt(work: Callable[[], float]) -> float | Exception:
     """What it gives, or the error that it ends in."""
     try:
         return work()
-    except (RuntimeError, ValueError, IndexError, AssertionError, TypeError, KeyError) as error:
+    except (RuntimeError, ValueError, IndexError, AssertionError, TypeError, KeyError, DBConvertError) as error:
         return error
 
 

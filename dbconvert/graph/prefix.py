@@ -16,8 +16,9 @@ from torch.overrides import TorchFunctionMode
 
 from dbconvert.anatomy import Axes, Path, SideAxes
 from dbconvert.errors import DBConvertError
+from dbconvert.graph.attention import ATTENTION, attention_arguments
 from dbconvert.graph.functions import uncounted
-from dbconvert.graph.two_streams import ATTENTION, attention_arguments, positions_axis
+from dbconvert.graph.two_streams import positions_axis
 
 Pair = tuple[Tensor, Tensor]
 

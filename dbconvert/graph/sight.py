@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from dbconvert.anatomy import Path, SideAxes
+from dbconvert.graph.attention import ATTENTION, attention_arguments
 from dbconvert.graph.functions import uncounted
-from dbconvert.graph.two_streams import ATTENTION, attention_arguments, known_side
+from dbconvert.graph.two_streams import known_side
 
 
 class Sight:

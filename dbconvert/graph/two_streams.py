@@ -9,20 +9,17 @@ which keeps windows, padding and biases that go by index as they are.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from dbconvert.anatomy import Axes, Path, SideAxes
 from dbconvert.errors import DBConvertError
+from dbconvert.graph.attention import ATTENTION, Kernel, attend, attention_arguments
 from dbconvert.graph.functions import uncounted
-
-ATTENTION = F.scaled_dot_product_attention
-ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
 class TwoStreams:
@@ -33,20 +30,30 @@ class TwoStreams:
         axes: of the stream.
         sides: what the layers receive beside the stream, by argument.
         together: [N, S, S] bool, which positions belong to one document; None when all do.
+        kernel: what computes attention.
     """
 
-    def __init__(self, length: int, axes: Axes, sides: Mapping[Path, SideAxes], together: Tensor | None = None) -> None:
-        self.length, self.axes, self.sides, self.together = length, axes, sides, together
+    def __init__(
+        self,
+        length: int,
+        axes: Axes,
+        sides: Mapping[Path, SideAxes],
+        together: Tensor | None = None,
+        kernel: Kernel = "auto",
+    ) -> None:
+        self.length, self.axes, self.sides, self.together, self.kernel = length, axes, sides, together, kernel
         self.sequence = positions_axis(axes)
         self.masks: dict[object, tuple[Tensor, Tensor]] = {}
+        self.instead: Callable[[], TorchFunctionMode] | None = None
+        """What a layer attends in while it runs in another way."""
 
     def enter(self, stream: Tensor) -> Tensor:
         """[2N, S, d] -> [N, 2S, d]."""
         return torch.cat(stream.chunk(2, self.axes.batch), self.sequence)
 
     def leave(self, stream: Tensor) -> Tensor:
-        """[N, 2S, d] -> the noisy [N, S, d]."""
-        return stream.narrow(self.sequence, self.length, self.length)
+        """[N, 2S, d], or the noisy [N, S, d] where the last layer gave only that -> the noisy [N, S, d]."""
+        return stream.narrow(self.sequence, stream.shape[self.sequence] - self.length, self.length)
 
     def beside(self, path: Path, value: Tensor) -> Tensor:
         """A side input of 2N sequences of S positions as one of N sequences of 2S.
@@ -55,28 +62,47 @@ class TwoStreams:
             DBConvertError: the analysis has not seen this argument.
         """
         known = known_side(self.sides, path, value)
-        clean = value if known.batch is None else value.chunk(2, known.batch)[0]
+        clean = self.beside_clean(path, value)
         if len(known.sequence) == 1:
             return torch.cat([clean, clean], known.sequence[0])
         return self.mask(clean, made_of=value) if known.sequence else clean
 
-    def attention(self, _: object) -> TorchFunctionMode:
-        return _Attention(self)
+    def beside_clean(self, path: Path, value: Tensor) -> Tensor:
+        """A side input of 2N sequences as one of N sequences of S positions.
 
-    def mask(self, given: Tensor, made_of: Tensor) -> Tensor:
-        """The mask of both sequences from that of one, [..., S, S]; one a pass for all that are made of one tensor."""
-        key = id(made_of)
+        Raises:
+            DBConvertError: the analysis has not seen this argument.
+        """
+        known = known_side(self.sides, path, value)
+        return value if known.batch is None else value.chunk(2, known.batch)[0]
+
+    def attention(self, _: object) -> TorchFunctionMode:
+        return _Attention(self) if self.instead is None else self.instead()
+
+    def mask(self, given: Tensor, made_of: Tensor, *, noisy: bool = False) -> Tensor:
+        """The mask of both sequences from that of one, [..., S, S]; one a pass for all that are made of one tensor.
+
+        Args:
+            noisy: the rows of noisy positions alone, [..., S, 2S].
+        """
+        key = id(made_of), noisy
         if key not in self.masks:
-            self.masks[key] = made_of, two_stream_mask(given, self.together)  # kept alive: its id is the key
+            make = noisy_rows if noisy else two_stream_mask
+            self.masks[key] = made_of, make(given, self.together)  # kept alive: its id is the key
         return self.masks[key][1]
 
-    @cached_property
-    def whole(self) -> Tensor:
-        return torch.ones(self.length, self.length, dtype=torch.bool)
-
-    @cached_property
-    def causal(self) -> Tensor:
-        return self.whole.tril()
+    def mask_for(self, call: dict[str, Any], *, noisy: bool = False) -> Tensor:
+        """The mask of both sequences for a call of attention, by its arguments; `noisy` as for `mask`."""
+        query, mask = call["query"], call.get("attn_mask")
+        if mask is not None:
+            clean = mask.chunk(2)[0] if mask.shape[0] == 2 * query.shape[0] else mask
+            # One made of both sequences by index, or by `beside` already, holds that of the clean one in its corner.
+            return self.mask(clean[..., : self.length, : self.length], made_of=mask, noisy=noisy)
+        causal = bool(call.get("is_causal"))
+        if self.together is None:
+            return lasting(self.length, query.device, causal=causal, noisy=noisy)
+        seen = visible(self.length, query.device, causal=causal)
+        return self.mask(seen.view((1,) * (query.dim() - 2) + seen.shape), made_of=seen, noisy=noisy)
 
 
 class _Attention(TorchFunctionMode):
@@ -92,22 +118,12 @@ class _Attention(TorchFunctionMode):
         if func is not ATTENTION:
             return func(*args, **(kwargs or {}))
         given = attention_arguments(args, kwargs or {})
-        length = self.streams.length
-        if given["query"].shape[-2] == given["key"].shape[-2] == 2 * length:
-            with uncounted():
-                given["attn_mask"] = self.mask(given, length)
-            given["is_causal"] = False
-        return func(**given)
-
-    def mask(self, given: dict[str, Any], length: int) -> Tensor:
-        mask: Tensor | None = given.get("attn_mask")
-        if mask is not None:
-            clean = mask.chunk(2)[0] if mask.shape[0] == 2 * given["query"].shape[0] else mask
-            # One made of both sequences by index, or by `beside` already, holds that of the clean one in its corner.
-            return self.streams.mask(clean[..., :length, :length], made_of=mask)
-        visible = self.streams.causal if given.get("is_causal") else self.streams.whole
-        shape = (1,) * (given["query"].dim() - 2) + visible.shape
-        return self.streams.mask(visible.to(given["query"].device).view(shape), made_of=visible)
+        streams = self.streams
+        if not given["query"].shape[-2] == given["key"].shape[-2] == 2 * streams.length:
+            return func(**given)
+        with uncounted():
+            mask = streams.mask_for(given)
+        return attend(given, mask, streams.kernel)
 
 
 def known_side(sides: Mapping[Path, SideAxes], path: Path, value: Tensor) -> SideAxes:
@@ -130,11 +146,6 @@ def positions_axis(axes: Axes) -> int:
     return next(i for i in range(3) if i not in (axes.batch, axes.channel + 3))
 
 
-def attention_arguments(args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call of torch's attention by name."""
-    return {**dict(zip(ARGUMENTS, args, strict=False)), **kwargs}
-
-
 SAMPLED = 4096
 
 
@@ -152,17 +163,46 @@ def two_stream_mask(given: Tensor, together: Tensor | None = None) -> Tensor:
         given: bool, or added to the scores.
         together: [N, S, S] bool; positions of other documents are not seen.
     """
+    given, others = limits(given, together)
+    clean = given if others is None else torch.where(others, given, hidden(given))
+    return torch.cat([torch.cat([clean, torch.full_like(clean, hidden(given))], -1), noisy_rows(given, together)], -2)
+
+
+def noisy_rows(given: Tensor, together: Tensor | None = None) -> Tensor:
+    """What noisy positions see of both sequences, [..., S, 2S]; arguments as of `two_stream_mask`."""
+    given, others = limits(given, together)
     length = given.shape[-1]
-    ones = torch.ones(length, length, dtype=torch.bool, device=given.device)
-    before, itself = ones.tril(-1), torch.eye(length, dtype=torch.bool, device=given.device)
-    if together is not None:
-        shape = (len(together), *[1] * max(given.dim() - 3, 0), length, length)
-        ones, before = ones & together.view(shape), before & together.view(shape)
-        given = given.expand(torch.broadcast_shapes(given.shape, shape))  # type: ignore[no-untyped-call]
-    hidden = False if given.dtype == torch.bool else torch.finfo(given.dtype).min
+    before = torch.ones(length, length, dtype=torch.bool, device=given.device).tril(-1)
+    before = before if others is None else before & others
+    itself = torch.eye(length, dtype=torch.bool, device=given.device)
     own = itself if given.dtype == torch.bool else given.diagonal(dim1=-2, dim2=-1).diag_embed()
-    clean = torch.where(ones, given, hidden)
-    seen = torch.where(before, given, hidden)
-    alone = torch.where(itself, own, hidden).expand(seen.shape)
-    nothing = torch.full_like(clean, hidden)
-    return torch.cat([torch.cat([clean, nothing], -1), torch.cat([seen, alone], -1)], -2)
+    seen = torch.where(before, given, hidden(given))
+    return torch.cat([seen, torch.where(itself, own, hidden(given)).expand(seen.shape)], -1)
+
+
+@lru_cache(maxsize=16)
+def visible(length: int, device: torch.device, *, causal: bool) -> Tensor:
+    """What a position sees when nothing else is said, [S, S] bool; the same tensor every time."""
+    whole = torch.ones(length, length, dtype=torch.bool, device=device)
+    return whole.tril() if causal else whole
+
+
+@lru_cache(maxsize=16)
+def lasting(length: int, device: torch.device, *, causal: bool, noisy: bool) -> Tensor:
+    """The mask of both sequences then, [2S, 2S], or of the noisy one, [S, 2S]; the same tensor every time."""
+    seen = visible(length, device, causal=causal)
+    return noisy_rows(seen) if noisy else two_stream_mask(seen)
+
+
+def limits(given: Tensor, together: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """A mask, and what documents leave of it, of one shape."""
+    if together is None:
+        return given, None
+    length = given.shape[-1]
+    others = together.view((len(together), *[1] * max(given.dim() - 3, 0), length, length))
+    return given.expand(torch.broadcast_shapes(given.shape, others.shape)), others  # type: ignore[no-untyped-call]
+
+
+def hidden(mask: Tensor) -> float | bool:
+    """What hides a position in a mask of this kind."""
+    return False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min

@@ -19,6 +19,7 @@ from dbconvert.anatomy import Anatomy, Path
 from dbconvert.diffusion.masking import Masking
 from dbconvert.diffusion.preconditioning import Preconditioning
 from dbconvert.errors import DBConvertError
+from dbconvert.graph.attention import Kernel
 from dbconvert.graph.inject import PREFIX, Run
 from dbconvert.plan import NoiseRule, Rule, Table, Target
 
@@ -53,11 +54,12 @@ class Passage:
     entry: Change | None = None
     beside: Callable[[Path, Tensor], Tensor] | None = None
     attention: Callable[[object], AbstractContextManager[Any]] | None = None
+    last: Callable[..., Any] | None = None
     leave: Change | None = None
     exit: Change | None = None
 
     def steer(self, run: Run) -> None:
-        for name in ("condition", "embed", "entry", "beside", "attention", "leave", "exit"):
+        for name in ("condition", "embed", "entry", "beside", "attention", "last", "leave", "exit"):
             setattr(run, name, getattr(self, name))
 
 
@@ -79,6 +81,11 @@ class Task(ABC):
     """Whether the mean of its losses over all levels bounds the likelihood, for the unconditioned network too."""
     aside: ClassVar[bool] = False
     """Whether padding has to be told from text by the batch: tokens before it could see it."""
+
+    doubled: ClassVar[bool] = False
+    """Whether clean and noisy positions run in one pass, by an attention of `kernel`."""
+
+    kernel: Kernel = "auto"
 
     def __init__(self, anatomy: Anatomy, target: Target, noise: NoiseRule = NoiseRule()) -> None:
         self.anatomy = anatomy

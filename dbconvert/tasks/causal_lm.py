@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dbconvert.anatomy import Anatomy
 from dbconvert.data.sequences import DOCUMENTS
+from dbconvert.graph.halves import LastLayer
 from dbconvert.graph.oracle import ask
 from dbconvert.graph.prefix import Prefix
 from dbconvert.graph.sight import Sight
@@ -37,6 +38,7 @@ class CausalLM(LanguageTask):
     rule: ClassVar[Rule] = "auto"
     tables: ClassVar[tuple[Table, ...]] = ("own", "fresh")
     ahead: ClassVar[int] = 1
+    doubled: ClassVar[bool] = True
 
     # -- deciding -----------------------------------------------------------------------------------------
 
@@ -57,7 +59,8 @@ class CausalLM(LanguageTask):
 
     @staticmethod
     def learn(model: nn.Module, anatomy: Anatomy, target: Target) -> Target:
-        return replace(target, sides=ask(model, anatomy))
+        sides, halves = ask(model, anatomy)
+        return replace(target, sides=sides, halves=halves)
 
     # -- parameters ---------------------------------------------------------------------------------------
 
@@ -93,7 +96,7 @@ class CausalLM(LanguageTask):
     def passage(self, model: nn.Module, block: int, inputs: Inputs, corruption: Corruption) -> Passage:
         examples, length = self.tokens(inputs).shape
         inputs, together = apart(inputs)
-        streams = TwoStreams(length, self.anatomy.axes, self.sides, together)
+        streams = TwoStreams(length, self.anatomy.axes, self.sides, together, self.kernel)
         return Passage(
             {name: torch.cat([v, v]) if len(v) == examples else v for name, v in inputs.items()},
             both_conditions(conditioning(model).get_submodule("clean")[str(block)], corruption.condition),  # type: ignore[index]
@@ -101,6 +104,7 @@ class CausalLM(LanguageTask):
             entry=streams.enter,
             beside=streams.beside,
             attention=streams.attention,
+            last=LastLayer(streams) if self.target.halves else None,
             leave=streams.leave,
             exit=denoise_before_head(model, block, corruption, corruption.condition),
         )

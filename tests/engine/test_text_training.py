@@ -199,3 +199,13 @@ def test_no_tokenizer_and_no_length(place, tmp_path):
         with pytest.raises(UsageError, match=missing):
             overrides = ["train.steps=1", source, *given]
             dbconvert.train(str(place / "package"), overrides=overrides, out=str(tmp_path / "r"))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("train.attention=flex", "no backward pass on CPU"), ("train.attention=other", "train.attention")],
+)
+def test_attention_that_cannot_train_here_is_refused(tmp_path, monkeypatch, override, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError, match=message):
+        dbconvert.train("ar_text_tiny", overrides=[override], out=str(tmp_path / "run"))

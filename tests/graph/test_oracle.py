@@ -10,7 +10,7 @@ from dbconvert.anatomy import Axes
 from dbconvert.errors import DBConvertError, Refused
 from dbconvert.graph import oracle, two_streams
 from dbconvert.graph.analysis import analyse
-from dbconvert.graph.two_streams import TwoStreams, two_stream_mask
+from dbconvert.graph.two_streams import TwoStreams, noisy_rows, two_stream_mask
 from tests.acceptance.table import CONVERTED
 
 CAUSAL = [
@@ -71,26 +71,31 @@ def test_either_attention_of_transformers(name, attention):
 
 def leaking(given, together=None):
     """Every noisy token sees its own clean copy: training would look wonderful."""
-    mask = two_stream_mask(given, together)
-    length = given.shape[-1]
-    seen = True if mask.dtype == torch.bool else 0.0
-    mask[..., length:, :length].diagonal(dim1=-2, dim2=-1).fill_(seen)
-    return mask
+    rows = noisy_rows(given, together)
+    seen = True if rows.dtype == torch.bool else 0.0
+    rows[..., : given.shape[-1]].diagonal(dim1=-2, dim2=-1).fill_(seen)
+    return rows
 
 
 def blind(given, together=None):
     """The last clean token is not seen."""
-    mask = two_stream_mask(given, together)
-    length = given.shape[-1]
-    hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-    mask[..., length:, :length].diagonal(-1, dim1=-2, dim2=-1).fill_(hidden)
-    return mask
+    rows = noisy_rows(given, together)
+    rows[..., : given.shape[-1]].diagonal(-1, dim1=-2, dim2=-1).fill_(two_streams.hidden(rows))
+    return rows
+
+
+@pytest.fixture
+def fresh_masks():
+    """Masks that depend on the length alone are kept from pass to pass."""
+    two_streams.lasting.cache_clear()
+    yield
+    two_streams.lasting.cache_clear()
 
 
 @pytest.mark.parametrize("wrong", [leaking, blind])
 @pytest.mark.parametrize("name", ["gpt", "hf_gemma2"])
-def test_a_wrong_mask_is_caught(name, wrong, monkeypatch):
-    monkeypatch.setattr(two_streams, "two_stream_mask", wrong)
+def test_a_wrong_mask_is_caught(name, wrong, monkeypatch, fresh_masks):
+    monkeypatch.setattr(two_streams, "noisy_rows", wrong)
     with pytest.raises(Refused):
         oracle.ask(*opened(name))
 
