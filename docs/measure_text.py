@@ -40,8 +40,7 @@ LEVELS = 24
 
 def main() -> int:
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() and "--fresh" not in sys.argv else {}
-    results.setdefault("versions", {name: version(name) for name in ("dbconvert", "torch")})
-    results.setdefault("machine", f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}")
+    results = {**machine(), **results}
     with tempfile.TemporaryDirectory() as folder:
         for seed in SEEDS:
             for name, overrides in ROWS.items():
@@ -50,6 +49,13 @@ def main() -> int:
                     results["rows"][name][seed] = trained(overrides, seed, Path(folder))
                     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     return 0
+
+
+def machine() -> dict[str, Any]:
+    return {
+        "versions": {name: version(name) for name in ("dbconvert", "torch")},
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
+    }
 
 
 def trained(overrides: list[str], seed: str, folder: Path) -> dict[str, Any]:

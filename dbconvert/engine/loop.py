@@ -149,7 +149,7 @@ class Loop:
             if not network.task.bounded:
                 return torch.zeros(len(labels), device=device)
             intervals = intervals.whole()
-        shape = labels.shape if network.plan.noise.per == "position" else labels.shape[:1]
+        shape = network.task.level_shape(labels)
         return intervals.draw(block, stratified(shape.numel()).view(shape)).to(device)
 
     def backward(self, block: int, inputs: Inputs, labels: Tensor, sigma: Tensor) -> Tensor:

@@ -95,7 +95,8 @@ def activations(job: Job, block: int, device: torch.device) -> int:
     inputs = {k: normalise(v, recipe.data.image) if v.dim() == 4 else v for k, v in batch.items()}
 
     def loss() -> Tensor:
-        sigma = job.intervals.draw(max(block, 0), torch.rand(len(labels))).to(device)
+        shape = network.task.level_shape(labels)
+        sigma = job.intervals.draw(max(block, 0), torch.rand(shape)).to(device)
         baseline = job.layers is not None
         eps = None if baseline and not network.task.bounded else network.task.draw(inputs, device=device)
         losses: Tensor = network(None if baseline else block, inputs, labels, sigma, eps, layers=job.layers)

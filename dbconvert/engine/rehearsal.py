@@ -127,12 +127,13 @@ class Rehearsal:
 
     def task_loss(self, layers: range | None, inputs: Inputs) -> Tensor:
         network, task = self.network, self.network.task
-        sigma = torch.ones(self.case.batch, device=self.device)
+        labels = task.stand_in(inputs)
+        sigma = torch.ones(task.level_shape(labels), device=self.device)
         eps = None
         if layers is not None:
             self.as_block(layers)
             eps = task.draw(inputs, device=torch.device(self.device))
-        losses: Tensor = network(None if eps is None else 0, inputs, task.stand_in(inputs), sigma, eps)
+        losses: Tensor = network(None if eps is None else 0, inputs, labels, sigma, eps)
         return losses.mean()
 
     def output_loss(self, layers: range | None, inputs: Inputs) -> Tensor:

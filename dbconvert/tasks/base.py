@@ -154,6 +154,10 @@ class Task(ABC):
         """What the embedder is fed for a level, of its shape."""
         return scaling.c_noise(level)
 
+    def level_shape(self, labels: Tensor) -> torch.Size:
+        """Of the levels of a batch: [N], or that of the labels where every label has its own."""
+        return labels.shape if self.noise.per == "position" else labels.shape[:1]
+
     def draw(
         self, inputs: Inputs, *, generator: torch.Generator | None = None, device: torch.device | None = None
     ) -> Tensor:

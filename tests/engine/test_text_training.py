@@ -138,10 +138,13 @@ def test_a_transformers_model_with_its_tokenizer(place, tmp_path):
 
 
 def test_levels_of_every_position(place, corpus, tmp_path):
+    """They cost memory: modulation is saved for every position."""
     recipe = tmp_path / "r.yaml"
-    recipe.write_text(f"source: {place / 'gpt.py'}\nsplit: {{blocks: 2}}\nnoise: {{per: position}}\n")
-    run = dbconvert.train(str(recipe), overrides=corpus, out=str(tmp_path / "r"))
+    recipe.write_text(f"source: {place / 'gpt.py'}\nsplit: {{blocks: 2}}\n")
+    plain = dbconvert.train(str(recipe), overrides=corpus, out=str(tmp_path / "plain"))
+    run = dbconvert.train(str(recipe), overrides=[*corpus, "noise.per=position"], out=str(tmp_path / "r"))
     assert run.metrics["loss_first"] > 0
+    assert run.memory.largest.activations > 1.1 * plain.memory.largest.activations
 
 
 def test_packed_documents_do_not_see_each_other(place, corpus, tmp_path):
