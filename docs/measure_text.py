@@ -1,7 +1,7 @@
 """Measures what docs/text.md says, and writes it to docs/text.json; regenerate.py makes the tables of it.
 
     python docs/measure_text.py            # what text.json lacks
-    python docs/measure_text.py --fresh    # everything again (about 20 minutes on a quiet machine)
+    python docs/measure_text.py --fresh    # everything again (about 20 minutes of one core)
 
 Every row trains recipes/ar_text_tiny.yaml with other settings and evaluates it on text that was not trained on; all of
 them run as many layers forward and backward.
@@ -18,6 +18,8 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import dbconvert
 
@@ -61,15 +63,16 @@ def machine() -> dict[str, Any]:
 def trained(overrides: list[str], seed: str, folder: Path) -> dict[str, Any]:
     out = str(folder / f"run-{time.monotonic_ns()}")
     common = [f"seed={seed}", "data.validation=null", "log.every=1000"]
-    begun = time.perf_counter()
+    torch.set_num_threads(1)
+    begun = time.process_time()
     result = dbconvert.train(str(ROOT / "recipes" / "ar_text_tiny.yaml"), overrides=[*common, *overrides], out=out)
-    seconds = time.perf_counter() - begun
+    seconds = time.process_time() - begun
     found = dbconvert.evaluate(out, part="test", overrides=[f"eval.sigmas={LEVELS}", "eval.draws=4"])
     noise = json.loads((Path(out) / "noise.json").read_text())
     return {
         "metrics": found.metrics,
         "activations": max(unit.activations for unit in result.memory.units),
-        "seconds": round(seconds, 1),
+        "seconds": round(seconds),
         "boundaries": noise["boundaries"],
         "sigma_data": noise["sigma_data"],
     }

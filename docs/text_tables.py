@@ -10,6 +10,7 @@ from typing import Any
 
 TEXT = Path(__file__).with_name("text.json")
 GENERATION = Path(__file__).with_name("generation.json")
+LARGER = Path(__file__).with_name("larger.json")
 
 
 def text_parts() -> dict[str, str]:
@@ -19,6 +20,7 @@ def text_parts() -> dict[str, str]:
         "text-losses": losses(found["rows"]),
         "text-shares": shares(found["rows"]),
         "text-machine": f"Measured with `python docs/measure_text.py` on {found['machine']}; {libraries}.",
+        "text-larger": larger(json.loads(LARGER.read_text())),
         "text-generation": generation(json.loads(GENERATION.read_text())),
     }
 
@@ -27,7 +29,7 @@ def losses(rows: dict[str, Any]) -> str:
     seeds = " / ".join(next(iter(rows.values())))
     lines = [
         f"| training | block 0 at sigma_max, from z = 0, seeds {seeds} | the same, from noise | accuracy, all blocks "
-        "from z = 0 | activations | seconds |",
+        "from z = 0 | activations | seconds of one core |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for name, by_seed in rows.items():
@@ -38,6 +40,15 @@ def losses(rows: dict[str, Any]) -> str:
         time = statistics.median(one["seconds"] for one in by_seed.values())
         lines.append(f"| {name} | {first} | {drawn} | {right} | {held:.1f} MB | {time:.0f} |")
     return "\n".join(lines)
+
+
+def larger(found: dict[str, Any]) -> str:
+    """The table of losses for every file, one seed."""
+    parts = []
+    for file, rows in found["files"].items():
+        lines = losses(rows).replace("| training |", f"| {file} |", 1)
+        parts.append(lines)
+    return "\n\n".join(parts)
 
 
 def figures(by_seed: dict[str, Any], *names: str, percent: bool = False) -> str:
