@@ -56,7 +56,8 @@ class DataOptions:
             map-style dataset of dicts for a part's name. Text also comes from text files (one document each), and from
             tables of documents (JSON, CSV).
         train, validation, test: names of the parts, or of files beside the source. A single file of text or of
-            documents is cut by position, 90 / 5 / 5 %; `all` is the whole of it.
+            documents is cut by position, 90 / 5 / 5 %; `all` is the whole of it. `train[:1%]` and `train[1%:]` are
+            pieces of a part, by documents, or by characters of a text file; without % they count documents.
         input, label: names of the columns; `input: null` takes the network's own argument name, or the only
             column that is not the label.
         flip: mirror half of the training pictures.
@@ -99,14 +100,20 @@ class DataOptions:
 
 @record
 class OptimizerOptions:
-    """Of every block (and of the shared periphery); `final` is the last learning rate as a share of `lr`."""
+    """Of every block (and of the shared periphery).
+
+    Args:
+        warmup: how long the learning rate rises to `lr`: a share of the training (0.05), or so many updates a block,
+            as a whole number (2500).
+        final: the last learning rate as a share of `lr`.
+    """
 
     name: Literal["adamw", "sgd"] = "adamw"
     lr: PositiveFloat = 1e-3
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup: Share = 0.05
+    warmup: Share | Positive = 0.05
     final: Share = 0.0
 
 

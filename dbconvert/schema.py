@@ -58,7 +58,9 @@ def parse(cls: type[T], data: Any, *, file: str, places: Mapping[Key, str] | Non
 
 def _is_union_branch(part: Any) -> bool:
     """pydantic names the members of a union in its locations; no key looks like these."""
-    return (isinstance(part, str) and any(c in part for c in "[](")) or part in ("int", "str", "float", "bool")
+    if isinstance(part, str) and (part.startswith("constrained-") or any(c in part for c in "[](")):
+        return True
+    return part in ("int", "str", "float", "bool")
 
 
 def _explain(cls: type, key: Key, problem: Any, where: str) -> UsageError:

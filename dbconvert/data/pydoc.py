@@ -14,4 +14,4 @@ def topic_rows(part: str) -> list[dict[str, str]]:
     """One part: {text} of whole topics, dealt out by their names."""
     from pydoc_data.topics import topics
 
-    return [{"text": topics[name]} for name in deal({name: len(text) for name, text in topics.items()}, PARTS, part)]
+    return [{"text": topics[name]} for name in deal({name: len(text) for name, text in topics.items()}, PARTS[part])]

@@ -8,8 +8,8 @@ from typing import Any
 
 from dbconvert.data.datasets import library
 from dbconvert.data.documents import Documents, missing_column, text_of
-from dbconvert.data.parts import SHARES, span
-from dbconvert.errors import DBConvertError
+from dbconvert.data.parts import SHARES, sliced, span
+from dbconvert.errors import DBConvertError, UsageError
 from dbconvert.files import sha256_file
 from dbconvert.recipe import DataOptions
 from dbconvert.schema import identity
@@ -33,7 +33,7 @@ def from_table_file(path: Path, options: DataOptions, part: str, share: str) -> 
             return
         builder = open_builder(name, FORMATS[path.suffix], {"data_files": {"train": [str(path)]}})
         dataset = prepared(builder, split, name)
-        rows = range(len(dataset)) if "[" in part else span(len(dataset), share)
+        rows = range(len(dataset)) if "[" in part else span(len(dataset), SHARES[share])
         yield from column_texts(dataset.select(rows), options.text, name)
 
     fingerprint = identity([sha256_file(path), FORMATS[path.suffix], options.text, split, SHARES[share]])
@@ -81,11 +81,31 @@ def prepared(builder: Any, split: str, name: str) -> Any:
         raise unreadable(name, error) from None
 
 
-def streamed(builder: Any, split: str, name: str) -> Any:
+def streamed(builder: Any, part: str, name: str) -> Any:
+    """A part or a piece of one; the library itself streams whole parts only."""
+    piece = sliced(part)
     try:
-        return builder.as_streaming_dataset(split=split)
+        dataset = builder.as_streaming_dataset(split=part if piece is None else piece.name)
     except Exception as error:
         raise unreadable(name, error) from None
+    if piece is None:
+        return dataset
+    size = size_of(builder, piece.name, name) if piece.per_cent else max(piece.first, piece.last or 0)
+    rows = piece.of(size)
+    rest = dataset.skip(rows.start)
+    return rest if piece.last is None else rest.take(len(rows))
+
+
+def size_of(builder: Any, part: str, name: str) -> int:
+    """Documents of a part as its repository tells."""
+    parts = builder.info.splits or {}
+    if part in parts and parts[part].num_examples:
+        return int(parts[part].num_examples)
+    raise UsageError(
+        f"cannot tell where {name} begins or ends",
+        why="the repository does not say how many documents it has",
+        hint=f"count documents from its beginning, as in {part}[:1000], or set data.streaming=false",
+    )
 
 
 def column_texts(dataset: Any, column: str, name: str) -> Iterator[str]:

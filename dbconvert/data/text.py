@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dbconvert.data.datasets import BUILT_IN, open_part
 from dbconvert.data.documents import Documents, digest_of, limited, read_utf8, text_of
-from dbconvert.data.parts import SHARES, deal, span
+from dbconvert.data.parts import SHARES, deal, sliced, span
 from dbconvert.data.tables import FORMATS, from_repository, from_table_file
 from dbconvert.errors import UsageError
 from dbconvert.files import sha256_file
@@ -72,11 +72,11 @@ def from_file(path: Path, options: DataOptions, part: str) -> Documents:
     if other is not None:
         return whole_file(other, options, part)
     word = part.partition("[")[0]
-    sliced = "[" in part and path.suffix in FORMATS
-    if word not in SHARES or ("[" in part and not sliced):
+    if word not in SHARES or ("[" in part and path.suffix not in FORMATS and per_cent(part) is None):
         raise UsageError(
             f"{path} has no part {part}",
-            hint="parts: train, validation and test (90, 5 and 5 % of it), all, or another file's name",
+            hint="parts: train, validation and test (90, 5 and 5 % of it), all, a piece in per cent (train[:90%]), or "
+            "another file's name",
         )
     if word in HELD_OUT and not cut(options):
         raise UsageError(
@@ -108,16 +108,23 @@ def whole_file(path: Path, options: DataOptions, part: str) -> Documents:
     return from_text(path, part, "all")
 
 
+def per_cent(part: str) -> tuple[int, int] | None:
+    """Where a piece of a part begins and ends, None where the part is not a piece in per cent."""
+    piece = sliced(part)
+    return (piece.first, 100 if piece.last is None else piece.last) if piece and piece.per_cent else None
+
+
 def from_text(path: Path, part: str, share: str) -> Documents:
     """A text file as one document, or a share of it by characters."""
+    ends = per_cent(part) or SHARES[share]
 
     def read() -> Iterator[str]:
         text = read_utf8(path)
-        chosen = span(len(text), share)
+        chosen = span(len(text), ends)
         yield text[chosen.start : chosen.stop]
 
-    name = f"part {part} of {path}" if share != "all" else str(path)
-    return Documents(name, identity([sha256_file(path), SHARES[share]]), read)
+    name = f"part {part} of {path}" if ends != SHARES["all"] else str(path)
+    return Documents(name, identity([sha256_file(path), ends]), read)
 
 
 # -- a folder ---------------------------------------------------------------------------------------------------
@@ -147,11 +154,12 @@ def text_files(folder: Path, part: str) -> list[Path]:
     if (folder / f"{part}.txt").is_file():
         return [folder / f"{part}.txt"]
     named = [name for name in SHARES if (folder / name).is_dir() or (folder / f"{name}.txt").is_file()]
-    if named or part not in SHARES:
+    ends = SHARES.get(part) or per_cent(part)
+    if named or ends is None or part.partition("[")[0] not in SHARES:
         there = named or list(SHARES)
         raise UsageError(f"{folder} has no part {part}", hint=f"parts: {', '.join(there)}; null leaves one out")
     sizes = {str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*.txt")}
-    return [folder / name for name in deal(sizes, SHARES, part)]
+    return [folder / name for name in deal(sizes, ends)]
 
 
 def from_texts(files: Sequence[Path], folder: Path, part: str) -> Documents:

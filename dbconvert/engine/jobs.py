@@ -57,15 +57,16 @@ def make_job(
     blocks = len(network.plan.blocks)
     layers = baseline_layers(network.plan, recipe)
     if layers is not None:
-        steps = steps * blocks if recipe.train.method == "shallow" else steps
-        units = {BASELINE: Unit("network", baseline_parameters(network, layers), recipe.optimizer, steps)}
+        pace = blocks if recipe.train.method == "shallow" else 1
+        steps = steps * pace
+        units = {BASELINE: Unit("network", baseline_parameters(network, layers), recipe.optimizer, steps, pace)}
         periphery = None
     else:
         units = {
             b: Unit(f"block-{b}", trainable(network.block_tensors(b)), recipe.optimizer, steps) for b in network.present
         }
         shared = trainable(network.periphery_tensors()) if network.periphery == "shared" else {}
-        periphery = Unit("periphery", shared, recipe.optimizer, steps * blocks) if shared else None
+        periphery = Unit("periphery", shared, recipe.optimizer, steps * blocks, blocks) if shared else None
     freeze_all_but(network, [*units.values(), *([periphery] if periphery else [])])
     return Job(network, noise.intervals(), layers, units, periphery, steps, examples, validation, recipe, folder)
 

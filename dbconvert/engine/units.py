@@ -23,6 +23,7 @@ class Unit:
         name: `block-0`, `periphery`, or `network` for a baseline.
         parameters: by key, all trainable.
         total: updates it will get.
+        pace: updates it gets for one of a block.
         done: updates it has had.
     """
 
@@ -30,6 +31,7 @@ class Unit:
     parameters: dict[str, nn.Parameter]
     options: OptimizerOptions
     total: int
+    pace: int = 1
     done: int = 0
     optimizer: Optimizer = field(init=False)
 
@@ -39,7 +41,7 @@ class Unit:
         self.optimizer = make_optimizer(self.parameters, self.options)
 
     def learning_rate(self) -> float:
-        return self.options.lr * schedule(self.done, self.total, self.options)
+        return self.options.lr * schedule(self.done, self.total, self.options, self.pace)
 
     def prepare_update(self) -> None:
         for group in self.optimizer.param_groups:
@@ -64,9 +66,13 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], options: OptimizerOpt
     return torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, fused=True)
 
 
-def schedule(done: int, total: int, options: OptimizerOptions) -> float:
-    """The learning rate of update `done` (from 0) as a share of its peak: a linear warm-up, then the decay."""
-    warmup = int(options.warmup * total)
+def schedule(done: int, total: int, options: OptimizerOptions, pace: int = 1) -> float:
+    """The learning rate of update `done` (from 0) as a share of its peak: a linear warm-up, then the decay.
+
+    Args:
+        pace: of the unit; a warm-up that is counted in updates is counted in those of a block.
+    """
+    warmup = options.warmup * pace if isinstance(options.warmup, int) else int(options.warmup * total)
     if done < warmup:
         return (done + 1) / warmup
     if options.schedule == "constant":

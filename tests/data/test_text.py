@@ -218,7 +218,7 @@ def test_a_function(tmp_path):
         ({"source": "some/missing.jsonl"}, "train", "does not exist"),
         ({"source": "pydoc"}, "dev", "pydoc has no part dev"),
         ({"source": "a.txt"}, "dev", r"a.txt has no part dev\n.*90, 5 and 5 %"),
-        ({"source": "a.txt"}, "train[:50%]", "has no part"),
+        ({"source": "a.txt"}, "train[:50]", r"has no part train\[:50\]\n.*a piece in per cent"),
         ({"source": "latin.txt"}, "train", r"latin.txt is not a text file in UTF-8\n.*0xe9 at position 2"),
         ({"source": "rows.jsonl"}, "train", r"no column text\n.*set data.text to one of: body, n"),
         ({"source": "rows.jsonl", "text": "n"}, "train", "column n of document 0 of .* holds int, not text"),
