@@ -80,6 +80,7 @@ def generate(
         return iter([filled_in(loaded, start, tokens, tokenizer, decoding.temperature, decoding.steps, seed)])
     if start.shape[1] == 0:
         raise UsageError("the prompt is empty", hint="give at least one token with --prompt")
+    refuse_long(start.shape[1], loaded.longest)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded.network.to(device)
     writer = Writer(loaded.network, loaded.intervals, decoding, torch.Generator().manual_seed(seed))
@@ -89,6 +90,14 @@ def generate(
         cache = cache and can_cache(writer, start.to(device), report)
         found = writer.tokens(start.to(device), tokens, cache=cache)
     return pieces(found, tokenizer, prompt)
+
+
+def refuse_long(prompt: int, longest: int | None) -> None:
+    """Rotary positions go on without an error, into what was never trained."""
+    if longest is not None and prompt >= longest:
+        raise UsageError(
+            f"the prompt has {prompt} tokens, and the network has positions for {longest}", hint="shorten the prompt"
+        )
 
 
 def refuse_cuts(decoding: Decoding) -> None:

@@ -60,6 +60,7 @@ class Loaded:
         layers: for a baseline, the layers that run; None for blocks.
         described: its tokenizer, for networks of text.
         places: where the tokenizer's files may lie.
+        longest: tokens that the network's positions reach; None where its source does not tell.
     """
 
     network: BlockwiseNetwork
@@ -68,6 +69,7 @@ class Loaded:
     layers: range | None = None
     described: Description | None = None
     places: tuple[Path, ...] = ()
+    longest: int | None = None
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
@@ -159,10 +161,12 @@ def load_file(path: Path, extra: list[Path], *, code: bool = True) -> Loaded:
     noise = parse(NoiseFit, read_metadata_json(metadata, NOISE_KEY, path), file=f"the noise in {path}")
     data = parse(DataOptions, read_metadata_json(metadata, DATA_KEY, path), file=f"the data options in {path}")
     folders = [*extra, source_folder(path), path.parent / MODEL, path.parent]
-    network = filled(plan, reopen_source(plan.source, folders), noise, load_checkpoint(path)[0], path)
+    source = reopen_source(plan.source, folders)
+    network = filled(plan, source, noise, load_checkpoint(path)[0], path)
     told = read_metadata_json(metadata, kept_tokenizer.KEY, path) if kept_tokenizer.KEY in metadata else None
     described = None if told is None else parse(Description, told, file=f"the tokenizer in {path}")
-    return Loaded(network, noise, data, None, described, (kept_tokenizer.beside(path), *folders))
+    places = (kept_tokenizer.beside(path), *folders)
+    return Loaded(network, noise, data, None, described, places, source.longest())
 
 
 def read_metadata_json(metadata: Mapping[str, str], key: str, path: Path) -> object:
@@ -181,7 +185,7 @@ def load_run(folder: Path, extra: list[Path]) -> Loaded:
     if info.method != "blocks":
         tensors, _ = load_checkpoint(folder / WEIGHTS / NETWORK_FILE)
         network = filled(plan, source, noise, tensors, folder)
-        return Loaded(network, noise, recipe.data, baseline_layers(plan, recipe), described, places)
+        return Loaded(network, noise, recipe.data, baseline_layers(plan, recipe), described, places, source.longest())
     tensors = {}
     for name in [*map(block_file, info.blocks), PERIPHERY]:
         tensors.update(load_checkpoint(folder / WEIGHTS / name)[0])
@@ -189,7 +193,7 @@ def load_run(folder: Path, extra: list[Path]) -> Loaded:
         network = lone_block(plan, source, info.blocks[0], noise, tensors)
     else:
         network = filled(plan, source, noise, tensors, folder)
-    return Loaded(network, noise, recipe.data, None, described, places)
+    return Loaded(network, noise, recipe.data, None, described, places, source.longest())
 
 
 def read_run(folder: Path) -> tuple[RunInfo, Recipe, Plan, NoiseFit]:

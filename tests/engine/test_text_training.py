@@ -177,8 +177,10 @@ def test_a_prompt_longer_than_the_positions(place, corpus, tmp_path):
     dbconvert.split(str(tmp_path / "m"), out=str(tmp_path / "p"), options=SplitOptions(blocks=2))
     overrides = [*corpus, "data.length=12"]
     run = dbconvert.train(str(tmp_path / "p"), overrides=overrides, out=str(tmp_path / "r"))
-    with pytest.raises(DBConvertError, match=r"fails on .* tokens") as error:
-        list(dbconvert.generate(str(run.folder), "the quick brown fox jumps", tokens=3))
+    with pytest.raises(UsageError, match="the prompt has 25 tokens, and the network has positions for 16"):
+        dbconvert.generate(str(run.folder), "the quick brown fox jumps", tokens=3)
+    with pytest.raises(DBConvertError, match=r"fails on 17 tokens") as error:
+        list(dbconvert.generate(str(run.folder), "the quick brown", tokens=3))
     assert "positions" in error.value.hint
 
 
