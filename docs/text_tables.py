@@ -46,8 +46,8 @@ def larger(found: dict[str, Any]) -> str:
     """The table of losses for every file, one seed."""
     parts = []
     for file, rows in found["files"].items():
-        lines = losses(rows).replace("| training |", f"| {file} |", 1)
-        parts.append(lines)
+        without_time = [line.rsplit(" |", 2)[0] + " |" for line in losses(rows).splitlines()]
+        parts.append("\n".join(without_time).replace("| training |", f"| {file} |", 1))
     return "\n\n".join(parts)
 
 
