@@ -8,6 +8,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from dbconvert.engine.shares import entropy_shares
+
 TEXT = Path(__file__).with_name("text.json")
 GENERATION = Path(__file__).with_name("generation.json")
 LARGER = Path(__file__).with_name("larger.json")
@@ -18,6 +20,7 @@ def text_parts() -> dict[str, str]:
     libraries = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     return {
         "text-losses": losses(found["rows"]),
+        "text-bounds": bounds(found["rows"]),
         "text-shares": shares(found["rows"]),
         "text-machine": f"Measured with `python docs/measure_text.py` on {found['machine']}; {libraries}.",
         "text-larger": larger(json.loads(LARGER.read_text())),
@@ -42,6 +45,12 @@ def losses(rows: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def with_interval(by_seed: dict[str, Any], name: str) -> str:
+    """A metric and half of its interval, seed by seed."""
+    found = [(one["metrics"][name], one["metrics"][f"{name}_high"]) for one in by_seed.values()]
+    return " / ".join(f"{mean:.3f} ± {high - mean:.3f}" for mean, high in found)
+
+
 def larger(found: dict[str, Any]) -> str:
     """The table of losses for every file, one seed."""
     parts = []
@@ -59,8 +68,23 @@ def figures(by_seed: dict[str, Any], *names: str, percent: bool = False) -> str:
     return " / ".join(f"{100 * v:.1f}" for v in found) + " %" if percent else " / ".join(f"{v:.3f}" for v in found)
 
 
+def bounds(rows: dict[str, Any]) -> str:
+    """What each network's text costs at most, with its interval."""
+    measured = {n: row for n, row in rows.items() if all("nats_bound" in one["metrics"] for one in row.values())}
+    if not measured:
+        return "Not measured yet."
+    lines = [
+        "| training | bound, nats a token | bits a character | perplexity of a token |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, by_seed in measured.items():
+        cells = (with_interval(by_seed, figure) for figure in ("nats_bound", "bits_per_character"))
+        lines.append(f"| {name} | {' | '.join(cells)} | {figures(by_seed, 'perplexity_bound')} |")
+    return "\n".join(lines)
+
+
 def shares(rows: dict[str, Any]) -> str:
-    """How much of the first block's cross-entropy each block resolves, by the trained network's own curve."""
+    """How much of what is open at sigma_max each block resolves, by the trained network's own curve."""
     lines = ["| training | block 0 | block 1 | block 2 |", "| --- | --- | --- | --- |"]
     for name, by_seed in rows.items():
         told = [share(one) for one in by_seed.values() if "loss_first_draw" in one["metrics"]]
@@ -71,16 +95,18 @@ def shares(rows: dict[str, Any]) -> str:
 
 
 def share(one: dict[str, Any]) -> list[float]:
-    """The drop of the cross-entropy over each block's own levels, over what is open at sigma_max."""
+    """What `eval` said; of runs that it was not asked about, from their losses at fixed levels."""
+    metrics = one["metrics"]
+    told = [value for name, value in metrics.items() if name.startswith("entropy_share_block_")]
+    if told:
+        return told
     curve = sorted(
         (float(name.removeprefix("loss_sigma_")), value)
-        for name, value in one["metrics"].items()
+        for name, value in metrics.items()
         if name.startswith("loss_sigma_")
     )
-    top = one["metrics"]["loss_first_draw"]
-    at = [curve[0][1], *(between(curve, sigma) for sigma in one["boundaries"][1:-1]), top]
-    drops = [(high - low) / top for low, high in pairwise(at)]
-    return drops[::-1]
+    inner = [between(curve, sigma) for sigma in one["boundaries"][1:-1]]
+    return list(entropy_shares([curve[0][1], *inner, metrics["loss_first_draw"]]).values())
 
 
 def between(curve: list[tuple[float, float]], sigma: float) -> float:

@@ -1,4 +1,4 @@
-"""Losses over a large vocabulary, whose scores are never held whole."""
+"""Losses, and other figures, over a large vocabulary, whose scores are never held whole."""
 
 from __future__ import annotations
 
@@ -8,32 +8,33 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+Measure = Callable[[Tensor, Tensor], Tensor]
+"""Scores [..., K] and labels to a figure of every label, of the labels' shape."""
 SCORES = 2**24
 """Scores that are held at once, 64 MiB in 32 bits."""
 
 
 def in_chunks(
     read: Callable[[Tensor], Tensor],
-    losses: Callable[[Tensor, Tensor], Tensor],
+    measure: Measure,
     features: Tensor,
     labels: Tensor,
     outputs: int,
 ) -> Tensor:
-    """losses(read(features), labels), some positions at a time; scores are made again for the backward pass.
+    """measure(read(features), labels), some positions at a time; scores are made again for the backward pass.
 
     Args:
         read: features [N, S, d] to scores [N, S, outputs].
-        losses: scores and labels to losses [N, S].
         features: [N, S, d]. labels: [N, S].
 
     Returns:
         [N, S].
     """
     if labels.numel() * outputs <= SCORES:
-        return losses(read(features), labels)
+        return measure(read(features), labels)
 
     def one(some: Tensor, told: Tensor) -> Tensor:
-        return losses(read(some[None]), told[None])[0]
+        return measure(read(some[None]), told[None])[0]
 
     rows = max(1, SCORES // outputs)
     pieces = zip(torch.split(features.flatten(0, 1), rows), torch.split(labels.flatten(), rows), strict=True)

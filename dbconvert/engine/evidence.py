@@ -8,7 +8,7 @@ with t even within the block's own interval. The last term is what is still hidd
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,10 @@ from dbconvert.tasks.base import Inputs
 
 CONFIDENCE = 1.96
 """Standard errors on either side of a mean that hold the truth in 95 of 100 cases."""
+
+
+Share = Callable[[int, Inputs, Tensor, torch.Generator], Tensor]
+"""A block's term of a bound for each example of a batch, in nats, [N] double."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +50,8 @@ class Evidence:
         examples and draws, and `bits_per_character` has a 95 % interval from `_low` to `_high`.
         """
         blocks = [0] if self.layers is not None else list(self.network.present)
-        rows, counts = [], []
-        for index, (inputs, labels) in enumerate(batches):
-            generator = torch.Generator().manual_seed(derive(self.seed, "evidence", index))
-            rows.append(torch.stack([self.share(b, inputs, labels, generator) for b in blocks], -1).cpu())
-            counts.append(self.network.task.counted(labels).sum(-1).double().cpu())
-        return figures(torch.cat(rows), torch.cat(counts), blocks, self.intervals.blocks, characters_per_token)
+        rows, counts = gathered(batches, blocks, self.share, self.network.task.counted, self.seed)
+        return figures(rows, counts, blocks, self.intervals.blocks, characters_per_token)
 
     def share(self, block: int, inputs: Inputs, labels: Tensor, generator: torch.Generator) -> Tensor:
         """One block's term of the bound for each example, in nats, [N] double."""
@@ -78,23 +78,56 @@ class Evidence:
         return (found * task.counted(labels)).sum(-1).double()
 
 
-def figures(rows: Tensor, counts: Tensor, blocks: list[int], of: int, characters_per_token: float) -> dict[str, float]:
-    """Means and errors of nats [N, blocks] over examples of `counts` [N] tokens."""
+def gathered(
+    batches: Iterable[tuple[Inputs, Tensor]],
+    blocks: list[int],
+    share: Share,
+    counted: Callable[[Tensor], Tensor],
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """Every example's nats by block, [N, blocks], and how many of its labels count, [N]; double, on the CPU."""
+    rows, counts = [], []
+    for index, (inputs, labels) in enumerate(batches):
+        generator = torch.Generator().manual_seed(derive(seed, "evidence", index))
+        rows.append(torch.stack([share(b, inputs, labels, generator) for b in blocks], -1).cpu())
+        counts.append(counted(labels).sum(-1).double().cpu())
+    return torch.cat(rows), torch.cat(counts)
+
+
+def by_block(rows: Tensor, counts: Tensor, blocks: list[int]) -> dict[str, float]:
+    """`nats_block_b`: each block's share of the nats a token."""
     tokens = float(counts.sum())
-    found = {f"nats_block_{b}": float(rows[:, i].sum()) / tokens for i, b in enumerate(blocks)}
-    if len(blocks) < of:
-        return found
+    return {f"nats_block_{b}": float(rows[:, i].sum()) / tokens for i, b in enumerate(blocks)}
+
+
+def mean_and_error(rows: Tensor, counts: Tensor) -> tuple[float, float]:
+    """Nats a token and their standard error, over examples that weigh as many as their tokens."""
+    tokens, examples = float(counts.sum()), len(rows)
     nats = float(rows.sum()) / tokens
     apart = rows.sum(-1) - nats * counts
-    examples = len(rows)
-    error = float((apart.square().sum() * examples / max(1, examples - 1)).sqrt()) / tokens
+    return nats, float((apart.square().sum() * examples / max(1, examples - 1)).sqrt()) / tokens
+
+
+def with_interval(name: str, mean: float, error: float) -> dict[str, float]:
+    """A figure, its standard error, and its 95 % interval from `_low` to `_high`."""
+    low, high = mean - CONFIDENCE * error, mean + CONFIDENCE * error
+    return {name: mean, f"{name}_error": error, f"{name}_low": low, f"{name}_high": high}
+
+
+def bits_per_character(nats: float, error: float, characters_per_token: float) -> dict[str, float]:
     bits = 1 / (math.log(2) * characters_per_token)
+    return with_interval("bits_per_character", nats * bits, error * bits)
+
+
+def figures(rows: Tensor, counts: Tensor, blocks: list[int], of: int, characters_per_token: float) -> dict[str, float]:
+    """Means and errors of nats [N, blocks] over examples of `counts` [N] tokens."""
+    found = by_block(rows, counts, blocks)
+    if len(blocks) < of:
+        return found
+    nats, error = mean_and_error(rows, counts)
     return {
         **(found if of > 1 else {}),
         "nats_per_token": nats,
         "nats_per_token_error": error,
-        "bits_per_character": nats * bits,
-        "bits_per_character_error": error * bits,
-        "bits_per_character_low": (nats - CONFIDENCE * error) * bits,
-        "bits_per_character_high": (nats + CONFIDENCE * error) * bits,
+        **bits_per_character(nats, error, characters_per_token),
     }

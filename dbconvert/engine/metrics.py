@@ -15,9 +15,11 @@ from dbconvert.data.examples import LABEL
 from dbconvert.data.images import normalise
 from dbconvert.data.sequences import Sequences
 from dbconvert.diffusion.intervals import Intervals
+from dbconvert.engine.bound import Bound
 from dbconvert.engine.evidence import Evidence
 from dbconvert.engine.infer import sample
 from dbconvert.engine.network import BlockwiseNetwork
+from dbconvert.engine.shares import cross_entropies, entropy_shares
 from dbconvert.recipe import EvalOptions, ImageOptions
 from dbconvert.tasks.base import Inputs
 
@@ -44,7 +46,9 @@ class Scorer:
         with self.evaluating():
             if self.network.task.bounded:
                 return self.bound(examples, layers)
-            return self.blocks(examples) if layers is None else self.plain(examples, layers)
+            if layers is not None:
+                return self.plain(examples, layers)
+            return {**self.blocks(examples), **self.likelihood(examples)}
 
     def bound(self, examples: Data, layers: range | None) -> Metrics:
         """The evidence bound of masked tokens; a baseline serves all times."""
@@ -71,6 +75,18 @@ class Scorer:
             for name, value in scores.items():
                 totals[name] += value * len(labels)
         return {name: total / len(examples) for name, total in totals.items()}
+
+    def likelihood(self, examples: Data) -> Metrics:
+        """Of text: the bound of its likelihood, and the share of its entropy that each block resolves."""
+        whole = len(self.network.present) == self.intervals.blocks
+        if not (whole and self.network.task.text and self.options.draws):
+            return {}
+        per_token = examples.characters_per_token if isinstance(examples, Sequences) else None
+        bound = Bound(self.network, self.intervals, self.options.draws, self.seed)
+        ends = self.intervals.boundaries
+        draws, seed = self.options.draws, self.seed
+        at = cross_entropies(self.network, self.intervals, self.batches(examples), ends, draws=draws, seed=seed)
+        return {**bound.measure(self.batches(examples), per_token), **entropy_shares(at)}
 
     def predictions(self, inputs: Inputs, labels: Tensor, generator: torch.Generator) -> Metrics:
         task, steps = self.network.task, self.options.steps

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dbconvert.anatomy import Change
 from dbconvert.diffusion.preconditioning import Preconditioning
-from dbconvert.engine.chunks import in_chunks
+from dbconvert.engine.chunks import Measure, in_chunks
 from dbconvert.errors import DBConvertError
 from dbconvert.graph.inject import PREFIX, Conditioning, Run
 from dbconvert.plan import Plan
@@ -114,15 +114,25 @@ class BlockwiseNetwork(nn.Module):
                 output = self.untold(inputs, z, sigma, layers, hold)
             else:
                 output = self.denoise(block, inputs, z, sigma, hold)
-        losses = task.losses(output, labels) if hold is None else self.held_losses(block, hold[0], labels, ahead)
+        losses = task.losses(output, labels) if hold is None else self.held(block, hold[0], labels, task.losses, ahead)
         return losses if z is None else task.weighed(losses, z, sigma)
 
-    def held_losses(self, block: int | None, features: Tensor, labels: Tensor, ahead: int) -> Tensor:
-        """Losses from what enters the head, [N, S, d], which tells labels so many positions ahead."""
+    def told(self, block: int, inputs: Inputs, labels: Tensor, z: Tensor, sigma: Tensor, measure: Measure) -> Tensor:
+        """What `measure` makes of one block's scores [..., K] and the labels, of the labels' shape.
+
+        Args:
+            z: noisy targets. sigma: [N] or [N, S].
+        """
+        hold: list[Tensor] | None = [] if self.task.text else None
+        output = self.denoise(block, inputs, z, sigma, hold)
+        return measure(output, labels) if hold is None else self.held(block, hold[0], labels, measure)
+
+    def held(self, block: int | None, features: Tensor, labels: Tensor, measure: Measure, ahead: int = 0) -> Tensor:
+        """The same from what enters the head, [N, S, d], which tells labels so many positions ahead."""
         read = partial(self.read, block)
         kept = features[:, : labels.shape[1] - ahead]
-        losses = in_chunks(read, self.task.losses, kept, labels[:, ahead:], self.task.target.classes)
-        return F.pad(losses, (ahead, 0))
+        found = in_chunks(read, measure, kept, labels[:, ahead:], self.task.target.classes)
+        return F.pad(found, (ahead, 0))
 
     def denoise(self, block: int, inputs: Inputs, z: Tensor, sigma: Tensor, hold: list[Tensor] | None = None) -> Tensor:
         """The output of one block for corrupted targets z at levels sigma [N] or [N, S]; `hold` as in `pass_through`.
