@@ -14,7 +14,7 @@ from dbconvert.diffusion.distributions import LogNormal, NoiseDistribution, Tabu
 from dbconvert.diffusion.intervals import Intervals, Partition
 from dbconvert.diffusion.masking import Masking, Schedule
 from dbconvert.errors import DBConvertError, UsageError
-from dbconvert.schema import PositiveFloat, identity, parse, read_json, record
+from dbconvert.schema import PositiveFloat, Share, identity, parse, read_json, record
 
 SCHEMA_VERSION = 1
 Rule = Literal["auto", "edm", "mask"]
@@ -53,6 +53,8 @@ class NoiseRule:
             hides tokens. None, in requests only, is the task's own.
         per: whether training draws a level for every example, or for every position of it, where each has a target.
         schedule, power: of `mask`, as `Masking` takes them; linear by default.
+        refit: of `auto`, shares of the training after which the distribution is fitted again, to the network's own
+            cross-entropy over sigma; all blocks have to train together.
     """
 
     rule: Rule | None = None
@@ -66,6 +68,7 @@ class NoiseRule:
     per: Literal["example", "position"] = "example"
     schedule: Schedule | None = None
     power: PositiveFloat | None = None
+    refit: tuple[Share, ...] = ()
 
     def masking(self) -> Masking:
         """The schedule of `mask`."""

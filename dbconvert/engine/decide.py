@@ -11,6 +11,7 @@ from dbconvert.anatomy import Anatomy
 from dbconvert.conditioning.modulation import Start, condition_width
 from dbconvert.engine.noise import UNIFORM, fit_noise, preview_noise, refuse_misfit
 from dbconvert.engine.opening import Opened
+from dbconvert.engine.refit import refuse_refit
 from dbconvert.engine.twin import one_thread
 from dbconvert.errors import Refused, UsageError
 from dbconvert.graph.inject import site_features
@@ -66,6 +67,7 @@ def decide(
     rule = replace(noise, rule=noise.rule or (task.rule if task is not None else "edm"))
     if task is not None:
         refuse_misfit(rule, task)
+    refuse_refit(rule)
     if rule.rule == "auto" and target is not None:
         fit = preview_noise(rule, len(blocks), target)
     elif rule.rule == "auto":

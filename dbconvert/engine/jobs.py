@@ -24,6 +24,7 @@ class Job:
     """What a loop works on.
 
     Args:
+        noise: the noise in force.
         layers: for a baseline, the layers that run unconditioned; None trains blocks.
         units: by block; a baseline has one.
         periphery: the unit that every block trains too, None where blocks have their own.
@@ -31,7 +32,7 @@ class Job:
     """
 
     network: BlockwiseNetwork
-    intervals: Intervals
+    noise: NoiseFit
     layers: range | None
     units: dict[int, Unit]
     periphery: Unit | None
@@ -40,6 +41,10 @@ class Job:
     validation: Data | None
     recipe: Recipe
     folder: Path
+
+    @property
+    def intervals(self) -> Intervals:
+        return self.noise.intervals()
 
     def all_units(self) -> list[Unit]:
         return [*self.units.values(), *([self.periphery] if self.periphery else [])]
@@ -68,7 +73,7 @@ def make_job(
         shared = trainable(network.periphery_tensors()) if network.periphery == "shared" else {}
         periphery = Unit("periphery", shared, recipe.optimizer, steps * blocks, blocks) if shared else None
     freeze_all_but(network, [*units.values(), *([periphery] if periphery else [])])
-    return Job(network, noise.intervals(), layers, units, periphery, steps, examples, validation, recipe, folder)
+    return Job(network, noise, layers, units, periphery, steps, examples, validation, recipe, folder)
 
 
 def baseline_layers(plan: Plan, recipe: Recipe) -> range | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from dbconvert.data.batches import OrderedBatches, block_order, derive, load_batches, seed_all
@@ -21,12 +22,14 @@ from dbconvert.diffusion.intervals import stratified
 from dbconvert.diffusion.preconditioning import Preconditioning
 from dbconvert.engine.jobs import Job
 from dbconvert.engine.metrics import Metrics, Scorer
+from dbconvert.engine.refit import keep, points, refitted, told
 from dbconvert.engine.runs import CHECKPOINTS, METRICS
 from dbconvert.engine.state import load_state, newest_state, save_state, truncate_metrics
 from dbconvert.engine.units import Unit
 from dbconvert.errors import DBConvertError
-from dbconvert.events import Advance, Reporter, Stage
+from dbconvert.events import Advance, Note, Reporter, Stage
 from dbconvert.files import append_line
+from dbconvert.plan import NoiseFit
 from dbconvert.tasks.base import Inputs, along
 
 
@@ -44,6 +47,8 @@ class Loop:
         self.order = block_order(list(job.units), job.steps, train.order, train.steps_per_turn, self.recipe.seed)
         self.model = self.prepare()
         self.updates = 0
+        shares = () if job.layers is not None else job.network.plan.noise.refit
+        self.refits = points(shares, len(self.order))
 
     def prepare(self) -> nn.Module:
         """Moves the network and the optimisers to where accelerate wants them."""
@@ -67,6 +72,8 @@ class Loop:
             loss = self.update(block, batch)
             self.updates += 1
             self.report(Advance(1, {"loss": loss}))
+            if self.updates in self.refits:
+                self.refit()
             if self.recipe.eval.every and self.updates % self.recipe.eval.every == 0:
                 self.evaluate()
             if every and self.updates % every == 0 and self.updates < len(self.order):
@@ -80,13 +87,14 @@ class Loop:
             return
         loaded = load_state(state, self.job.network, self.job.all_units())
         self.updates = loaded.updates
+        self.change_noise(loaded.noise)
         truncate_metrics(self.metrics_path, loaded.metrics_bytes)
 
     def save(self) -> None:
         if self.accelerator.is_main_process:
             size = self.metrics_path.stat().st_size if self.metrics_path.exists() else 0
             folder = self.job.folder / CHECKPOINTS
-            save_state(folder, self.job.network, self.job.all_units(), self.updates, size)
+            save_state(folder, self.job.network, self.job.all_units(), self.updates, size, self.job.noise)
         self.accelerator.wait_for_everyone()
 
     def loaded(self) -> Iterator[Batch]:
@@ -199,6 +207,24 @@ class Loop:
             hint=f"lower optimizer.lr, clip gradients with train.clip, or look at those examples{kept}",
         )
 
+    # -- noise --------------------------------------------------------------------------------------------
+
+    def refit(self) -> None:
+        """Fits the noise to what the network has learnt; every process trains on with the same."""
+        before, rule = self.job.noise, self.job.network.plan.noise
+        found: list[NoiseFit | None] = [None]
+        if self.accelerator.is_main_process:
+            found = [refitted(before, rule, self.scorer(), self.job.examples, self.updates)]
+        after = broadcast_object_list(found)[0]
+        self.change_noise(after)
+        self.report(Note(told(before, after)))
+        self.write({"update": self.updates, "boundaries": after.boundaries}, {})
+
+    def change_noise(self, noise: NoiseFit) -> None:
+        if noise != self.job.noise and self.accelerator.is_main_process:
+            keep(self.job.folder, noise)
+        self.job.noise = noise
+
     # -- figures ------------------------------------------------------------------------------------------
 
     def log(self, unit: Unit, values: dict[str, float | int | None]) -> None:
@@ -218,18 +244,20 @@ class Loop:
         job = self.job
         if job.validation is None:
             return {}
-        scorer = Scorer(
-            network=job.network,
-            intervals=job.intervals,
+        found = self.scorer().score(job.validation, job.layers)
+        rounded = {name: round(value, 6) for name, value in found.items()}
+        self.write({"update": self.updates, "eval": rounded}, {f"eval/{k}": v for k, v in found.items()})
+        return found
+
+    def scorer(self) -> Scorer:
+        return Scorer(
+            network=self.job.network,
+            intervals=self.job.intervals,
             options=self.recipe.eval,
             image=self.recipe.data.image,
             device=self.accelerator.device,
             seed=self.recipe.seed,
         )
-        found = scorer.score(job.validation, job.layers)
-        rounded = {name: round(value, 6) for name, value in found.items()}
-        self.write({"update": self.updates, "eval": rounded}, {f"eval/{k}": v for k, v in found.items()})
-        return found
 
     def write(self, line: dict[str, Any], tracked: dict[str, float]) -> None:
         if self.accelerator.is_main_process:

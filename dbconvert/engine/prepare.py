@@ -18,6 +18,7 @@ from dbconvert.engine.noise import fit_noise, refuse_misfit
 from dbconvert.engine.package import MODEL, PLAN, RECIPE, Package, open_package
 from dbconvert.engine.paths import settled
 from dbconvert.engine.reading import find_tokenizer, open_examples, stand_in
+from dbconvert.engine.refit import refuse_alone
 from dbconvert.engine.split import split
 from dbconvert.errors import UsageError
 from dbconvert.events import Note, Reporter
@@ -78,6 +79,7 @@ def prepare(
     check_table(plan, recipe)
     check_weight(plan, recipe)
     check_attention(plan, recipe)
+    refuse_alone(plan, recipe)
     missing = rehearsal and recipe.data.source is None
     tokenizer = None if missing else find_tokenizer(recipe.data, plan, package.folder / MODEL)
     data = recipe.data

@@ -17,6 +17,7 @@ from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.engine.units import Unit
 from dbconvert.errors import DBConvertError
 from dbconvert.files import MARKER, atomic_folder
+from dbconvert.plan import NoiseFit
 from dbconvert.schema import parse, read_json, record, to_json
 
 WEIGHTS, OPTIMIZERS, STATE = "weights.safetensors", "optimizers.safetensors", "state.json"
@@ -24,21 +25,24 @@ WEIGHTS, OPTIMIZERS, STATE = "weights.safetensors", "optimizers.safetensors", "s
 
 @record
 class TrainingState:
-    """state.json: updates of the run and of each unit, and what of the optimisers is not a tensor."""
+    """state.json: updates of the run and of each unit, the noise in force, and what of the optimisers is no tensor."""
 
     updates: int
     done: dict[str, int]
     scalars: dict[str, float]
     metrics_bytes: int
+    noise: NoiseFit
 
 
-def save_state(folder: Path, network: BlockwiseNetwork, units: list[Unit], updates: int, metrics_bytes: int) -> None:
+def save_state(
+    folder: Path, network: BlockwiseNetwork, units: list[Unit], updates: int, metrics_bytes: int, noise: NoiseFit
+) -> None:
     """Writes checkpoints/update-N and then removes the older ones."""
     with atomic_folder(folder / f"update-{updates:08d}", force=True) as temporary:
         save_tensors(temporary / WEIGHTS, network.tensors())
         tensors, scalars = optimizer_state(units)
         save_tensors(temporary / OPTIMIZERS, tensors)
-        state = TrainingState(updates, {unit.name: unit.done for unit in units}, scalars, metrics_bytes)
+        state = TrainingState(updates, {unit.name: unit.done for unit in units}, scalars, metrics_bytes, noise)
         (temporary / STATE).write_text(to_json(state), encoding="utf-8")
     for older in sorted(folder.glob("update-*"))[:-1]:
         shutil.rmtree(older)

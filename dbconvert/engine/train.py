@@ -115,7 +115,7 @@ def train(
     metrics = loop.run()
     accelerator.end_training()
     if accelerator.is_main_process:
-        finish(folder, info, job)
+        finish(folder, replace(info, noise=job.noise.identity), job)
     return TrainResult(folder, metrics, memory)
 
 
