@@ -163,6 +163,27 @@ class EvalOptions:
 
 
 @record
+class SampleOptions(EvalOptions):
+    """What `dbconvert eval` can be asked of networks of text beside: samples, and how good they are as text.
+
+    Args:
+        samples: how many; each continues the beginning of an example of the data.
+        prompt, tokens: lengths of that beginning and of what follows, in tokens; half an example each by default.
+        temperature, top_p: as `dbconvert generate` takes them.
+        teacher: a causal language model that reads samples and data, a Transformers folder or hub id.
+        mauve: a Transformers model whose features MAUVE compares, likewise.
+    """
+
+    samples: Count = 0
+    prompt: Positive | None = None
+    tokens: Positive | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    teacher: str | None = None
+    mauve: str | None = None
+
+
+@record
 class LogOptions:
     """Metrics go to metrics.jsonl every `every` updates, and to the trackers named."""
 

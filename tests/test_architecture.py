@@ -24,6 +24,7 @@ HOMES = {
     "accelerate": {"engine"},
     "wandb": {"engine"},
     "matplotlib": {"engine"},
+    "mauve": {"engine"},
     "transformers": {"sources"},
     "huggingface_hub": {"sources"},
     "safetensors": {"checkpoint"},

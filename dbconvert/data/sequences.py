@@ -47,6 +47,13 @@ class Sequences(Dataset[Batch]):
     def characters_per_token(self) -> float:
         return self.text.characters_per_token
 
+    def beginnings(self, count: int, length: int) -> Tensor:
+        """The first `length` tokens of at most `count` examples that have so many, spread evenly over the part."""
+        there = self.text.long_enough(length)
+        chosen = [there[i * len(there) // count] for i in range(count)] if len(there) > count else there
+        found: Tensor = self.text.__getitems__(chosen)[keys.TOKENS][:, :length] if chosen else torch.empty(0, length)
+        return found
+
     def __getitems__(self, indices: list[int]) -> Batch:
         found = self.text.__getitems__(indices)
         tokens = found[keys.TOKENS]

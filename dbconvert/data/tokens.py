@@ -78,6 +78,15 @@ class TextExamples(Dataset[dict[str, Tensor]]):
         batch = {TOKENS: torch.from_numpy(tokens), VALID: torch.from_numpy(valid)}
         return {**batch, DOCUMENTS: torch.zeros_like(batch[TOKENS])} if self.masked else batch
 
+    def long_enough(self, tokens: int) -> list[int]:
+        """The examples that have so many tokens, padding not counted."""
+        if tokens > self.length:
+            return []
+        if self.packed:
+            return list(range(len(self)))
+        lengths = np.diff(self.file.ends, prepend=0)
+        return [int(index) for index in np.nonzero(lengths >= tokens)[0]]
+
     def token_counts(self) -> Tensor:
         """How often each token occurs, [K] double; from windows at fixed places where there are very many."""
         tokens = self.file.tokens

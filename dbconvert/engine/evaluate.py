@@ -10,12 +10,13 @@ import torch
 
 from dbconvert.data.batches import Data
 from dbconvert.data.datasets import BUILT_IN
+from dbconvert.engine.generated import generated
 from dbconvert.engine.load import Loaded, load
 from dbconvert.engine.metrics import Metrics, Scorer
 from dbconvert.engine.reading import find_tokenizer, open_examples
 from dbconvert.errors import UsageError
 from dbconvert.events import Reporter, Stage, silent
-from dbconvert.recipe import DataOptions, EvalOptions, merge, parse_overrides
+from dbconvert.recipe import DataOptions, EvalOptions, SampleOptions, merge, parse_overrides
 from dbconvert.schema import parse, to_data
 
 
@@ -57,12 +58,16 @@ def evaluate(
     plan = loaded.network.plan
     tokenizer = loaded.tokenizer if data.tokenizer is None else find_tokenizer(data, plan, None)
     examples = open_examples(data, part, plan, tokenizer, report)
+    loaded.network.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    written = generated(loaded, examples, tokenizer, options, seed, report)
     report(Stage("evaluating"))
-    metrics = figures(loaded, examples, data, options, seed)
+    metrics = {**figures(loaded, examples, data, options, seed), **written}
     return Evaluation(str(data.source), part, len(examples), metrics)
 
 
-def with_overrides(data: DataOptions, overrides: Iterable[str], *, checkpoint: bool) -> tuple[DataOptions, EvalOptions]:
+def with_overrides(
+    data: DataOptions, overrides: Iterable[str], *, checkpoint: bool
+) -> tuple[DataOptions, SampleOptions]:
     """The data and evaluation options with `key=value` applied.
 
     A checkpoint's metadata may name a built-in source only: it never decides what code or files are opened. The
@@ -78,11 +83,10 @@ def with_overrides(data: DataOptions, overrides: Iterable[str], *, checkpoint: b
     place = "the command line"
     known = replace(data, tokenizer=None, cache=None)
     merged = parse(DataOptions, merge(to_data(known), given.get("data", {})), file=place)
-    return merged, parse(EvalOptions, given.get("eval", {}), file=place)
+    return merged, parse(SampleOptions, given.get("eval", {}), file=place)
 
 
 def figures(loaded: Loaded, examples: Data, data: DataOptions, options: EvalOptions, seed: int) -> Metrics:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = loaded.network.to(device)
-    scorer = Scorer(network, loaded.intervals, options, data.image, device, seed)
+    device = next(loaded.network.parameters()).device
+    scorer = Scorer(loaded.network, loaded.intervals, options, data.image, device, seed)
     return scorer.score(examples, loaded.layers)

@@ -84,8 +84,9 @@ def generate(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded.network.to(device)
     writer = Writer(loaded.network, loaded.intervals, decoding, torch.Generator().manual_seed(seed))
+    found: Iterator[int]
     if loaded.layers is not None:
-        found = plain_tokens(loaded, start.to(device), tokens, writer)
+        found = (int(token) for token in plain_rows(loaded, start.to(device), tokens, writer))
     else:
         cache = cache and can_cache(writer, start.to(device), report)
         found = writer.tokens(start.to(device), tokens, cache=cache)
@@ -145,20 +146,24 @@ class Writer:
         """The targets, [K, d]."""
         return self.task.table(self.network.model)
 
-    @torch.no_grad()
     def tokens(self, start: Tensor, count: int, *, cache: bool) -> Iterator[int]:
         """At most `count` tokens after `start` [1, n]."""
+        return (int(token) for token in self.rows(start, count, cache=cache))
+
+    @torch.no_grad()
+    def rows(self, start: Tensor, count: int, *, cache: bool) -> Iterator[Tensor]:
+        """At most `count` tokens after each of `start` [N, n], all of the N at once: [N] each time."""
         written = start
         prefixes = {b: self.task.prefix() for b in self.network.present} if cache else {}
         for _ in range(count):
             token = self.choose(self.next_scores(written, prefixes))
             yield token
-            written = torch.cat([written, written.new_full((1, 1), token)], 1)
+            written = torch.cat([written, token[:, None].to(written.device)], 1)
 
     def next_scores(self, written: Tensor, prefixes: dict[int, Prefix]) -> Tensor:
-        """Scores [K] of the token after `written`, from the last of all levels."""
+        """Scores [N, K] of the token after `written` [N, n], from the last of all levels."""
         grid = levels(self.intervals, self.decoding.steps)
-        z = torch.zeros(1, 1, self.task.target.width)
+        z = torch.zeros(len(written), 1, self.task.target.width)
         if self.decoding.temperature:
             z = torch.randn(z.shape, generator=self.generator) * grid[0]
         z = z.to(written.device)
@@ -170,13 +175,13 @@ class Writer:
                 scores = self.filtered(scores)
             if i + 1 < len(grid):
                 z = euler_step(z, scores.float().softmax(-1) @ self.table, sigma, grid[i + 1])
-        return scores[0, 0]
+        return scores[:, 0]
 
     def evaluate(self, block: int, written: Tensor, z: Tensor, sigma: float, prefix: Prefix | None) -> Tensor:
-        """One evaluation: scores [1, 1, K]."""
+        """One evaluation: scores [N, 1, K]."""
         argument = self.task.anatomy.embedding.argument  # type: ignore[union-attr]
         inputs = {argument: torch.cat([written, written[:, -1:]], 1)}
-        level = torch.full((1,), sigma, device=written.device)
+        level = torch.full((len(written),), sigma, device=written.device)
         corruption = self.network.corrupted(block, z, level)
         passage = self.task.next_passage(self.network.model, block, inputs, corruption, prefix, self.scale)
         try:
@@ -205,10 +210,11 @@ class Writer:
             scores = scores.masked_fill(beyond.scatter(-1, order, beyond), -torch.inf)
         return scores
 
-    def choose(self, scores: Tensor) -> int:
+    def choose(self, scores: Tensor) -> Tensor:
+        """A token for each of [N, K], [N] on the CPU."""
         if not self.decoding.temperature:
-            return int(scores.argmax())
-        return int(torch.multinomial(scores.float().softmax(-1).cpu(), 1, generator=self.generator))
+            return scores.argmax(-1).cpu()
+        return torch.multinomial(scores.float().softmax(-1).cpu(), 1, generator=self.generator)[:, 0]
 
 
 def can_cache(writer: Writer, start: Tensor, report: Reporter) -> bool:
@@ -230,12 +236,12 @@ def can_cache(writer: Writer, start: Tensor, report: Reporter) -> bool:
 
 
 @torch.no_grad()
-def plain_tokens(loaded: Loaded, start: Tensor, count: int, writer: Writer) -> Iterator[int]:
+def plain_rows(loaded: Loaded, start: Tensor, count: int, writer: Writer) -> Iterator[Tensor]:
     """A baseline writes as an ordinary network does, without a cache."""
     written = start
     argument = loaded.network.plan.anatomy.embedding.argument  # type: ignore[union-attr]
     for _ in range(count):
         output = loaded.network.output(loaded.network.model_output({argument: written}, loaded.layers))
-        token = writer.choose(writer.filtered(output[0, -1]))
+        token = writer.choose(writer.filtered(output[:, -1]))
         yield token
-        written = torch.cat([written, written.new_full((1, 1), token)], 1)
+        written = torch.cat([written, token[:, None].to(written.device)], 1)
