@@ -153,7 +153,10 @@ class TrainOptions:
 
 @record
 class EvalOptions:
-    """When and how to evaluate; `steps: null` samples with B + 1 network evaluations."""
+    """When and how to evaluate; `steps: null` samples with B + 1 network evaluations.
+
+    `draws` are those of a prediction, and the levels of each block in a bound of the likelihood.
+    """
 
     every: Count = 0
     batch: Positive = 256

@@ -102,6 +102,9 @@ def tell(report: Reporter, plan: Plan, noise: NoiseFit, recipe: Recipe) -> None:
     if plan.pretrained:
         report(Note("the source was pretrained: pure block-wise training makes it forget", warning=True))
     shares = ", ".join(f"{100 * noise.intervals().share(b):.1f} %" for b in range(len(plan.blocks)))
+    if plan.noise.refit:
+        when = " and ".join(f"{100 * share:g} %" for share in plan.noise.refit)
+        report(Note(f"noise is fitted again after {when} of the updates"))
     kind = "label entropy" if noise.rule == "auto" else "noise mass"
     report(Note(f"noise {noise.rule} ({noise.basis}): blocks hold {shares} of the {kind}"))
 

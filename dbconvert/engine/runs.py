@@ -34,7 +34,7 @@ class RunInfo:
         origin: the recipe or package that was trained, as an absolute path.
         package: folder of the package.
         split: identity of the plan.
-        noise: identity of the noise fit, None for baselines.
+        noise: identity of the noise fit, the last one where it was fitted again.
         blocks: the blocks that are trained.
         block: the one that is trained alone, None for a run of all.
         files: SHA-256 of each file in weights/, once complete.

@@ -151,6 +151,7 @@ def test_the_run_goes_on_with_the_new_noise(recipe, whole, tmp_path):
     assert after.basis.endswith("after update 14 of the run, on training data") and after.rule == "auto"
     assert after.boundaries != before.boundaries and after.sigma_data == before.sigma_data
     assert [line["update"] for line in lines(run.folder) if "boundaries" in line] == [8, 14]
+    assert "noise is fitted again after 40 % and 70 % of the updates" in notes
     refits = [note for note in notes if note.startswith("noise refitted")]
     assert (len(refits) == 2 and "range" in refits[0]) or "sigma_" in refits[0]
     info = json.loads((run.folder / "run.json").read_text())
