@@ -18,6 +18,9 @@ from dbconvert.schema import PositiveFloat, Share, identity, parse, read_json, r
 
 SCHEMA_VERSION = 1
 Rule = Literal["auto", "edm", "mask"]
+Kernel = Literal["auto", "sdpa", "flex"]
+"""What computes attention: FlexAttention, torch's own with a dense mask, or `auto`, the first where it can be compiled
+on CUDA and the second elsewhere."""
 Table = Literal["fresh", "own", "none"]
 """Where the clean targets come from: a new unit-norm table, or the network's own token embeddings, normalised; masked
 tokens need none."""

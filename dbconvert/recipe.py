@@ -10,8 +10,7 @@ import yaml
 
 from dbconvert.conditioning.modulation import Start
 from dbconvert.errors import UsageError
-from dbconvert.graph.attention import Kernel
-from dbconvert.plan import NoiseRule, Table
+from dbconvert.plan import Kernel, NoiseRule, Table
 from dbconvert.schema import Count, Key, Positive, PositiveFloat, Share, parse, read_yaml, record
 
 Method = Literal["blocks", "end-to-end", "shallow"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +16,10 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.weak import WeakIdKeyDictionary
 
+from dbconvert.plan import Kernel
+
 ATTENTION = F.scaled_dot_product_attention
 ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-
-Kernel = Literal["auto", "sdpa", "flex"]
-"""`auto` is FlexAttention on CUDA, where it can be compiled, and torch's own attention with a dense mask elsewhere."""
 
 SMALLEST_HEAD = 16
 """Channels a head that FlexAttention's kernels take at least."""

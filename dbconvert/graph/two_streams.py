@@ -18,8 +18,9 @@ from torch.overrides import TorchFunctionMode
 
 from dbconvert.anatomy import Axes, Path, SideAxes
 from dbconvert.errors import DBConvertError
-from dbconvert.graph.attention import ATTENTION, Kernel, attend, attention_arguments
+from dbconvert.graph.attention import ATTENTION, attend, attention_arguments
 from dbconvert.graph.functions import uncounted
+from dbconvert.plan import Kernel
 
 
 class TwoStreams:
