@@ -13,7 +13,8 @@ from dbconvert.engine.network import OWN, BlockwiseNetwork, check_keys
 from dbconvert.errors import DBConvertError
 from dbconvert.graph.cut import strip
 from dbconvert.graph.fake import empty_weights, is_empty
-from dbconvert.graph.inject import PREFIX, Run, inject
+from dbconvert.graph.inject import PREFIX, inject
+from dbconvert.graph.run import Run
 from dbconvert.plan import Plan
 from dbconvert.sources.base import Source
 from dbconvert.tasks.base import Task

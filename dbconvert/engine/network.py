@@ -15,7 +15,8 @@ from dbconvert.anatomy import Change
 from dbconvert.diffusion.preconditioning import Preconditioning
 from dbconvert.engine.chunks import Measure, in_chunks
 from dbconvert.errors import DBConvertError
-from dbconvert.graph.inject import PREFIX, Conditioning, Run
+from dbconvert.graph.inject import PREFIX, Conditioning
+from dbconvert.graph.run import Run
 from dbconvert.plan import Plan
 from dbconvert.tasks.base import Corruption, Inputs, Passage, Task, leaf
 

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from dbconvert.anatomy import Anatomy, Embedding, Layer, Path, SideAxes
 from dbconvert.errors import DBConvertError, Refused
 from dbconvert.graph.halves import LastLayer
-from dbconvert.graph.inject import PREFIX, Run, inject
+from dbconvert.graph.inject import PREFIX, inject
 from dbconvert.graph.proof import no_fast_paths
+from dbconvert.graph.run import Run
 from dbconvert.graph.tape import argument_leaves
 from dbconvert.graph.two_streams import TwoStreams, spread
 from dbconvert.graph.values import item

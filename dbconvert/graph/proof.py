@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from dbconvert.anatomy import Anatomy, Check
 from dbconvert.errors import Refused
 from dbconvert.graph.analysis import Inputs, grow_batch
-from dbconvert.graph.inject import PREFIX, Run, eject, inject
+from dbconvert.graph.inject import PREFIX, eject, inject
+from dbconvert.graph.run import Run
 from dbconvert.graph.stability import function_sites, moved
 from dbconvert.graph.tape import Recording, record, tensors
 from dbconvert.graph.values import item, look_up

@@ -19,7 +19,8 @@ from dbconvert.anatomy import Anatomy, Path
 from dbconvert.diffusion.masking import Masking
 from dbconvert.diffusion.preconditioning import Preconditioning
 from dbconvert.errors import DBConvertError
-from dbconvert.graph.inject import PREFIX, Run
+from dbconvert.graph.inject import PREFIX
+from dbconvert.graph.run import Run
 from dbconvert.plan import Kernel, NoiseRule, Rule, Table, Target
 
 Change = Callable[[Tensor], Tensor]
