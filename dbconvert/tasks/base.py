@@ -46,7 +46,7 @@ class Corruption:
 
 @dataclass(frozen=True)
 class Passage:
-    """What a task does at each point of one forward pass; `graph.inject.Run` says where they are."""
+    """What a task does at each point of one forward pass; `graph.run.Run` says where they are."""
 
     inputs: Inputs
     condition: Tensor | None = None
