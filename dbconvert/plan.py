@@ -24,6 +24,9 @@ on CUDA and the second elsewhere."""
 Table = Literal["fresh", "own", "none"]
 """Where the clean targets come from: a new unit-norm table, or the network's own token embeddings, normalised; masked
 tokens need none."""
+Context = Literal["raw", "features", "estimate"]
+"""What a block is told of the one before it: nothing, the stream that left its layers, or what it expects the target to
+be."""
 
 
 @record
@@ -168,6 +171,7 @@ class Plan:
         shapes: shape of every tensor of the converted network.
         keys: what its weights files hold: the network's own tensors, or the source's as they were stored, which the
             source turns into the network's.
+        context: what blocks are told of their predecessors; `raw` leaves them independent of each other.
     """
 
     schema_version: int
@@ -186,6 +190,7 @@ class Plan:
     files: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
     keys: Literal["network", "source"] = "network"
+    context: Context = "raw"
 
     @property
     def identity(self) -> str:

@@ -10,10 +10,12 @@ import yaml
 
 from dbconvert.conditioning.modulation import Start
 from dbconvert.errors import UsageError
-from dbconvert.plan import Kernel, NoiseRule, Table
+from dbconvert.plan import Context, Kernel, NoiseRule, Table
 from dbconvert.schema import Count, Key, Positive, PositiveFloat, Share, parse, read_yaml, record
 
 Method = Literal["blocks", "end-to-end", "shallow"]
+Z = Literal["noised", "on-policy", "mixed"]
+MIXED = 0.5
 
 
 @record
@@ -27,6 +29,7 @@ class SplitOptions:
     start: Start | None = None
     condition_width: Positive | None = None
     table: Table | None = None
+    context: Context = "raw"
 
 
 @record
@@ -131,6 +134,9 @@ class TrainOptions:
         weight: `none` is the plain loss, `edm` multiplies it by w(sigma).
         attention: what computes attention over clean and noisy tokens: `sdpa` with a dense mask, `flex` (FlexAttention,
             on CUDA), or `auto`, which is `flex` on CUDA and `sdpa` elsewhere.
+        z: `noised` is the truth with noise, as in the paper; `on-policy` what the sampler brings to a block, from its
+            start through the earlier blocks, which run without gradient; `mixed` that for some examples of a batch.
+        mixed: the share of `mixed` that is on-policy.
         checkpoint_every: in updates of the whole run; 0 writes none.
     """
 
@@ -143,6 +149,8 @@ class TrainOptions:
     periphery: Literal["shared", "frozen-target"] = "shared"
     weight: Literal["none", "edm"] = "none"
     attention: Kernel = "auto"
+    z: Z = "noised"
+    mixed: Share = MIXED
     precision: Literal["fp32", "bf16"] = "fp32"
     accumulate: Positive = 1
     clip: PositiveFloat | None = 1.0
@@ -244,6 +252,10 @@ def check(recipe: Recipe, file: str) -> None:
         )
     if recipe.train.steps is not None and recipe.train.epochs is not None:
         raise UsageError("train.steps and train.epochs are both given", where=file, hint="give one of them")
+    if recipe.train.mixed != MIXED and recipe.train.z != "mixed":
+        raise UsageError(
+            f"train.mixed is the on-policy share of train.z=mixed, and train.z is {recipe.train.z}", where=file
+        )
     if recipe.train.batch % recipe.train.accumulate:
         raise UsageError(
             f"train.batch {recipe.train.batch} is not a multiple of train.accumulate {recipe.train.accumulate}",

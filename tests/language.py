@@ -26,13 +26,13 @@ def loud(model):
     return network, model[1]
 
 
-def causal_network(row, blocks=2, table=None):
+def causal_network(row, blocks=2, table=None, context="raw"):
     """(network in blocks with random conditioning, its noise intervals) of an acceptance row."""
     model, inputs = loud(row.build())
     anatomy = analyse(model, inputs, stack=row.stack)
     ref = SourceRef("model_file", "build_model", "", (), "")
     opened = Opened(SimpleNamespace(ref=ref), model, inputs, None, 0, anatomy, Example(model, anatomy))
-    options = SplitOptions(start="original", table=table)
+    options = SplitOptions(start="original", table=table, context=context)
     plan, fit = decide(opened, options, NoiseRule(), CausalLM, cut(anatomy.depth, blocks=blocks))
     task = CausalLM(anatomy, plan.target)
     run = converted(model, plan, task)
@@ -41,8 +41,9 @@ def causal_network(row, blocks=2, table=None):
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in network.conditioning.named_parameters():
-            if name.startswith(("modulation", "readout")):
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+            if name.startswith(("modulation", "readout", "context")):
+                loudness = 0.5 if name.startswith("context") else 0.1
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * loudness)
     return network, fit.intervals()
 
 

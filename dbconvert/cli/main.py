@@ -99,6 +99,9 @@ def split(
     tokenizer: Annotated[str | None, typer.Option(help="byte, char, or a Transformers folder or hub id.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens an example.")] = None,
     table: Annotated[str | None, typer.Option(help="Target table: own embeddings or fresh.")] = None,
+    context: Annotated[
+        str, typer.Option(help="What a block hears of the one before it: raw (nothing), features or estimate.")
+    ] = "raw",
     weights: WEIGHTS = None,
     noise: Annotated[str | None, typer.Option(help="auto, edm or mask; the task's own by default.")] = None,
     p_mean: Annotated[float | None, typer.Option(help="Mean of ln sigma (edm).")] = None,
@@ -138,6 +141,7 @@ def split(
         "start": start,
         "condition_width": condition_width,
         "table": table,
+        "context": context,
     }
     corpus = {"source": data, "tokenizer": tokenizer, "length": length}
     levels = {

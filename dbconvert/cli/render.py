@@ -220,6 +220,7 @@ def split_json(result: SplitResult) -> dict[str, Any]:
         "condition_width": plan.condition_width,
         "stack": plan.anatomy.stack,
         "verdict": plan.anatomy.verdict,
+        "context": plan.context,
         "warnings": list(result.warnings),
     }
 
@@ -247,6 +248,7 @@ def show_split(result: SplitResult) -> None:
     out.print(
         f"[bold]{escape(plan.anatomy.network)}[/]: {plan.anatomy.depth} layers ({stack}) in {len(plan.blocks)} blocks, "
         f"task {plan.task}, start {plan.start}, conditioning {plan.condition_width} wide"
+        + (f", context {plan.context}" if plan.context != "raw" else "")
     )
     out.print(noise_table(plan, noise))
     scale = "" if noise.rule == "mask" else f"; sigma_data {noise.sigma_data:.4g}"

@@ -42,6 +42,19 @@ def levels(intervals: Intervals, evaluations: int | None = None) -> list[float]:
     return sigma_grid(intervals.distribution, evaluations)
 
 
+def draw_tokens(scores: Tensor, temperature: float, generator: torch.Generator | None = None) -> Tensor:
+    """A token for every position, [N, S], from scores [N, S, K]; the Gumbel trick keeps draws apart by position.
+
+    Args:
+        temperature: 0 takes the likeliest.
+        generator: on the CPU.
+    """
+    if temperature == 0:
+        return scores.argmax(-1)
+    uniform = torch.rand(scores.shape, generator=generator).clamp(1e-20, 1 - 1e-7).to(scores.device)
+    return (scores.float() / temperature - (-uniform.log()).log()).argmax(-1)
+
+
 def euler_step(z: Tensor, denoised: Tensor, sigma: float, sigma_next: float) -> Tensor:
     """z + (sigma_next - sigma) (z - D) / sigma, which is a z + (1 - a) D with a = sigma_next / sigma.
 

@@ -14,6 +14,24 @@ SCORES = 2**24
 """Scores that are held at once, 64 MiB in 32 bits."""
 
 
+def piece_by_piece(
+    read: Callable[[Tensor], Tensor], make: Callable[[Tensor], Tensor], features: Tensor, outputs: int
+) -> Tensor:
+    """make(read(features)) without gradient, some positions at a time.
+
+    Args:
+        read: features [N, S, d] to scores [N, S, outputs].
+        make: scores to anything [N, S, ..].
+        features: [N, S, d].
+    """
+    with torch.no_grad():
+        if features.shape[:2].numel() * outputs <= SCORES:
+            return make(read(features))
+        some = torch.split(features.flatten(0, 1), max(1, SCORES // outputs))
+        made = torch.cat([make(read(piece[None]))[0] for piece in some])
+        return made.view(*features.shape[:2], *made.shape[1:])
+
+
 def in_chunks(
     read: Callable[[Tensor], Tensor],
     measure: Measure,

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dbconvert.conditioning.embedding import NoiseEmbedding
+from dbconvert.conditioning.hearing import Hearing
+from dbconvert.engine.listening import CONTEXT
 from dbconvert.engine.network import OWN, BlockwiseNetwork, check_keys
 from dbconvert.errors import DBConvertError
 from dbconvert.graph.cut import strip
@@ -48,14 +50,25 @@ def converted(model: nn.Module, plan: Plan, task: Task | None, *, seed: int = 0)
             run = inject(model, plan.anatomy, blocks=len(plan.blocks), width=plan.condition_width, start=plan.start)
         if task is not None:
             task.register(model, blocks=len(plan.blocks), width=plan.condition_width, seed=seed)
+        if plan.context != "raw":
+            with empty_weights() if is_empty(model) else nullcontext():
+                model.get_submodule(PREFIX).add_module(CONTEXT, hearings(plan))
     return run
+
+
+def hearings(plan: Plan) -> nn.ModuleDict:
+    """One for each block that has a predecessor. A network that is one block has one too: it is tried as any block."""
+    anatomy, features = plan.anatomy, plan.context == "features"
+    heard = anatomy.width if features or plan.target is None else plan.target.width
+    listening = range(1, len(plan.blocks)) or range(1)
+    return nn.ModuleDict({str(b): Hearing(heard, anatomy.width, anatomy.axes, norm=features) for b in listening})
 
 
 def begin_conditioning(network: BlockwiseNetwork, *, seed: int) -> None:
     """Gives what conversion added to a network on the meta device the numbers that it begins with.
 
-    They are those that `converted` gives a network with numbers: embedders come first from the seed, and modulations
-    are zero, which as one expanded zero takes no memory however large the network is.
+    They are those that `converted` gives a network with numbers: embedders come first from the seed, modulations and
+    what listens to other blocks are zero, which as one expanded zero takes no memory however large the network is.
     """
     conditioning = network.conditioning
     with torch.random.fork_rng(devices=[]):
@@ -63,10 +76,11 @@ def begin_conditioning(network: BlockwiseNetwork, *, seed: int) -> None:
         for embedder in conditioning.embedder.values():
             fresh = NoiseEmbedding(network.plan.condition_width)
             embedder.load_state_dict(fresh.state_dict(), assign=True)
-    for module in conditioning.modulation.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                module._parameters[name] = nn.Parameter(torch.zeros(()).expand(parameter.shape))
+    for part in (conditioning.modulation, *(child for name, child in conditioning.named_children() if name == CONTEXT)):
+        for module in part.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = nn.Parameter(torch.zeros(()).expand(parameter.shape))
 
 
 def whole_network(plan: Plan, source: Source) -> BlockwiseNetwork:

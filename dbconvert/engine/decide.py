@@ -55,6 +55,22 @@ def refuse_uncuttable(anatomy: Anatomy) -> None:
             )
 
 
+def refuse_context(options: SplitOptions, task: type[Task] | None, blocks: int) -> None:
+    """Raises UsageError where blocks cannot hear each other."""
+    if options.context == "raw":
+        return
+    offered = () if task is None else tuple(name for name in task.contexts if name != "raw")
+    if options.context not in offered:
+        whose = "a network without a task" if task is None else f"task {task.name}"
+        known = f"it has {', '.join(offered)}" if offered else "leave it at `raw`"
+        raise UsageError(f"{whose} has no context `{options.context}`", hint=known)
+    if blocks < 2:
+        raise UsageError(
+            f"context `{options.context}` is what a block hears of the one before it, and there is only one",
+            hint="leave it at `raw`, or cut into more blocks",
+        )
+
+
 def decide(
     opened: Opened,
     options: SplitOptions,
@@ -95,6 +111,7 @@ def decide(
         pretrained=opened.pretrained,
         files={},
         shapes={},
+        context=options.context,
     )
     return plan, fit
 
@@ -147,4 +164,15 @@ def cautions(plan: Plan) -> list[str]:
         found.append("pure block-wise training makes a pretrained network forget: its ordinary loss gets worse")
     if plan.anatomy.verdict == "restricted":
         found.append(f"only {plan.anatomy.stack} is cut; the rest belongs to the periphery, which every block trains")
+    if plan.context != "raw":
+        found.append(listening(plan))
     return found
+
+
+def listening(plan: Plan) -> str:
+    """What it means that blocks hear each other."""
+    what = "the stream that left its layers" if plan.context == "features" else "its estimate of the target"
+    return (
+        f"context {plan.context}: every block hears {what} from the one before it, so that blocks are not independent: "
+        "each needs the forward pass of its predecessors, and none can be trained alone"
+    )

@@ -3,6 +3,11 @@
     -ln p(x) <= sum over blocks b of (t_high - t_low) E[-alpha'(t) / (1 - alpha(t)) CE(hidden)]  +  CE(hidden at t_min)
 
 with t even within the block's own interval. The last term is what is still hidden at the earliest time.
+
+It bounds what the blocks themselves say, whatever they were trained on. Where a block hears its predecessor it says
+p(x_s | x_t, x_t'), with t' the later time of that predecessor's last evaluation: the reverse process may look back
+along its own path. It is judged on paths of the true process, where x_t' hides all that x_t hides, and what is
+delivered follows from x_t' without chance; so the sum stays a bound, that of a sampler that takes many steps.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ from torch import Tensor
 
 from dbconvert.data.batches import derive
 from dbconvert.diffusion.intervals import Intervals
+from dbconvert.engine.cascade import noised
 from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.errors import DBConvertError
 from dbconvert.tasks.base import Inputs
@@ -73,8 +79,12 @@ class Evidence:
         """Weighted losses of one masked copy of each example, summed over its positions, [N] double."""
         task = self.network.task
         eps = task.draw(inputs, generator=generator).to(labels.device)
-        runs = None if self.layers is not None else block
-        found: Tensor = self.network(runs, inputs, labels, t.to(labels.device, torch.float32), eps, layers=self.layers)
+        level = t.to(labels.device, torch.float32)
+        if self.layers is not None:
+            found: Tensor = self.network(None, inputs, labels, level, eps, layers=self.layers)
+        else:
+            before = noised(self.network, self.intervals, generator)
+            found = self.network(block, inputs, labels, level, eps, before=before)
         return (found * task.counted(labels)).sum(-1).double()
 
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from dbconvert.data.tokenizers import Tokenizer
 from dbconvert.diffusion.intervals import Intervals
 from dbconvert.diffusion.sampling import euler_step, levels
+from dbconvert.engine.cascade import refuse_gaps
+from dbconvert.engine.listening import newest
 from dbconvert.engine.load import Loaded, load
 from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.engine.unmask import filled_in
@@ -163,21 +165,35 @@ class Writer:
     def next_scores(self, written: Tensor, prefixes: dict[int, Prefix]) -> Tensor:
         """Scores [N, K] of the token after `written` [N, n], from the last of all levels."""
         grid = levels(self.intervals, self.decoding.steps)
+        refuse_gaps(self.network, self.intervals, grid)
         z = torch.zeros(len(written), 1, self.task.target.width)
         if self.decoding.temperature:
             z = torch.randn(z.shape, generator=self.generator) * grid[0]
         z = z.to(written.device)
         scores = z
+        said: dict[int, Tensor] = {}
         for i, sigma in enumerate(grid):
             block = self.intervals.block_of(sigma)
-            scores = self.evaluate(block, written, z, sigma, prefixes.get(block))
+            scores = self.evaluate(block, written, z, sigma, prefixes.get(block), said.get(block - 1))
             if block == 0:
                 scores = self.filtered(scores)
             if i + 1 < len(grid):
-                z = euler_step(z, scores.float().softmax(-1) @ self.table, sigma, grid[i + 1])
+                expected = scores.float().softmax(-1) @ self.table
+                now = self.network.delivered(expected, z)
+                if now is not None:
+                    said[block] = newest(said.get(block), now, self.task.anatomy.axes)
+                z = euler_step(z, expected, sigma, grid[i + 1])
         return scores[:, 0]
 
-    def evaluate(self, block: int, written: Tensor, z: Tensor, sigma: float, prefix: Prefix | None) -> Tensor:
+    def evaluate(
+        self,
+        block: int,
+        written: Tensor,
+        z: Tensor,
+        sigma: float,
+        prefix: Prefix | None,
+        heard: Tensor | None = None,
+    ) -> Tensor:
         """One evaluation: scores [N, 1, K]."""
         argument = self.task.anatomy.embedding.argument  # type: ignore[union-attr]
         inputs = {argument: torch.cat([written, written[:, -1:]], 1)}
@@ -185,7 +201,7 @@ class Writer:
         corruption = self.network.corrupted(block, z, level)
         passage = self.task.next_passage(self.network.model, block, inputs, corruption, prefix, self.scale)
         try:
-            scores = self.network.pass_through(block, passage)
+            scores = self.network.pass_through(block, passage, heard=heard)
         except (RuntimeError, ValueError, IndexError) as error:
             raise DBConvertError(
                 f"the network fails on {written.shape[1] + 1} tokens: {str(error).splitlines()[0]}",

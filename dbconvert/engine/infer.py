@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dbconvert.diffusion.intervals import Intervals
 from dbconvert.diffusion.sampling import euler_step, levels
+from dbconvert.engine.cascade import refuse_gaps
 from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.tasks.base import Inputs
 
@@ -28,8 +29,8 @@ def sample(
 ) -> list[Tensor]:
     """The network's output at every level, first to last: `steps` evaluations, B + 1 by default.
 
-    Every evaluation runs the block that owns its level; z moves between them by Euler steps towards the expected
-    target. The last output is the prediction.
+    Every evaluation runs the block that owns its level, which hears what the block before has last delivered; z moves
+    between them by Euler steps towards the expected target. The last output is the prediction.
     """
     first = next(iter(inputs.values()))
     shape = network.task.target_shape(inputs)
@@ -37,12 +38,16 @@ def sample(
     if begin == "noise":
         eps = torch.randn(shape, generator=generator)
         z = eps.to(first.device) * intervals.boundaries[-1]
-    outputs = []
+    outputs: list[Tensor] = []
+    said: dict[int, Tensor | None] = {}
     grid = levels(intervals, steps)
+    refuse_gaps(network, intervals, grid)
     for i, sigma in enumerate(grid):
         level = torch.full((len(first),), sigma, device=first.device)
-        outputs.append(network.denoise(intervals.block_of(sigma), inputs, z, level))
+        block = intervals.block_of(sigma)
+        outputs.append(network.denoise(block, inputs, z, level, heard=said.get(block - 1)))
         if i + 1 < len(grid):
             denoised = network.task.denoised(network.model, outputs[-1])
+            said[block] = network.delivered(denoised, z)
             z = euler_step(z, denoised, sigma, grid[i + 1])
     return outputs

@@ -20,6 +20,7 @@ from dbconvert.data.examples import LABEL, Batch
 from dbconvert.data.images import augmentation, normalise
 from dbconvert.diffusion.intervals import stratified
 from dbconvert.diffusion.preconditioning import Preconditioning
+from dbconvert.engine.cascade import approach
 from dbconvert.engine.jobs import Job
 from dbconvert.engine.metrics import Metrics, Scorer
 from dbconvert.engine.refit import keep, points, refitted, told
@@ -168,21 +169,21 @@ class Loop:
         for part, chosen in enumerate(torch.arange(len(labels)).chunk(parts)):
             here = {name: value[chosen] for name, value in inputs.items()}
             with self.accelerator.no_sync(self.model) if part + 1 < parts else nullcontext():
-                loss = self.losses(block, here, labels[chosen], sigma[chosen])
-                weights = along(self.weight(sigma[chosen]), loss) * task.counted(labels[chosen])
+                loss, level = self.losses(block, here, labels[chosen], sigma[chosen])
+                weights = along(self.weight(level), loss) * task.counted(labels[chosen])
                 self.accelerator.backward((loss * weights).sum() / total)
             losses.append(loss.detach())
         return torch.cat(losses)
 
-    def losses(self, block: int, inputs: Inputs, labels: Tensor, sigma: Tensor) -> Tensor:
-        """Unweighted, of the labels' shape."""
+    def losses(self, block: int, inputs: Inputs, labels: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """Unweighted losses, of the labels' shape, and the levels that they belong to."""
         layers, task = self.job.layers, self.job.network.task
         if layers is not None:
             eps = task.draw(inputs, device=labels.device) if task.bounded else None
-            losses: Tensor = self.model(None, inputs, labels, sigma, eps, layers=layers)
-            return losses
-        losses = self.model(block, inputs, labels, sigma, task.draw(inputs, device=labels.device))
-        return losses
+            return self.model(None, inputs, labels, sigma, eps, layers=layers), sigma
+        eps = task.draw(inputs, device=labels.device)
+        sigma, before = approach(self.job.network, self.job.intervals, block, sigma, self.recipe.train)
+        return self.model(block, inputs, labels, sigma, eps, before=before), sigma
 
     def weight(self, sigma: Tensor) -> Tensor:
         if self.recipe.train.weight == "none" or self.job.layers is not None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from dbconvert.data.batches import OrderedBatches, seed_all
 from dbconvert.data.examples import LABEL
 from dbconvert.data.images import normalise
+from dbconvert.engine.cascade import approach
 from dbconvert.engine.jobs import Job
 from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.engine.units import Unit
@@ -99,7 +100,11 @@ def activations(job: Job, block: int, device: torch.device) -> int:
         sigma = job.intervals.draw(max(block, 0), torch.rand(shape)).to(device)
         baseline = job.layers is not None
         eps = None if baseline and not network.task.bounded else network.task.draw(inputs, device=device)
-        losses: Tensor = network(None if baseline else block, inputs, labels, sigma, eps, layers=job.layers)
+        if baseline:
+            losses: Tensor = network(None, inputs, labels, sigma, eps, layers=job.layers)
+        else:
+            sigma, before = approach(network, job.intervals, block, sigma, recipe.train)
+            losses = network(block, inputs, labels, sigma, eps, before=before)
         return losses.mean()
 
     with unchanged_state(network), torch.random.fork_rng(devices=[]):

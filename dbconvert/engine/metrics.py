@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +15,7 @@ from dbconvert.data.images import normalise
 from dbconvert.data.sequences import Sequences
 from dbconvert.diffusion.intervals import Intervals
 from dbconvert.engine.bound import Bound
+from dbconvert.engine.cascade import Cascade, at_rest, noised
 from dbconvert.engine.evidence import Evidence
 from dbconvert.engine.infer import sample
 from dbconvert.engine.network import BlockwiseNetwork
@@ -43,7 +43,7 @@ class Scorer:
 
     def score(self, examples: Data, layers: range | None = None) -> Metrics:
         """A network in blocks, or a baseline that runs `layers` unconditioned."""
-        with self.evaluating():
+        with at_rest(self.network):
             if self.network.task.bounded:
                 return self.bound(examples, layers)
             if layers is not None:
@@ -113,20 +113,23 @@ class Scorer:
         """The unweighted loss of each block over its own levels, and at fixed levels of equal mass between them."""
         distribution = self.intervals.distribution
         eps = self.network.task.draw(inputs, generator=generator).to(self.device)
+        before = noised(self.network, self.intervals, generator)
         found = {}
         for block in self.network.present:
             low, high = distribution.cdf(torch.tensor(self.intervals.owned(block), dtype=torch.float64))
             sigma = distribution.icdf(low + midpoints(len(labels)) * (high - low))
-            found[f"loss_block_{block}"] = self.loss_at(block, inputs, labels, sigma, eps)
+            found[f"loss_block_{block}"] = self.loss_at(block, inputs, labels, sigma, eps, before)
         for level in distribution.icdf(midpoints(self.options.sigmas)).tolist():
             block = self.intervals.block_of(level)
             if block in self.network.present:
                 sigma = torch.full((len(labels),), level)
-                found[f"loss_sigma_{level:.4g}"] = self.loss_at(block, inputs, labels, sigma, eps)
+                found[f"loss_sigma_{level:.4g}"] = self.loss_at(block, inputs, labels, sigma, eps, before)
         return found
 
-    def loss_at(self, block: int, inputs: Inputs, labels: Tensor, sigma: Tensor, eps: Tensor) -> float:
-        losses = self.network(block, inputs, labels, sigma.to(self.device, torch.float32), eps)
+    def loss_at(
+        self, block: int, inputs: Inputs, labels: Tensor, sigma: Tensor, eps: Tensor, before: Cascade | None
+    ) -> float:
+        losses = self.network(block, inputs, labels, sigma.to(self.device, torch.float32), eps, before=before)
         return self.network.task.mean(losses, labels)
 
     def plain(self, examples: Data, layers: range) -> Metrics:
@@ -146,17 +149,6 @@ class Scorer:
 
     def ready(self, value: Tensor) -> Tensor:
         return normalise(value, self.image) if value.dim() == 4 else value
-
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Eval mode and no gradients meanwhile."""
-        training = self.network.training
-        self.network.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            self.network.train(training)
 
 
 def midpoints(count: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dbconvert.anatomy import Change
 from dbconvert.diffusion.preconditioning import Preconditioning
 from dbconvert.engine.chunks import Measure, in_chunks
+from dbconvert.engine.listening import CONTEXT, Arrival, as_stream, listening
 from dbconvert.errors import DBConvertError
 from dbconvert.graph.inject import PREFIX, Conditioning
 from dbconvert.graph.run import Run
@@ -25,6 +26,12 @@ Periphery = Literal["shared", "own", "single"]
 there, and the network's stem and readout are that block's."""
 
 OWN = f"{PREFIX}.periphery"
+
+
+class Before(Protocol):
+    """What happens before a block sees a batch: earlier blocks run, and say what it hears."""
+
+    def __call__(self, network: BlockwiseNetwork, block: int, arrival: Arrival, labels: Tensor) -> Arrival: ...
 
 
 class OwnPeriphery(nn.Module):
@@ -93,6 +100,7 @@ class BlockwiseNetwork(nn.Module):
         sigma: Tensor,
         eps: Tensor | None,
         layers: range | None = None,
+        before: Before | None = None,
     ) -> Tensor:
         """One training pass: corrupts the targets of `labels` and lets `block` denoise them.
 
@@ -101,6 +109,7 @@ class BlockwiseNetwork(nn.Module):
             inputs: arguments of the network, batch of N.
             labels: [N] or [N, S]. sigma: [N] or [N, S].
             eps: what the task drew; None gives a baseline its inputs as they are.
+            before: what runs before the block.
 
         Returns:
             the losses, unweighted, of the labels' shape.
@@ -114,7 +123,10 @@ class BlockwiseNetwork(nn.Module):
             if block is None:
                 output = self.untold(inputs, z, sigma, layers, hold)
             else:
-                output = self.denoise(block, inputs, z, sigma, hold)
+                arrival = Arrival(inputs, z, sigma)
+                arrival = arrival if before is None else before(self, block, arrival, labels)
+                z, sigma = arrival.z, arrival.sigma
+                output = self.denoise(block, arrival.inputs, z, sigma, hold, arrival.heard)
         losses = task.losses(output, labels) if hold is None else self.held(block, hold[0], labels, task.losses, ahead)
         return losses if z is None else task.weighed(losses, z, sigma)
 
@@ -135,14 +147,18 @@ class BlockwiseNetwork(nn.Module):
         found = in_chunks(read, measure, kept, labels[:, ahead:], self.task.target.classes)
         return F.pad(found, (ahead, 0))
 
-    def denoise(self, block: int, inputs: Inputs, z: Tensor, sigma: Tensor, hold: list[Tensor] | None = None) -> Tensor:
-        """The output of one block for corrupted targets z at levels sigma [N] or [N, S]; `hold` as in `pass_through`.
-
-        Args:
-            z: noisy, [N, d] or [N, S, d], or which tokens are hidden, [N, S].
-        """
+    def denoise(
+        self,
+        block: int,
+        inputs: Inputs,
+        z: Tensor,
+        sigma: Tensor,
+        hold: list[Tensor] | None = None,
+        heard: Tensor | None = None,
+    ) -> Tensor:
+        """The output of one block for what reaches it, as `Arrival` has it; `hold` as in `pass_through`."""
         passage = self.task.passage(self.model, block, inputs, self.corrupted(block, z, sigma))
-        return self.pass_through(block, passage, hold)
+        return self.pass_through(block, passage, hold, heard)
 
     def untold(
         self, inputs: Inputs, z: Tensor, sigma: Tensor, layers: range | None, hold: list[Tensor] | None = None
@@ -160,17 +176,38 @@ class BlockwiseNetwork(nn.Module):
         condition = self.conditioning.embedder[str(block)](self.task.c_noise(sigma, scaling))
         return Corruption(z, sigma, condition, scaling)
 
-    def pass_through(self, block: int, passage: Passage, hold: list[Tensor] | None = None) -> Tensor:
+    def pass_through(
+        self, block: int, passage: Passage, hold: list[Tensor] | None = None, heard: Tensor | None = None
+    ) -> Tensor:
         """The network's output when one block runs as a task says.
 
         Args:
             hold: takes the features that enter the head, which gives nothing then.
+            heard: what the block before delivers, as `delivered` gives it.
         """
         self.run.reset()
         self.run.hold = hold
+        self.run.keep = self.plan.context == "features"
         self.run.active = self.plan.layers_of(block)
         passage.steer(self.run)
+        if heard is not None:
+            hearing = self.conditioning.get_submodule(f"{CONTEXT}.{block}")
+            self.run.entry = listening(hearing, heard, self.plan.anatomy.axes, passage.entry)
         return self.output(self.call(block, passage.inputs))
+
+    def delivered(self, expected: Tensor | None, z: Tensor) -> Tensor | None:
+        """What the block that has just run tells the next one, see `Arrival.heard`.
+
+        Args:
+            expected: the target that it expects, [N, S, d]; only `estimate` needs it.
+            z: what it was given.
+        """
+        if self.plan.context == "features":
+            leaving: Tensor | None = self.run.leaving
+            return None if leaving is None else leaving.detach()
+        if self.plan.context == "raw" or expected is None:
+            return None
+        return as_stream(self.task.told(self.model, expected, z), self.plan.anatomy.axes)
 
     def plain(self, inputs: Inputs, layers: range | None = None) -> Tensor:
         """What the unconditioned network predicts: all layers, or only some of them."""
@@ -231,7 +268,7 @@ class BlockwiseNetwork(nn.Module):
         if not key.startswith(PREFIX + "."):
             return self.plan.block_of_key(key)
         part, _, rest = key[len(PREFIX) + 1 :].partition(".")
-        if part in ("embedder", "periphery"):
+        if part in ("embedder", "periphery", CONTEXT):
             return int(rest.split(".")[0])
         if part == "modulation":
             layer = int(rest.split(".")[0])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dbconvert.engine.decide import listening
 from dbconvert.plan import NoiseFit, Plan
 from dbconvert.recipe import DataOptions, Recipe
 from dbconvert.schema import to_data, to_yaml
 from dbconvert.tasks.registry import reasons
 
 EPOCHS = 100
+ALONE = "dbconvert train . --block 0 train.periphery=frozen-target   # one block, an independent job"
 SECTIONS = ("data", "optimizer", "train", "eval", "log")
 
 
@@ -66,9 +68,10 @@ def package_readme(plan: Plan, noise: NoiseFit) -> str:
         "",
         "![noise intervals](noise.png)",
         "",
+        *([f"{listening(plan).capitalize()}.", ""] if plan.context != "raw" else []),
         "```bash",
         "dbconvert train . data.source=...            # all blocks; or: accelerate launch train.py",
-        "dbconvert train . --block 0 train.periphery=frozen-target   # one block, an independent job",
+        *([ALONE] if plan.context == "raw" else []),
         "dbconvert assemble -o model.safetensors      # the newest complete run",
         "```",
         "",

@@ -25,7 +25,7 @@ from dbconvert.events import Note, Reporter
 from dbconvert.plan import NoiseFit, Plan
 from dbconvert.recipe import Recipe, keys, parse_overrides, read_recipe
 from dbconvert.shipped import shipped
-from dbconvert.tasks.registry import choose_task, reasons
+from dbconvert.tasks.registry import choose_task, named, reasons
 
 PATHS = (("source",), ("package",), ("weights",), ("data", "source"), ("data", "tokenizer"))
 CACHE = ("data", "cache")
@@ -75,6 +75,7 @@ def prepare(
     recipe = origin.recipe
     package = get_package(recipe, folder, report)
     plan = settle_task(package.plan, recipe)
+    check_z(plan, recipe)
     check_block(block, plan, recipe)
     check_table(plan, recipe)
     check_weight(plan, recipe)
@@ -254,6 +255,13 @@ def check_table(plan: Plan, recipe: Recipe) -> None:
             "the targets are the network's own embeddings, which blocks with their own stems would not share",
             hint="split with --table fresh (split.table=fresh in a recipe)",
         )
+    told = plan.context == "estimate" and plan.target is not None and plan.target.table == "none"
+    if told and recipe.train.periphery == "frozen-target" and recipe.train.method == "blocks":
+        raise UsageError(
+            "the estimate that blocks hear is told in the network's own embeddings, which blocks with their own stems "
+            "would not share",
+            hint="split with --context features (split.context=features in a recipe)",
+        )
 
 
 def check_weight(plan: Plan, recipe: Recipe) -> None:
@@ -277,6 +285,13 @@ def check_attention(plan: Plan, recipe: Recipe) -> None:
         )
 
 
+def check_z(plan: Plan, recipe: Recipe) -> None:
+    """Refuses targets that the task cannot take from the sampler."""
+    known = named(str(plan.task)).zs
+    if recipe.train.z not in known:
+        raise UsageError(f"task {plan.task} has no train.z `{recipe.train.z}`", hint=f"it has {', '.join(known)}")
+
+
 def check_block(block: int | None, plan: Plan, recipe: Recipe) -> None:
     """Refuses single-block jobs that could not stand alone."""
     if block is None:
@@ -285,6 +300,18 @@ def check_block(block: int | None, plan: Plan, recipe: Recipe) -> None:
         raise UsageError(f"there is no block {block}", hint=f"blocks: 0 to {len(plan.blocks) - 1}")
     if recipe.train.method != "blocks":
         raise UsageError(f"train.method={recipe.train.method} does not train single blocks", hint="leave out --block")
+    if plan.context != "raw":
+        raise UsageError(
+            f"no block can be trained alone: the plan's context is `{plan.context}`, so that each hears what the one "
+            "before it delivers",
+            hint="leave out --block, or split with --context raw",
+        )
+    if recipe.train.z != "noised":
+        raise UsageError(
+            f"no block can be trained alone with train.z={recipe.train.z}: the sampler comes to it through the blocks "
+            "before it",
+            hint="leave out --block, or train with train.z=noised",
+        )
     if recipe.train.periphery != "frozen-target":
         raise UsageError(
             "a single block cannot train the shared periphery, which the other blocks would not see",

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dbconvert.engine.convert import begin_conditioning, converted
-from dbconvert.engine.decide import cautions, decide, decide_blocks
+from dbconvert.engine.decide import cautions, decide, decide_blocks, refuse_context
 from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.engine.noise import UNIFORM, fit_noise
 from dbconvert.engine.opening import Opened, materialised, open_and_analyse
@@ -97,6 +97,7 @@ def split(
     anatomy = opened.anatomy
     blocks = decide_blocks(anatomy, options)
     chosen = choose_task(anatomy, task)
+    refuse_context(options, chosen, len(blocks))
     plan, fit = decide(opened, options, noise, chosen, blocks)
     if opened.large and opened.trained is None and not dry_run:
         report(Stage("building the network"))

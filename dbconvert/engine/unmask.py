@@ -9,7 +9,8 @@ from torch import Tensor
 
 from dbconvert.data.tokenizers import Tokenizer
 from dbconvert.diffusion.intervals import Intervals
-from dbconvert.diffusion.sampling import sigma_grid
+from dbconvert.diffusion.sampling import draw_tokens, sigma_grid
+from dbconvert.engine.cascade import refuse_gaps
 from dbconvert.engine.load import Loaded
 from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.errors import UsageError
@@ -53,13 +54,19 @@ def unmask(
         raise UsageError(f"temperature {temperature} is negative")
     argument = task.anatomy.embedding.argument  # type: ignore[union-attr]
     times = [*sigma_grid(intervals.distribution, steps + 1)[:-1], 0.0]
+    said: dict[int, Tensor | None] = {}
+    if layers is None:
+        refuse_gaps(network, intervals, times[:-1])
     for t, earlier in pairwise(times):
         level = torch.full((len(tokens),), t, device=tokens.device)
         if layers is None:
-            scores = network.denoise(intervals.block_of(t), {argument: tokens}, hidden, level)
+            block = intervals.block_of(t)
+            scores = network.denoise(block, {argument: tokens}, hidden, level, heard=said.get(block - 1))
+            expected = task.expected(network.model, scores) if network.plan.context == "estimate" else None
+            said[block] = network.delivered(expected, hidden)
         else:
             scores = network.untold({argument: tokens}, hidden, level, layers)
-        drawn = draw(scores[..., :vocabulary], temperature, generator)
+        drawn = draw_tokens(scores[..., :vocabulary], temperature, generator)
         chance = torch.rand(tokens.shape, generator=generator).to(tokens.device)
         shown = hidden & (chance < task.masking.revealed(t, earlier))
         tokens = torch.where(shown, drawn, tokens)
@@ -106,11 +113,3 @@ def filled_in(
         layers=loaded.layers,
     )
     return tokenizer.decode(found[0, start.shape[1] :].tolist())
-
-
-def draw(scores: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
-    """A token for every position, [N, S], from scores [N, S, K]; the Gumbel trick keeps draws apart by position."""
-    if temperature == 0:
-        return scores.argmax(-1)
-    uniform = torch.rand(scores.shape, generator=generator).clamp(1e-20, 1 - 1e-7).to(scores.device)
-    return (scores.float() / temperature - (-uniform.log()).log()).argmax(-1)

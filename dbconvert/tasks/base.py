@@ -16,12 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from dbconvert.anatomy import Anatomy, Path
+from dbconvert.diffusion.intervals import Intervals
 from dbconvert.diffusion.masking import Masking
 from dbconvert.diffusion.preconditioning import Preconditioning
 from dbconvert.errors import DBConvertError
 from dbconvert.graph.inject import PREFIX
 from dbconvert.graph.run import Run
-from dbconvert.plan import Kernel, NoiseRule, Rule, Table, Target
+from dbconvert.plan import Context, Kernel, NoiseRule, Rule, Table, Target
+from dbconvert.recipe import Z
 
 Change = Callable[[Tensor], Tensor]
 Embed = Callable[[Tensor, Change], Tensor]
@@ -86,6 +88,11 @@ class Task(ABC):
     """Whether clean and noisy positions run in one pass, by an attention of `kernel`."""
 
     kernel: Kernel = "auto"
+
+    contexts: ClassVar[tuple[Context, ...]] = ("raw",)
+    """What its blocks can be told of each other."""
+    zs: ClassVar[tuple[Z, ...]] = ("noised",)
+    """Where the noisy targets of its training can come from."""
 
     def __init__(self, anatomy: Anatomy, target: Target, noise: NoiseRule = NoiseRule()) -> None:
         self.anatomy = anatomy
@@ -169,6 +176,17 @@ class Task(ABC):
         clean = self.clean(model, labels)
         return clean + along(level, clean) * eps
 
+    def noisier(self, z: Tensor, level: Tensor, higher: Tensor, draw: Tensor, labels: Tensor) -> Tensor:
+        """z at a higher level, as it was before it came to be what it is at this one: a Markov chain.
+
+        The draw has to be a fresh one: with one shared by two levels, their z's tell y exactly.
+        """
+        return z + along((higher.square() - level.square()).clamp(min=0).sqrt(), z) * draw
+
+    def handover(self, intervals: Intervals, block: int) -> float:
+        """The level of a block's last evaluation before the next block's turn, at the sampler's usual steps."""
+        return intervals.owned(block)[1]
+
     @abstractmethod
     def passage(self, model: nn.Module, block: int, inputs: Inputs, corruption: Corruption) -> Passage:
         """How a block denoises."""
@@ -180,6 +198,14 @@ class Task(ABC):
     def denoised(self, model: nn.Module, output: Tensor) -> Tensor:
         """The network's output as an estimate of the clean target, [*labels, d]."""
         raise self.without("noisy target")
+
+    def expected(self, model: nn.Module, scores: Tensor) -> Tensor:
+        """The target that scores [N, S, K] speak of, [N, S, d]."""
+        return self.denoised(model, scores)
+
+    def told(self, model: nn.Module, expected: Tensor, z: Tensor) -> Tensor:
+        """What the next block is told of an expected target: what it has beyond the mean, at unit scale, [N, S, d]."""
+        raise self.without("estimate that blocks could be told")
 
     # -- figures ------------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ from dbconvert.graph.sight import Sight
 from dbconvert.graph.two_streams import TwoStreams, positions_axis, spread
 from dbconvert.plan import Rule, Table, Target
 from dbconvert.tasks.base import Change, Corruption, Embed, Inputs, Passage, along, conditioning
-from dbconvert.tasks.discrete import denoise_before_head, register_readouts, register_table
+from dbconvert.tasks.discrete import above_mean, denoise_before_head, register_readouts, register_table
 from dbconvert.tasks.language import LanguageTask, one_document
 
 
@@ -182,6 +182,10 @@ class CausalLM(LanguageTask):
 
     def denoised(self, model: nn.Module, output: Tensor) -> Tensor:
         return output.float().softmax(-1) @ self.table(model)
+
+    def told(self, model: nn.Module, expected: Tensor, z: Tensor) -> Tensor:
+        """Of noisy positions only: of a clean one nothing is predicted."""
+        return above_mean(expected, self.table(model))
 
     # -- figures ------------------------------------------------------------------------------------------
 

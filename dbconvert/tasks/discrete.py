@@ -24,6 +24,12 @@ def fresh_table(model: nn.Module) -> Tensor:
     return F.normalize(conditioning(model).get_parameter("target.weight").float(), dim=-1)
 
 
+def above_mean(expected: Tensor, table: Tensor) -> Tensor:
+    """Expected rows of a table of unit vectors less their mean, times sqrt(d): coordinates of about 1 if sure."""
+    above: Tensor = (expected - table.mean(0)) * table.shape[-1] ** 0.5
+    return above
+
+
 def register_readouts(model: nn.Module, blocks: int, width: int, features: int) -> None:
     """Adds for each block a linear from the conditioning to the shift and scale of the features before the head."""
     hollow = any(parameter.is_meta for parameter in model.parameters())

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from dbconvert.anatomy import Anatomy, Embedding, Path, SideAxes
 from dbconvert.data.sequences import IGNORED
+from dbconvert.plan import Context
+from dbconvert.recipe import Z
 from dbconvert.tasks.base import Inputs, Task
 
 
@@ -18,6 +20,8 @@ class LanguageTask(Task):
 
     text: ClassVar[bool] = True
     tried: ClassVar[bool] = True
+    contexts: ClassVar[tuple[Context, ...]] = ("raw", "features", "estimate")
+    zs: ClassVar[tuple[Z, ...]] = ("noised", "on-policy", "mixed")
 
     @staticmethod
     def obstacle(anatomy: Anatomy) -> str | None:

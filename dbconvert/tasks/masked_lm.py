@@ -12,10 +12,12 @@ from dataclasses import replace
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dbconvert.anatomy import Anatomy
 from dbconvert.data.sequences import DOCUMENTS, IGNORED
+from dbconvert.diffusion.intervals import Intervals
 from dbconvert.diffusion.preconditioning import Preconditioning
 from dbconvert.errors import DBConvertError
 from dbconvert.graph.seeing import ask_both_ways
@@ -23,7 +25,7 @@ from dbconvert.graph.sight import Sight
 from dbconvert.graph.two_streams import spread
 from dbconvert.plan import Rule, Table, Target
 from dbconvert.tasks.base import Change, Corruption, Embed, Inputs, Passage, along, conditioning
-from dbconvert.tasks.discrete import modulated, register_readouts
+from dbconvert.tasks.discrete import above_mean, modulated, register_readouts
 from dbconvert.tasks.language import LanguageTask, one_document
 
 FILLER = 0
@@ -136,6 +138,27 @@ class MaskedLM(LanguageTask):
             return torch.where(hidden[..., None], (vector * spread(look_up, rows, out.device)).to(out.dtype), out)
 
         return embed
+
+    def noisier(self, z: Tensor, level: Tensor, higher: Tensor, draw: Tensor, labels: Tensor) -> Tensor:
+        """More is hidden: each visible token with the probability that it has been revealed since."""
+        now, before = (along(self.masking.masked(t).to(draw.dtype), draw) for t in (level, higher))
+        return z | ((draw < (before - now) / (1 - now).clamp(min=1e-12)) & (labels != IGNORED))
+
+    def handover(self, intervals: Intervals, block: int) -> float:
+        """A block shows tokens all through its interval, in as many evaluations as one likes."""
+        return intervals.owned(block)[0]
+
+    def embeddings(self, model: nn.Module) -> Tensor:
+        """The network's own, normalised, [K, d]."""
+        rows = model.get_submodule(self.embedding.module).get_parameter("weight")
+        return F.normalize(rows.float(), dim=-1)
+
+    def expected(self, model: nn.Module, scores: Tensor) -> Tensor:
+        return scores.float().softmax(-1) @ self.embeddings(model)
+
+    def told(self, model: nn.Module, expected: Tensor, z: Tensor) -> Tensor:
+        """Of hidden positions only."""
+        return above_mean(expected, self.embeddings(model)) * z[..., None]
 
     # -- figures ------------------------------------------------------------------------------------------
 

@@ -1,0 +1,142 @@
+"""What earlier blocks do before one is trained or judged: they run as the sampler runs them, without gradient.
+
+Block k runs at the level of its last evaluation before block k + 1's turn. Its z comes from the truth, in a chain of
+noisier and noisier ones that begins at the block in question; or, for some examples of training, from the sampler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dbconvert.diffusion.intervals import Intervals
+from dbconvert.engine.listening import Arrival
+from dbconvert.engine.network import BlockwiseNetwork
+from dbconvert.engine.on_policy import OwnState, evaluated, own_levels, own_state
+from dbconvert.errors import UsageError
+from dbconvert.recipe import TrainOptions
+
+
+@dataclass(frozen=True)
+class Cascade:
+    """Runs the blocks before one.
+
+    Args:
+        own: the examples whose z is the sampler's own, [N] bool; None: of none.
+        generator: of draws, on the CPU; None is torch's own.
+    """
+
+    intervals: Intervals
+    own: Tensor | None = None
+    generator: torch.Generator | None = None
+
+    def __call__(self, network: BlockwiseNetwork, block: int, arrival: Arrival, labels: Tensor) -> Arrival:
+        """What reaches a block, from what reaches it as the paper has it: the same, with what it hears or on-policy."""
+        with at_rest(network):
+            if network.plan.context != "raw":
+                return self.walk(network, block, arrival, labels, self.own)
+            if self.own is None or not self.own.any():
+                return arrival
+            own = self.own  # where nothing is heard, the other examples need no earlier block
+            some = Arrival(
+                {name: value[own] for name, value in arrival.inputs.items()}, arrival.z[own], arrival.sigma[own]
+            )
+            found = self.walk(network, block, some, labels[own], own[own])
+            inputs = {name: put(value, own, found.inputs[name]) for name, value in arrival.inputs.items()}
+            return Arrival(inputs, put(arrival.z, own, found.z), put(arrival.sigma, own, found.sigma))
+
+    def walk(
+        self, network: BlockwiseNetwork, block: int, arrival: Arrival, labels: Tensor, own: Tensor | None
+    ) -> Arrival:
+        """The same with every earlier block that has to run."""
+        context = network.plan.context
+        state = None if own is None else own_state(network.task)(network, self.intervals, block, own, self.generator)
+        chain = self.noisier(network, block, arrival, labels, state)
+        heard = None
+        for k in range(0 if state is None or context != "raw" else state.first, block):
+            here = replace(chain[k], heard=heard)
+            here = here if state is None else state.meet(k, here)
+            said = evaluated(network, k, here)
+            heard = network.delivered(said.expected if context == "estimate" else None, here.z)
+            if state is not None:
+                state.move(here, said)
+        arrival = replace(arrival, heard=heard)
+        return arrival if state is None else state.arrive(arrival)
+
+    def noisier(
+        self, network: BlockwiseNetwork, block: int, arrival: Arrival, labels: Tensor, state: OwnState | None
+    ) -> list[Arrival]:
+        """What reaches the blocks before one from the truth, first to last: each less noisy than the one before it."""
+        task, chain = network.task, [arrival]
+        for k in reversed(range(block)):
+            z, sigma = chain[0].z, chain[0].sigma
+            level = torch.full_like(sigma, task.handover(self.intervals, k))
+            level = level if state is None else state.level(k, level)
+            level = torch.maximum(level, sigma)  # overlapping intervals may have drawn a higher one
+            draw = task.draw(arrival.inputs, generator=self.generator, device=None if self.generator else z.device)
+            noisier = task.noisier(z, sigma, level, draw.to(z.device), labels)
+            chain.insert(0, replace(arrival, z=noisier, sigma=level))
+        return chain
+
+
+def put(values: Tensor, where: Tensor, others: Tensor) -> Tensor:
+    """values [N, ..] with those of some examples, [N] bool, replaced."""
+    values = values.clone()
+    values[where] = others
+    return values
+
+
+@contextmanager
+def at_rest(network: BlockwiseNetwork) -> Iterator[None]:
+    """Eval mode and no gradients meanwhile."""
+    training = network.training
+    network.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        network.train(training)
+
+
+# -- which examples, and from where -----------------------------------------------------------------------------
+
+
+def approach(
+    network: BlockwiseNetwork, intervals: Intervals, block: int, sigma: Tensor, train: TrainOptions
+) -> tuple[Tensor, Cascade | None]:
+    """The levels of a batch's examples, [N] or [N, S], and what runs before their block; None where nothing does.
+
+    Args:
+        sigma: the levels that were drawn; on-policy examples get those at which the sampler meets the block.
+    """
+    own = None
+    if train.z != "noised":
+        share = 1.0 if train.z == "on-policy" else train.mixed
+        count = int(share * len(sigma) + float(torch.rand(())))
+        own = torch.arange(len(sigma), device=sigma.device) < count
+        sigma = own_levels(network.task, intervals, block, sigma, own)
+    return sigma, Cascade(intervals, own) if own is not None or network.plan.context != "raw" else None
+
+
+def noised(network: BlockwiseNetwork, intervals: Intervals, generator: torch.Generator) -> Cascade | None:
+    """What runs before a block that is judged: all z come from the truth."""
+    return None if network.plan.context == "raw" else Cascade(intervals, None, generator)
+
+
+def refuse_gaps(network: BlockwiseNetwork, intervals: Intervals, grid: list[float]) -> None:
+    """Refuses levels to sample at that pass a block over, where the next one wants to hear it.
+
+    Raises:
+        UsageError: they do.
+    """
+    run = {intervals.block_of(level) for level in grid}
+    silent = [b for b in range(intervals.blocks) if b not in run]
+    if network.plan.context != "raw" and silent:
+        raise UsageError(
+            f"{len(grid)} steps leave out block {silent[0]}, and each block hears the one before it",
+            hint="take more steps, or the default",
+        )

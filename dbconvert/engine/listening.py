@@ -1,0 +1,69 @@
+"""How a block meets what the one before it delivers: added to its stream, position by position."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dbconvert.anatomy import Axes
+from dbconvert.graph.two_streams import positions_axis
+from dbconvert.tasks.base import Change, Inputs
+
+CONTEXT = "context"
+"""Name of what blocks listen with, among what conversion adds."""
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """What reaches a block.
+
+    Args:
+        inputs: arguments of the network, batch of N.
+        z: noisy targets, [N, d] or [N, S, d], or which tokens are hidden, [N, S].
+        sigma: their levels, [N] or [N, S].
+        heard: what the block before delivers, as the stream's axes have it: of the last positions that the block runs
+            on, or of more than these. Positions before them hear nothing.
+    """
+
+    inputs: Inputs
+    z: Tensor
+    sigma: Tensor
+    heard: Tensor | None = None
+
+
+def listening(hearing: Callable[[Tensor], Tensor], heard: Tensor, axes: Axes, entry: Change | None) -> Change:
+    """What happens to the stream as it enters: `entry`, and then what is made of what is heard is added.
+
+    Args:
+        hearing: what is heard to as many positions of the stream's width.
+    """
+    sequence = positions_axis(axes)
+
+    def enter(stream: Tensor) -> Tensor:
+        stream = stream if entry is None else entry(stream)
+        there, told = stream.shape[sequence], heard.shape[sequence]
+        count = min(there, told)
+        added = hearing(heard.narrow(sequence, told - count, count)).to(stream.dtype)
+        behind = 2 - sequence  # F.pad counts axes from the last
+        return stream + F.pad(added, [0, 0] * behind + [there - count, 0])
+
+    return enter
+
+
+def as_stream(values: Tensor, axes: Axes) -> Tensor:
+    """[N, P, d] with its axes where the stream's are."""
+    order = [0 if i == axes.batch else 2 if i == axes.channel + 3 else 1 for i in range(3)]
+    return values.permute(order)
+
+
+def newest(before: Tensor | None, now: Tensor, axes: Axes) -> Tensor:
+    """What a block has delivered, where a later evaluation ran on fewer positions, the last ones."""
+    sequence = positions_axis(axes)
+    missing = 0 if before is None else before.shape[sequence] - now.shape[sequence]
+    if before is None or missing <= 0:
+        return now
+    return torch.cat([before.narrow(sequence, 0, missing), now], sequence)

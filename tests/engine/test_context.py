@@ -1,0 +1,220 @@
+"""Blocks that hear each other, from recipe to text: trained, resumed, assembled, evaluated, generated; and refusals."""
+
+import json
+from pathlib import Path
+
+import commands
+import pytest
+import torch
+
+import dbconvert
+from dbconvert.checkpoint import load_tensors
+from dbconvert.errors import UsageError
+from dbconvert.plan import parse_plan
+from dbconvert.recipe import SplitOptions, read_recipe
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on.\n" * 60
+QUICK = ["train.steps=4", "train.batch=8", "data.length=16", "eval.draws=1", "eval.sigmas=2", "log.every=1"]
+FORMS = [("features", "noised"), ("estimate", "noised"), ("raw", "on-policy"), ("features", "mixed")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A small GPT, a text, and a package for each context."""
+    folder = tmp_path_factory.mktemp("context")
+    source = (EXAMPLES / "gpt.py").read_text()
+    (folder / "gpt.py").write_text(source.replace("depth=6, width=96, heads=4", "depth=3, width=16, heads=2"))
+    (folder / "fox.txt").write_text(TEXT)
+    for context in ("raw", "features", "estimate"):
+        options = SplitOptions(blocks=3, context=context)
+        dbconvert.split(str(folder / "gpt.py"), out=str(folder / context), options=options)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def corpus(place):
+    return [*QUICK, f"data.source={place / 'fox.txt'}", "data.tokenizer=char"]
+
+
+def trained(place, corpus, context, z, out, *more):
+    return dbconvert.train(str(place / context), overrides=[*corpus, f"train.z={z}", *more], out=str(out))
+
+
+@pytest.fixture(scope="module", params=FORMS, ids="-".join)
+def run(request, place, corpus, tmp_path_factory):
+    """(form, a run of it)."""
+    return request.param, trained(place, corpus, *request.param, tmp_path_factory.mktemp("run") / "run")
+
+
+# -- from end to end --------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_evaluates_and_generates_as_its_run(run, corpus, tmp_path):
+    _, made = run
+    assert {"loss_block_2", "loss_first", "loss_zero", "accuracy_zero"} <= made.metrics.keys()
+    path = dbconvert.assemble([str(made.folder)], out=str(tmp_path / "fox.safetensors"))
+    overrides = [corpus[-2], "data.length=16", "eval.draws=1", "eval.sigmas=2"]
+    found = dbconvert.evaluate(str(path), part="validation", overrides=overrides)
+    assert found.metrics == pytest.approx(made.metrics, abs=1e-5)
+    first, again = ("".join(dbconvert.generate(str(path), "the ", tokens=8, cache=cache)) for cache in (True, False))
+    assert first == again and len(first) == 8
+
+
+def test_what_listens_is_trained_with_its_block(run, place):
+    (context, _), made = run
+    weights = [load_tensors(made.folder / "weights" / f"block-{b}.safetensors") for b in range(3)]
+    listening = [[name for name in block if ".context." in name] for block in weights]
+    if context == "raw":
+        assert listening == [[], [], []]
+        return
+    assert listening == [[], ["dbconvert.context.1.linear.weight"], ["dbconvert.context.2.linear.weight"]]
+    assert all(block[name].any() for block, names in zip(weights, listening, strict=True) for name in names)
+
+
+def test_interrupted_and_resumed_to_the_bit(run, place, corpus, tmp_path, monkeypatch):
+    from dbconvert.engine.loop import Loop
+
+    (context, z), made = run
+    whole = Loop.update
+
+    def pulled(self, block, batch):
+        if self.updates == 7:
+            raise KeyboardInterrupt
+        return whole(self, block, batch)
+
+    monkeypatch.setattr(Loop, "update", pulled)
+    with pytest.raises(KeyboardInterrupt):
+        trained(place, corpus, context, z, tmp_path / "r", "train.checkpoint_every=3")
+    monkeypatch.undo()
+    found = dbconvert.train(str(place / context), resume=True, out=str(tmp_path / "r"))
+    assert found.metrics == made.metrics
+
+
+def test_blocks_with_stems_of_their_own_hear_each_other(place, corpus, tmp_path):
+    package = str(tmp_path / "p")
+    options = SplitOptions(blocks=3, context="features", table="fresh")
+    dbconvert.split(str(place / "gpt.py"), out=package, options=options)
+    overrides = [*corpus, "train.periphery=frozen-target"]
+    made = dbconvert.train(package, overrides=overrides, out=str(tmp_path / "r"))
+    path = dbconvert.assemble([str(made.folder)], out=str(tmp_path / "fox.safetensors"))
+    found = dbconvert.evaluate(str(path), part="validation", overrides=[corpus[-2], "data.length=16", "eval.draws=1"])
+    assert found.metrics["loss_zero"] == pytest.approx(made.metrics["loss_zero"], abs=1e-5)
+
+
+def test_the_weight_of_noise_goes_by_the_level_that_was_met(place, corpus, tmp_path, monkeypatch):
+    from dbconvert.engine.loop import Loop
+
+    seen, weight = [], Loop.weight
+
+    def spied(self, sigma):
+        seen.append(sigma)
+        return weight(self, sigma)
+
+    monkeypatch.setattr(Loop, "weight", spied)
+    trained(place, corpus, "raw", "on-policy", tmp_path / "r", "train.weight=edm", "train.accumulate=2")
+    noise = json.loads((tmp_path / "r" / "noise.json").read_text())["boundaries"]
+    met = {round(value, 5) for sigma in seen for value in sigma.tolist()}
+    assert met == {round(float(torch.tensor(level)), 5) for level in noise}
+
+
+# -- what is said of it -----------------------------------------------------------------------------------------
+
+
+def test_the_split_says_that_blocks_are_not_independent(place, tmp_path):
+    told = commands.as_json("split", place / "gpt.py", "--context", "features", "-o", tmp_path / "p", "--json")
+    assert told["context"] == "features" and "none can be trained alone" in told["warnings"][0]
+    readme = (tmp_path / "p" / "README.md").read_text()
+    assert "not independent" in readme and "--block" not in readme
+    assert json.loads((tmp_path / "p" / "plan.json").read_text())["context"] == "features"
+    assert "--block 0" in (place / "raw" / "README.md").read_text()
+
+
+def test_activations_count_what_is_heard(place, corpus):
+    """The dry run measures the block's own pass, with the features that its linear map keeps."""
+    from dbconvert.engine.outline import outline
+
+    kept = {c: outline(str(place / c), overrides=corpus).memory for c in ("raw", "features")}
+    raw, heard = ([unit.activations for unit in memory.units] for memory in kept.values())
+    features = 8 * 2 * 16 * 16 * 4  # [N, 2S, d] in 32 bits
+    assert heard[0] == raw[0] and all(raw[b] + features <= heard[b] < raw[b] + 3 * features for b in (1, 2))
+    more = [f.trainable - r.trainable for f, r in zip(kept["features"].units, kept["raw"].units, strict=True)]
+    assert more == [0, 16 * 16, 16 * 16]
+
+
+# -- what was there before --------------------------------------------------------------------------------------
+
+
+def test_plans_and_recipes_without_these_words_mean_the_paper_s_form(place):
+    data = json.loads((place / "raw" / "plan.json").read_text())
+    plan = parse_plan(data, file="")
+    assert data.pop("context") == "raw" and parse_plan(data, file="") == plan
+    assert not any("context" in key for key in plan.shapes)
+    recipe = place / "raw" / "recipe.yaml"
+    older = recipe.with_name("older.yaml")
+    kept = [line for line in recipe.read_text().splitlines() if line.strip() not in ("z: noised", "mixed: 0.5")]
+    older.write_text("\n".join(kept))
+    assert len(kept) == len(recipe.read_text().splitlines()) - 2 and read_recipe(older) == read_recipe(recipe)
+
+
+# -- errors -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("context", "overrides", "message"),
+    [
+        ("features", [], "no block can be trained alone: the plan's context is `features`"),
+        ("raw", ["train.z=on-policy"], "no block can be trained alone with train.z=on-policy"),
+        ("raw", ["train.z=mixed"], "no block can be trained alone with train.z=mixed"),
+    ],
+)
+def test_no_block_alone(place, corpus, tmp_path, context, overrides, message):
+    with pytest.raises(UsageError, match=message):
+        overrides = [*corpus, "train.periphery=frozen-target", *overrides]
+        dbconvert.train(str(place / context), overrides=overrides, block=1, out=str(tmp_path / "r"))
+    assert not (tmp_path / "r").exists()
+
+
+def test_tasks_without_a_context(tmp_path):
+    vit = str(EXAMPLES / "vit.py")
+    with pytest.raises(UsageError, match="task classification has no context `features`"):
+        dbconvert.split(vit, options=SplitOptions(context="features"), dry_run=True)
+    with pytest.raises(UsageError, match="task classification has no train.z `mixed`"):
+        dbconvert.train("vit_digits", overrides=["train.z=mixed"], out=str(tmp_path / "r"))
+
+
+def test_one_block_hears_nothing(place):
+    with pytest.raises(UsageError, match="there is only one"):
+        dbconvert.split(str(place / "gpt.py"), options=SplitOptions(blocks=1, context="estimate"), dry_run=True)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("train.mixed=0.3", "train.mixed is the on-policy share"), ("train.z=off", "z"), ("train.mixed=2", "mixed")],
+)
+def test_recipes_that_make_no_sense(place, corpus, tmp_path, override, message):
+    with pytest.raises(UsageError, match=message):
+        dbconvert.train(str(place / "raw"), overrides=[*corpus, override], out=str(tmp_path / "r"))
+
+
+def test_unknown_contexts(place):
+    failed = commands.dbconvert("split", place / "gpt.py", "--context", "feature", "--dry-run", code=2)
+    assert "context" in failed.stderr
+
+
+def test_steps_that_pass_a_block_over(run, corpus):
+    (context, _), made = run
+    overrides = ["eval.steps=2", "eval.draws=1", "eval.sigmas=0"]
+    if context == "raw":
+        assert dbconvert.evaluate(str(made.folder), part="validation", overrides=overrides).metrics["loss_zero"] > 0
+        return
+    with pytest.raises(UsageError, match="2 steps leave out block 1"):
+        dbconvert.evaluate(str(made.folder), part="validation", overrides=overrides)
