@@ -43,6 +43,7 @@ TRUST = Annotated[
 ]
 DROP = Annotated[bool, typer.Option("--drop-extra", help="Leave out weights that the network does not have.")]
 PROVE = Annotated[bool, typer.Option("--prove", help="Prove a large network on its own weights, whatever they take.")]
+CONTEXT = Annotated[str, typer.Option(help="What a block hears of the one before it: raw, features or estimate.")]
 JSON = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 FORCE = Annotated[bool, typer.Option("--force", help="Replace what is there, if dbconvert wrote it.")]
 OVERRIDES = Annotated[
@@ -99,9 +100,7 @@ def split(
     tokenizer: Annotated[str | None, typer.Option(help="byte, char, or a Transformers folder or hub id.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens an example.")] = None,
     table: Annotated[str | None, typer.Option(help="Target table: own embeddings or fresh.")] = None,
-    context: Annotated[
-        str, typer.Option(help="What a block hears of the one before it: raw (nothing), features or estimate.")
-    ] = "raw",
+    context: CONTEXT = "raw",
     weights: WEIGHTS = None,
     noise: Annotated[str | None, typer.Option(help="auto, edm or mask; the task's own by default.")] = None,
     p_mean: Annotated[float | None, typer.Option(help="Mean of ln sigma (edm).")] = None,
@@ -192,6 +191,7 @@ def estimate(
     size: Annotated[int | None, typer.Option(help="Height and width of pictures.")] = None,
     precision: Annotated[str, typer.Option(help="fp32, or bf16 (autocast: weights stay in 32 bits).")] = "fp32",
     optimizer: Annotated[str, typer.Option(help="adamw, adamw8bit or sgd.")] = "adamw",
+    context: CONTEXT = "raw",
     stack: STACK = None,
     seed: SEED = 0,
     trust_remote_code: TRUST = False,
@@ -210,6 +210,7 @@ def estimate(
         "memory": None if memory is None else whole_bytes(memory, "--memory"),
         "case": {"batch": batch, "length": length, "size": size, "precision": precision},
         "optimizer": optimizer,
+        "context": context,
     }
     request = parse(Request, options, file="the command line")
     try:

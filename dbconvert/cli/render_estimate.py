@@ -46,7 +46,8 @@ def row_json(row: Row, found: Estimate) -> dict[str, Any]:
         for setting, holding in row.holdings.items()
     ]
     counts = {"blocks": row.blocks, "layers": row.layers, "evaluations": row.evaluations, "passes": row.passes}
-    return {**counts, "updates": held}
+    told = {"before": row.before} if row.before else {}
+    return {**counts, **told, "updates": held}
 
 
 def show_estimate(found: Estimate, *, everything: bool) -> None:
@@ -121,10 +122,14 @@ def cost_table(rows: list[Row]) -> Table:
         "blocks", "layers an\nupdate", "updates for the\nlayers of one\nend-to-end", "evaluations\na prediction",
         "layers a\nprediction", "against\nend-to-end", title="cost",
     )  # fmt: skip
+    told = any(row.before for row in rows)
+    if told:
+        table.add_column("layers before it,\nforward only", overflow="fold")
     for row in rows:
         ratio = f"{row.evaluations / whole:.2f} x"
         updates = "1" if row.blocks is None else str(row.blocks)
-        table.add_row(name(row), str(row.layers), updates, str(row.passes), str(row.evaluations), ratio)
+        before = [f"{row.before:.3g}"] * told
+        table.add_row(name(row), str(row.layers), updates, str(row.passes), str(row.evaluations), ratio, *before)
     return table
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from dbconvert.engine.ablation import STEP, evidence
 from dbconvert.engine.convert import converted
-from dbconvert.engine.decide import decide, refuse_uncuttable
+from dbconvert.engine.decide import decide, refuse_context, refuse_uncuttable
 from dbconvert.engine.estimate_records import SETTINGS, Advice, Estimate, Request, Row, Setting
 from dbconvert.engine.holdings import Holding, Inventory, OptimizerName, holding, inventory
 from dbconvert.engine.layer_kinds import layer_kinds
@@ -16,11 +16,12 @@ from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.engine.opening import Opened, open_and_analyse
 from dbconvert.engine.rehearsal import Case, Rehearsal
 from dbconvert.events import Reporter, Stage, silent
-from dbconvert.plan import NoiseRule, Rule, cut
+from dbconvert.plan import Context, NoiseRule, Rule, cut
 from dbconvert.recipe import SplitOptions
 from dbconvert.tasks.registry import choose_task
 
 USUAL_LENGTH = 1024
+RESIDENT_OR_AWAY = "resident: `train` of all blocks; away: a job of one block (`train --block N`)"
 
 
 def estimate(
@@ -49,10 +50,10 @@ def estimate(
     )
     refuse_uncuttable(opened.anatomy)
     case, optimizer, memory = with_usual_length(opened, request.case), request.optimizer, request.memory
-    network = as_one_block(opened)
+    network = as_one_block(opened, request.context)
     report(Stage("measuring the updates"))
     rows = rows_at(opened, network, case, optimizer)
-    smallest = {setting: fewest(rows, setting, memory) for setting in SETTINGS}
+    smallest = {setting: fewest(rows, setting, memory) for setting in settings(network)}
     best = choose(smallest)
     found = Estimate(
         network=opened.anatomy.network,
@@ -83,7 +84,8 @@ def rows_at(
         meter = Meter(rehearsal, layer_kinds(opened.model, opened.anatomy))
         if only is not None:
             return (row(meter, weights, depth, only),)
-        return (end_to_end(meter, weights), *(row(meter, weights, depth, count) for count in range(1, depth + 1)))
+        fewest = 1 if network.plan.context == "raw" else 2
+        return (end_to_end(meter, weights), *(row(meter, weights, depth, count) for count in range(fewest, depth + 1)))
 
 
 def with_usual_length(opened: Opened, case: Case) -> Case:
@@ -95,11 +97,17 @@ def with_usual_length(opened: Opened, case: Case) -> Case:
     return case
 
 
-def as_one_block(opened: Opened) -> BlockwiseNetwork:
+def settings(network: BlockwiseNetwork) -> tuple[Setting, ...]:
+    """Blocks that hear each other have to be there."""
+    return tuple(setting for setting in SETTINGS if network.plan.context == "raw" or setting.inactive == "resident")
+
+
+def as_one_block(opened: Opened, context: Context = "raw") -> BlockwiseNetwork:
     """The network converted as one block of all layers, from which every run of layers can be tried."""
     anatomy = opened.anatomy
     chosen = choose_task(anatomy, None)
-    options, whole = SplitOptions(start="original"), cut(anatomy.depth, blocks=1)
+    options, whole = SplitOptions(start="original", context=context), cut(anatomy.depth, blocks=1)
+    refuse_context(options, chosen, blocks=2)
     rule: Rule = "mask" if chosen is not None and chosen.rule == "mask" else "edm"
     plan, _ = decide(opened, options, NoiseRule(rule=rule), chosen, whole)
     task = chosen(anatomy, plan.target, plan.noise) if chosen is not None and plan.target is not None else None
@@ -121,11 +129,13 @@ def row(meter: Meter, weights: Inventory, depth: int, count: int) -> Row:
     blocks = cut(depth, blocks=count)
     sizes = [last - first + 1 for first, last in blocks]
     holdings = {}
-    for setting in SETTINGS:
+    for setting in settings(meter.rehearsal.network):
         needs = (block_holding(meter, weights, block, count, setting) for block in blocks)
         holdings[setting] = max(needs, key=lambda need: need.total)
     # Levels from sigma_max to sigma_min, one at each boundary: every block runs once, the last one twice.
-    return Row(count, max(sizes), holdings, depth + sizes[-1], count + 1)
+    told = meter.rehearsal.network.plan.context != "raw"
+    before = sum(first for first, _ in blocks) / count if told else 0.0
+    return Row(count, max(sizes), holdings, depth + sizes[-1], count + 1, before)
 
 
 def block_holding(meter: Meter, weights: Inventory, block: tuple[int, int], count: int, setting: Setting) -> Holding:
@@ -180,8 +190,13 @@ def notes(network: BlockwiseNetwork, optimizer: OptimizerName) -> Iterator[str]:
         f"update, and stem and readout as often as there are blocks: {STEP}"
     )
     yield "measured as what autograd saves on the kernels of the CPU; those of other devices may save other tensors"
+    if network.plan.context != "raw":
+        yield (
+            f"context {network.plan.context}: before an update of a block the layers before it run forward, without "
+            "gradient; their weights have to be there, and what they hold meanwhile is not counted"
+        )
     yield (
-        "resident: `train` of all blocks; away: a job of one block (`train --block N`)"
+        ("resident: `train` of all blocks" if network.plan.context != "raw" else RESIDENT_OR_AWAY)
         + ("; `train` does not offer AdamW with 8-bit state yet" if optimizer == "adamw8bit" else "")
     )
     if network.decided_task is None:

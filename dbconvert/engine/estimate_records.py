@@ -7,6 +7,7 @@ from typing import Literal
 
 from dbconvert.engine.holdings import Holding, OptimizerName
 from dbconvert.engine.rehearsal import Case
+from dbconvert.plan import Context
 from dbconvert.schema import Positive, record
 
 Where = Literal["resident", "away"]
@@ -19,11 +20,13 @@ class Request:
     Args:
         memory: of the device, in bytes; None chooses nothing.
         case: batch, length, size and precision of an update.
+        context: what blocks hear of each other.
     """
 
     memory: Positive | None = None
     case: Case = Case()
     optimizer: OptimizerName = "adamw"
+    context: Context = "raw"
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Row:
         layers: of its largest block: what one update runs forward and backward.
         holdings: what an update of the block that needs most holds, by setting; end-to-end has no inactive blocks.
         evaluations: layers that run for one prediction from noise; `passes` counts those through stem and head.
+        before: layers that run forward first, without gradient, for blocks to be told; the mean over the blocks.
     """
 
     blocks: int | None
@@ -57,6 +61,7 @@ class Row:
     holdings: dict[Setting, Holding]
     evaluations: int
     passes: int
+    before: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Literal
 
 from torch import nn
 
+from dbconvert.engine.listening import CONTEXT
 from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.graph.inject import PREFIX
 
@@ -68,6 +69,7 @@ class Inventory:
         originals: the network before conversion.
         layers: each layer with its modulation.
         each: what every block has beside its layers: its noise embedder, and its part of the task.
+        hearing: what every block but the first one listens with.
         periphery: stem, readout and targets, which every block trains.
     """
 
@@ -75,15 +77,17 @@ class Inventory:
     layers: tuple[Weights, ...]
     each: Weights
     periphery: Weights
+    hearing: Weights
 
     def block(self, first: int, last: int) -> Weights:
-        return sum(self.layers[first : last + 1], Weights()) + self.each
+        own = sum(self.layers[first : last + 1], Weights()) + self.each
+        return own + self.hearing if first else own
 
     def in_use(self, first: int, last: int) -> Weights:
         return self.block(first, last) + self.periphery
 
     def all_blocks(self, count: int) -> Weights:
-        return sum(self.layers, Weights()) + self.each * count + self.periphery
+        return sum(self.layers, Weights()) + self.each * count + self.periphery + self.hearing * (count - 1)
 
 
 def inventory(network: BlockwiseNetwork, optimizer: OptimizerName) -> Inventory:
@@ -96,6 +100,8 @@ def inventory(network: BlockwiseNetwork, optimizer: OptimizerName) -> Inventory:
         part, _, rest = key.removeprefix(PREFIX + ".").partition(".")
         if own and part == "modulation":
             home: int | str = int(rest.partition(".")[0])
+        elif own and part == CONTEXT:
+            home = "hearing"
         elif own:
             home = "each" if network.owner(key) is not None else "periphery"
         else:
@@ -108,6 +114,7 @@ def inventory(network: BlockwiseNetwork, optimizer: OptimizerName) -> Inventory:
         tuple(weights(found.get(i, []), optimizer) for i in range(anatomy.depth)),
         weights(found.get("each", []), optimizer),
         weights(found.get("periphery", []), optimizer),
+        weights(found.get("hearing", []), optimizer),
     )
 
 

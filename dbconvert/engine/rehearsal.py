@@ -14,7 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dbconvert.engine.cascade import at_rest
+from dbconvert.engine.listening import Arrival
 from dbconvert.engine.network import BlockwiseNetwork
+from dbconvert.engine.on_policy import evaluated
 from dbconvert.errors import DBConvertError, UsageError
 from dbconvert.graph.account import only_inputs_kept, saved_bytes
 from dbconvert.graph.fake import NEEDS_NUMBERS, fake_like
@@ -133,8 +136,16 @@ class Rehearsal:
         if layers is not None:
             self.as_block(layers)
             eps = task.draw(inputs, device=torch.device(self.device))
-        losses: Tensor = network(None if eps is None else 0, inputs, labels, sigma, eps)
+        told = self.told if eps is not None and network.plan.context != "raw" else None
+        losses: Tensor = network(None if eps is None else 0, inputs, labels, sigma, eps, before=told)
         return losses.mean()
+
+    @staticmethod
+    def told(network: BlockwiseNetwork, block: int, arrival: Arrival, _: Tensor) -> Arrival:
+        """The block's own layers stand for those before it: what they deliver has the same shape."""
+        with at_rest(network):
+            said = evaluated(network, block, arrival)
+            return replace(arrival, heard=network.delivered(said.expected, arrival.z))
 
     def output_loss(self, layers: range | None, inputs: Inputs) -> Tensor:
         """Of a network without a task: the cross-entropy of all it gives, or the square where it has no head."""

@@ -9,6 +9,8 @@ import torch
 
 import dbconvert
 from dbconvert.checkpoint import load_tensors
+from dbconvert.engine.estimate_records import Request, Setting
+from dbconvert.engine.rehearsal import Case
 from dbconvert.errors import UsageError
 from dbconvert.plan import parse_plan
 from dbconvert.recipe import SplitOptions, read_recipe
@@ -150,6 +152,65 @@ def test_activations_count_what_is_heard(place, corpus):
     assert more == [0, 16 * 16, 16 * 16]
 
 
+@pytest.mark.parametrize("context", ["features", "estimate"])
+def test_estimates_count_what_training_measures(place, corpus, context):
+    from dbconvert.engine.outline import outline
+
+    found = dbconvert.estimate(str(place / "gpt.py"), request=Request(case=Case(8, 16), context=context))
+    assert [row.blocks for row in found.rows] == [None, 2, 3]
+    three = found.rows[-1]
+    assert three.before == 1.0 and {setting.inactive for setting in three.holdings} == {"resident"}
+    memory = outline(str(place / context), overrides=corpus).memory
+    held = three.holdings[Setting("resident", False)]
+    assert held.activations == pytest.approx(memory.units[2].activations, rel=0.01)
+    assert held.gradients == 4 * memory.units[2].trainable and held.parameters == 4 * memory.resident_parameters
+
+
+def test_estimates_of_tasks_without_a_context():
+    with pytest.raises(UsageError, match="task classification has no context `features`"):
+        dbconvert.estimate(str(EXAMPLES / "vit.py"), request=Request(context="features"))
+
+
+# -- masked text ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def masked(place):
+    """A recipe on a tiny encoder."""
+    source = (EXAMPLES / "encoder.py").read_text()
+    start, end = source.index("    return Encoder("), source.index("def example_inputs")
+    tiny = "    return Encoder(vocabulary=64, positions=16, depth=3, width=16, heads=2)\n\n\n"
+    example = source[end:].replace("2 * 32).view(2, 32) % 128", "2 * 12).view(2, 12) % 64")
+    (place / "encoder.py").write_text(source[:start] + tiny + example)
+    (place / "masked.yaml").write_text(
+        "source: encoder.py\ntask: masked_lm\nsplit: {blocks: 3}\n"
+        "data: {source: fox.txt, tokenizer: char, length: 16, cache: cache}\n"
+        "train: {steps: 4, batch: 8}\neval: {draws: 1}\n"
+    )
+    return str(place / "masked.yaml")
+
+
+@pytest.mark.parametrize(("context", "z"), FORMS)
+def test_masked_text_in_every_form(masked, place, tmp_path, context, z):
+    overrides = [f"split.context={context}", f"train.z={z}"]
+    made = dbconvert.train(masked, overrides=overrides, out=str(tmp_path / "r"))
+    assert 0 < made.metrics["bits_per_character_low"] < made.metrics["bits_per_character"] < 8
+    path = dbconvert.assemble([str(made.folder)], out=str(tmp_path / "m.safetensors"))
+    source = [f"data.source={place / 'fox.txt'}", "eval.draws=1"]
+    found = dbconvert.evaluate(str(path), part="validation", overrides=source)
+    assert found.metrics == pytest.approx(made.metrics, rel=1e-5)
+    assert len("".join(dbconvert.generate(str(path), "the ", tokens=8))) == 8
+
+
+def test_masked_blocks_with_stems_of_their_own(masked, tmp_path):
+    alone = ["train.periphery=frozen-target", "split.context=features", "train.z=mixed"]
+    made = dbconvert.train(masked, overrides=alone, out=str(tmp_path / "r"))
+    path = dbconvert.assemble([str(made.folder)], out=str(tmp_path / "m.safetensors"))
+    assert len("".join(dbconvert.generate(str(path), "the ", tokens=8))) == 8
+    with pytest.raises(UsageError, match="the estimate that blocks hear is told in the network's own embeddings"):
+        dbconvert.train(masked, overrides=[*alone, "split.context=estimate"], out=str(tmp_path / "other"))
+
+
 # -- what was there before --------------------------------------------------------------------------------------
 
 
@@ -187,7 +248,7 @@ def test_tasks_without_a_context(tmp_path):
     vit = str(EXAMPLES / "vit.py")
     with pytest.raises(UsageError, match="task classification has no context `features`"):
         dbconvert.split(vit, options=SplitOptions(context="features"), dry_run=True)
-    with pytest.raises(UsageError, match="task classification has no train.z `mixed`"):
+    with pytest.raises(UsageError, match=r"task classification has no train\.z `mixed`"):
         dbconvert.train("vit_digits", overrides=["train.z=mixed"], out=str(tmp_path / "r"))
 
 

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from dbconvert.data.sequences import DOCUMENTS, IGNORED
+from dbconvert.engine.convert import hearings
+from dbconvert.engine.listening import CONTEXT
 from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.engine.noise import fit_noise
 from dbconvert.errors import DBConvertError, Refused
@@ -27,7 +29,7 @@ def anatomy_of(name):
     return model, replace(anatomy, causal=is_causal(model, anatomy))
 
 
-def converted(name, blocks=2, schedule="linear", power=None):
+def converted(name, blocks=2, schedule="linear", power=None, context="raw"):
     """A converted network with loud conditioning, so that whatever reaches it shows."""
     torch.manual_seed(0)
     model, anatomy = anatomy_of(name)
@@ -35,14 +37,17 @@ def converted(name, blocks=2, schedule="linear", power=None):
     task = MaskedLM(anatomy, MaskedLM.learn(model, anatomy, MaskedLM.decide(anatomy)), rule)
     run = inject(model, anatomy, blocks=blocks, width=WIDTH, start="original")
     task.register(model, blocks=blocks, width=WIDTH, seed=0)
-    for parameter in model.dbconvert.parameters():
-        parameter.data.normal_(std=0.3)
     cut = tuple((b * 4 // blocks, (b + 1) * 4 // blocks - 1) for b in range(blocks))
     plan = Plan(
         schema_version=1, versions={}, source=None, anatomy=anatomy, blocks=cut, start="original",
         condition_width=WIDTH, task="masked_lm", target=task.target, noise=rule,
         preview=fit_noise(rule, blocks, None, None, ""), weights="", pretrained=False, files={}, shapes={},
+        context=context,
     )  # fmt: skip
+    if context != "raw":
+        model.dbconvert.add_module(CONTEXT, hearings(plan))
+    for parameter in model.dbconvert.parameters():
+        parameter.data.normal_(std=0.3)
     return BlockwiseNetwork(model, run, task, plan, tuple(range(blocks)), "shared").eval()
 
 
