@@ -201,7 +201,7 @@ class Writer:
         corruption = self.network.corrupted(block, z, level)
         passage = self.task.next_passage(self.network.model, block, inputs, corruption, prefix, self.scale)
         try:
-            scores = self.network.pass_through(block, passage, heard=heard)
+            scores = self.network.pass_through(block, passage, heard=heard, tells=True)
         except (RuntimeError, ValueError, IndexError) as error:
             raise DBConvertError(
                 f"the network fails on {written.shape[1] + 1} tokens: {str(error).splitlines()[0]}",

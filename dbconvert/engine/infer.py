@@ -45,8 +45,9 @@ def sample(
     for i, sigma in enumerate(grid):
         level = torch.full((len(first),), sigma, device=first.device)
         block = intervals.block_of(sigma)
-        outputs.append(network.denoise(block, inputs, z, level, heard=said.get(block - 1)))
-        if i + 1 < len(grid):
+        more = i + 1 < len(grid)
+        outputs.append(network.denoise(block, inputs, z, level, heard=said.get(block - 1), tells=more))
+        if more:
             denoised = network.task.denoised(network.model, outputs[-1])
             said[block] = network.delivered(denoised, z)
             z = euler_step(z, denoised, sigma, grid[i + 1])

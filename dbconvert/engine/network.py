@@ -155,10 +155,12 @@ class BlockwiseNetwork(nn.Module):
         sigma: Tensor,
         hold: list[Tensor] | None = None,
         heard: Tensor | None = None,
+        *,
+        tells: bool = False,
     ) -> Tensor:
-        """The output of one block for what reaches it, as `Arrival` has it; `hold` as in `pass_through`."""
+        """The output of one block for what reaches it, as `Arrival` has it; `hold` and `tells` as in `pass_through`."""
         passage = self.task.passage(self.model, block, inputs, self.corrupted(block, z, sigma))
-        return self.pass_through(block, passage, hold, heard)
+        return self.pass_through(block, passage, hold, heard, tells=tells)
 
     def untold(
         self, inputs: Inputs, z: Tensor, sigma: Tensor, layers: range | None, hold: list[Tensor] | None = None
@@ -177,19 +179,28 @@ class BlockwiseNetwork(nn.Module):
         return Corruption(z, sigma, condition, scaling)
 
     def pass_through(
-        self, block: int, passage: Passage, hold: list[Tensor] | None = None, heard: Tensor | None = None
+        self,
+        block: int,
+        passage: Passage,
+        hold: list[Tensor] | None = None,
+        heard: Tensor | None = None,
+        *,
+        tells: bool = False,
     ) -> Tensor:
         """The network's output when one block runs as a task says.
 
         Args:
             hold: takes the features that enter the head, which gives nothing then.
             heard: what the block before delivers, as `delivered` gives it.
+            tells: the next block will hear this one: `delivered` can be asked, and all that leaves the layers is made.
         """
         self.run.reset()
         self.run.hold = hold
-        self.run.keep = self.plan.context == "features"
+        self.run.keep = tells and self.plan.context == "features"
         self.run.active = self.plan.layers_of(block)
         passage.steer(self.run)
+        if self.run.keep:
+            self.run.last = None
         if heard is not None:
             hearing = self.conditioning.get_submodule(f"{CONTEXT}.{block}")
             self.run.entry = listening(hearing, heard, self.plan.anatomy.axes, passage.entry)

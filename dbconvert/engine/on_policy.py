@@ -46,7 +46,7 @@ class Said:
 
 def evaluated(network: BlockwiseNetwork, block: int, here: Arrival) -> Said:
     hold: list[Tensor] = []
-    network.denoise(block, here.inputs, here.z, here.sigma, hold, here.heard)
+    network.denoise(block, here.inputs, here.z, here.sigma, hold, here.heard, tells=True)
     return Said(network, block, hold[0])
 
 

@@ -61,7 +61,7 @@ def unmask(
         level = torch.full((len(tokens),), t, device=tokens.device)
         if layers is None:
             block = intervals.block_of(t)
-            scores = network.denoise(block, {argument: tokens}, hidden, level, heard=said.get(block - 1))
+            scores = network.denoise(block, {argument: tokens}, hidden, level, heard=said.get(block - 1), tells=True)
             expected = task.expected(network.model, scores) if network.plan.context == "estimate" else None
             said[block] = network.delivered(expected, hidden)
         else:

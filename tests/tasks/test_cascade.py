@@ -58,7 +58,7 @@ def together(network, tokens, cascade):
     heard, found = None, []
     for block, (z, sigma) in enumerate(cascade):
         level = torch.full((len(tokens),), sigma)
-        found.append(network.denoise(block, given(network, tokens), z, level, heard=heard))
+        found.append(network.denoise(block, given(network, tokens), z, level, heard=heard, tells=True))
         heard = network.delivered(network.task.denoised(network.model, found[-1]), z)
     return found
 
@@ -72,6 +72,32 @@ def alone(made, tokens, cascade, i):
         found.append(made.evaluate(block, tokens[:, :i], here, sigma, None, heard))
         heard = made.network.delivered(made.task.denoised(made.network.model, found[-1]), here)
     return found
+
+
+class Entered:
+    """Records the stream that enters the layers of every block, while it is open."""
+
+    def __init__(self, network):
+        self.network, self.seen = network, []
+
+    def __enter__(self):
+        network, plain = self.network, self.network.call
+
+        def call(block, inputs):
+            entry = network.run.entry or (lambda stream: stream)
+
+            def enter(stream):
+                self.seen.append((block, entry(stream).detach().clone()))
+                return self.seen[-1][1]
+
+            network.run.entry = enter
+            return plain(block, inputs)
+
+        network.call = call
+        return self
+
+    def __exit__(self, *_):
+        del self.network.call
 
 
 # -- causality --------------------------------------------------------------------------------------------------
@@ -114,10 +140,9 @@ def test_clean_positions_hear_no_estimate():
     streams = []
     for context in ("raw", "estimate"):
         network = writer("gpt", context).network
-        network.run.keep = None
-        hook = layer_of(network, 2).register_forward_pre_hook(lambda _, args: streams.append(args[0]))
-        together(network, start(), noises(network))
-        hook.remove()
+        with Entered(network) as entered:
+            together(network, start(), noises(network))
+        streams.append(entered.seen[-1][1])
     raw, told = streams
     assert torch.equal(raw[:, :LENGTH], told[:, :LENGTH]) and not torch.allclose(raw, told, atol=1e-2)
 
@@ -168,26 +193,6 @@ def test_steps_that_pass_a_block_over_are_refused():
 def layer_of(network, block):
     anatomy = network.plan.anatomy
     return network.model.get_submodule(anatomy.layers[network.plan.layers_of(block).start].path)
-
-
-class Entered:
-    """Records what enters the first layer of every block, while it is open."""
-
-    def __init__(self, network):
-        self.network, self.seen = network, []
-
-    def __enter__(self):
-        self.hooks = [
-            layer_of(self.network, b).register_forward_pre_hook(
-                lambda _, args, b=b: self.seen.append((b, args[0].detach().clone()))
-            )
-            for b in range(BLOCKS)
-        ]
-        return self
-
-    def __exit__(self, *_):
-        for hook in self.hooks:
-            hook.remove()
 
 
 @pytest.mark.parametrize("context", ["raw", *CONTEXTS])
@@ -263,9 +268,9 @@ def noise_levels(made, monkeypatch, sigma, examples=400):
     seen, network = [], made.network
     denoise = BlockwiseNetwork.denoise
 
-    def spied(self, block, inputs, z, sigma, hold=None, heard=None):
+    def spied(self, block, inputs, z, sigma, *args, **kwargs):
         seen.append((block, z, sigma))
-        return denoise(self, block, inputs, z, sigma, hold, heard)
+        return denoise(self, block, inputs, z, sigma, *args, **kwargs)
 
     tokens = start(examples=examples)
     eps = network.task.draw(given(network, tokens), generator=torch.Generator().manual_seed(3))
@@ -354,7 +359,8 @@ def test_earlier_blocks_run_in_eval_mode_and_the_mode_comes_back():
     loss(network, made.intervals, 2)
     for hook in hooks:
         hook.remove()
-    assert modes == [(0, False), (1, False), (2, True)] and all(m.training for m in network.modules())
+    assert list(dict.fromkeys(modes)) == [(0, False), (1, False), (2, True)]
+    assert all(module.training for module in network.modules())
 
 
 def test_weights_cast_without_gradient_are_not_used_again():
@@ -387,4 +393,4 @@ def test_a_block_that_has_not_learnt_to_listen_is_a_raw_one():
         told.conditioning.get_parameter(f"context.{block}.linear.weight").data.zero_()
     cascade = noises(raw)
     for one, other in zip(together(raw, start(), cascade), together(told, start(), cascade), strict=True):
-        assert torch.equal(one, other)
+        assert torch.allclose(one, other, atol=1e-4)

@@ -27,9 +27,9 @@ class Watched:
         self.seen = []
         plain = BlockwiseNetwork.denoise
 
-        def spied(network, block, inputs, z, sigma, hold=None, heard=None):
+        def spied(network, block, inputs, z, sigma, hold=None, heard=None, *, tells=False):
             self.seen.append((block, inputs, z, sigma, heard))
-            return plain(network, block, inputs, z, sigma, hold, heard)
+            return plain(network, block, inputs, z, sigma, hold, heard, tells=tells)
 
         monkeypatch.setattr(BlockwiseNetwork, "denoise", spied)
 
