@@ -22,6 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from context_tables import context_parts
 from families import family_parts
 from masked_tables import masked_parts
 from refusals import refusal_parts
@@ -118,6 +119,7 @@ def parts(results: dict[str, Any]) -> dict[str, str]:
         **refusal_parts(),
         **text_parts(),
         **masked_parts(),
+        **context_parts(),
     }
 
 
