@@ -9,6 +9,9 @@ Verdu 2005; Kingma et al. 2021 for denoisers that are not perfect). The end term
 serves. Above sigma_max, z is drawn from a normal of deviation sigma_max around D(0, sigma_max), which knows the prefix
 only, and the first term is what that costs; D of a noisy z would know of y, and the sum would bound nothing. Below
 sigma_min nothing is denoised any more: the token is read off z by the last block's scores.
+
+Where a block hears its predecessor, its D knows a noisier z too, of a path that the true process takes: the reverse
+process may look back along its own path, and the sum stays a bound (`evidence.py` says the same of hidden tokens).
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import torch
 from torch import Tensor
 
 from dbconvert.diffusion.intervals import Intervals
+from dbconvert.engine.cascade import noised
 from dbconvert.engine.evidence import bits_per_character, by_block, gathered, mean_and_error, with_interval
 from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.tasks.base import Inputs
@@ -72,26 +76,30 @@ class Bound:
             place = (draw + torch.rand(len(labels), generator=generator, dtype=torch.float64)) / self.draws
             sigma = (low * (high / low) ** place).to(labels.device)
             z = self.noisy(inputs, labels, sigma, generator)
-            total += self.errors(block, inputs, labels, z, sigma) / sigma.square() * math.log(high / low)
+            total += self.errors(block, inputs, labels, z, sigma, generator) / sigma.square() * math.log(high / low)
             if block == self.intervals.blocks - 1:
                 total += self.readout(block, inputs, labels, low, generator)
         total /= self.draws
         if block == 0:
             sigma = torch.full_like(total, high)
             z = torch.zeros(self.network.task.target_shape(inputs), device=labels.device)
-            total += self.errors(block, inputs, labels, z, sigma) / (2 * high**2)
+            total += self.errors(block, inputs, labels, z, sigma, generator) / (2 * high**2)
         return total
 
     def readout(self, block: int, inputs: Inputs, labels: Tensor, level: float, generator: torch.Generator) -> Tensor:
         """Cross-entropies at a level, summed over the positions of one noisy copy of each example, [N] double."""
         sigma = torch.full((len(labels),), level, dtype=torch.float64, device=labels.device)
         z = self.noisy(inputs, labels, sigma, generator)
-        losses = self.network.told(block, inputs, labels, z, sigma.float(), self.network.task.losses)
+        before = noised(self.network, self.intervals, generator)
+        losses = self.network.told(block, inputs, labels, z, sigma.float(), self.network.task.losses, before)
         return self.summed(losses, labels)
 
-    def errors(self, block: int, inputs: Inputs, labels: Tensor, z: Tensor, sigma: Tensor) -> Tensor:
+    def errors(
+        self, block: int, inputs: Inputs, labels: Tensor, z: Tensor, sigma: Tensor, generator: torch.Generator
+    ) -> Tensor:
         """|y - D|^2, summed over positions, [N] double."""
-        return self.summed(self.network.told(block, inputs, labels, z, sigma.float(), self.apart), labels)
+        before = noised(self.network, self.intervals, generator)
+        return self.summed(self.network.told(block, inputs, labels, z, sigma.float(), self.apart, before), labels)
 
     def apart(self, scores: Tensor, labels: Tensor) -> Tensor:
         task, model = self.network.task, self.network.model

@@ -130,14 +130,25 @@ class BlockwiseNetwork(nn.Module):
         losses = task.losses(output, labels) if hold is None else self.held(block, hold[0], labels, task.losses, ahead)
         return losses if z is None else task.weighed(losses, z, sigma)
 
-    def told(self, block: int, inputs: Inputs, labels: Tensor, z: Tensor, sigma: Tensor, measure: Measure) -> Tensor:
+    def told(
+        self,
+        block: int,
+        inputs: Inputs,
+        labels: Tensor,
+        z: Tensor,
+        sigma: Tensor,
+        measure: Measure,
+        before: Before | None = None,
+    ) -> Tensor:
         """What `measure` makes of one block's scores [..., K] and the labels, of the labels' shape.
 
         Args:
-            z: noisy targets. sigma: [N] or [N, S].
+            z: noisy targets. sigma: [N] or [N, S]. before: what runs before the block.
         """
         hold: list[Tensor] | None = [] if self.task.text else None
-        output = self.denoise(block, inputs, z, sigma, hold)
+        there = Arrival(inputs, z, sigma)
+        there = there if before is None else before(self, block, there, labels)
+        output = self.denoise(block, there.inputs, there.z, there.sigma, hold, there.heard)
         return measure(output, labels) if hold is None else self.held(block, hold[0], labels, measure)
 
     def held(self, block: int | None, features: Tensor, labels: Tensor, measure: Measure, ahead: int = 0) -> Tensor:
@@ -194,6 +205,8 @@ class BlockwiseNetwork(nn.Module):
             heard: what the block before delivers, as `delivered` gives it.
             tells: the next block will hear this one: `delivered` can be asked, and all that leaves the layers is made.
         """
+        if heard is None and block > 0 and self.plan.context != "raw":
+            raise DBConvertError(f"block {block} was given nothing to hear of block {block - 1}")
         self.run.reset()
         self.run.hold = hold
         self.run.keep = tells and self.plan.context == "features"

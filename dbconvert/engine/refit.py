@@ -14,6 +14,7 @@ from dbconvert.data.examples import LABEL, Batch
 from dbconvert.diffusion.distributions import Tabulated
 from dbconvert.diffusion.intervals import boundaries
 from dbconvert.diffusion.refit import levels_of, refit
+from dbconvert.engine.cascade import at_rest
 from dbconvert.engine.metrics import Scorer
 from dbconvert.engine.package import NOISE
 from dbconvert.engine.runs import read_info, write_info
@@ -102,7 +103,7 @@ def refitted(before: NoiseFit, rule: NoiseRule, scorer: Scorer, examples: Data, 
     distribution = before.distribution()
     some = sample_of(examples, scorer.seed)
     levels, seed = levels_of(distribution).tolist(), derive(scorer.seed, "refit", "noise")
-    with scorer.evaluating():
+    with at_rest(scorer.network):
         batches = scorer.batches(some)
         found = cross_entropies(scorer.network, before.intervals(), batches, levels, draws=1, seed=seed)
     fitted = refit(distribution, torch.tensor(found, dtype=torch.float64))

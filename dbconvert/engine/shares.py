@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dbconvert.data.batches import derive
 from dbconvert.diffusion.intervals import Intervals
+from dbconvert.engine.cascade import noised
 from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.tasks.base import Inputs
 
@@ -35,7 +36,8 @@ def cross_entropies(
             eps = task.draw(inputs, generator=generator).to(labels.device)
             for i, level in enumerate(levels):
                 sigma = torch.full((len(labels),), level, device=labels.device)
-                losses = network(intervals.block_of(level), inputs, labels, sigma, eps)
+                before = noised(network, intervals, generator)
+                losses = network(intervals.block_of(level), inputs, labels, sigma, eps, before=before)
                 totals[i] += float((losses * counts).double().sum())
     return [float(total) / counted for total in totals]
 

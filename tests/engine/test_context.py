@@ -11,7 +11,7 @@ import dbconvert
 from dbconvert.checkpoint import load_tensors
 from dbconvert.engine.estimate_records import Request, Setting
 from dbconvert.engine.rehearsal import Case
-from dbconvert.errors import UsageError
+from dbconvert.errors import DBConvertError, UsageError
 from dbconvert.plan import parse_plan
 from dbconvert.recipe import SplitOptions, read_recipe
 
@@ -55,6 +55,14 @@ def trained(place, corpus, context, z, out, *more):
 def run(request, place, corpus, tmp_path_factory):
     """(form, a run of it)."""
     return request.param, trained(place, corpus, *request.param, tmp_path_factory.mktemp("run") / "run")
+
+
+def test_a_block_is_never_left_without_what_it_should_hear(place, corpus, tmp_path):
+    made = trained(place, corpus, "features", "noised", tmp_path / "r", "train.steps=1", "data.validation=null")
+    network = dbconvert.load(str(made.folder)).network
+    tokens = torch.zeros(1, 4, dtype=torch.long)
+    with pytest.raises(DBConvertError, match="block 1 was given nothing to hear"):
+        network.denoise(1, {"tokens": tokens}, torch.zeros(1, 4, 16), torch.ones(1))
 
 
 # -- from end to end --------------------------------------------------------------------------------------------
