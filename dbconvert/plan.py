@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from dbconvert.anatomy import Anatomy, SideAxes
+from dbconvert.anatomy import Anatomy, Loop, SideAxes
 from dbconvert.conditioning.modulation import Start
 from dbconvert.diffusion.distributions import LogNormal, NoiseDistribution, Tabulated
 from dbconvert.diffusion.intervals import Intervals, Partition
@@ -139,22 +139,25 @@ class Target:
         classes: rows of the target table.
         width: its columns, the width of the stream.
         placement: `token` puts the noisy target in the place of one token, `add` adds it to every position; `sequence`
-            gives every position one of its own, behind the clean ones; `mask` puts a learnt vector in a token's place.
+            gives every position one of its own, behind the clean ones; `mask` puts a learnt vector in a token's place;
+            `state` makes it the state of a looped core.
         token: index of that token.
         table: where the clean targets come from.
         sides: axes of what the layers receive beside the stream, where the task has to change it.
         apart: whether masks can keep positions of other documents out of sight.
         halves: whether a block's last layer can run on its noisy half alone, of the clean one taking keys and values.
+        loop: how a looped core is run once.
     """
 
     classes: int
     width: int
-    placement: Literal["token", "add", "sequence", "mask"]
+    placement: Literal["token", "add", "sequence", "mask", "state"]
     token: int | None = None
     table: Table = "fresh"
     sides: tuple[SideAxes, ...] = ()
     apart: bool = True
     halves: bool = False
+    loop: Loop | None = None
 
 
 @record

@@ -13,7 +13,9 @@ from dbconvert.errors import UsageError
 from dbconvert.plan import Context, Kernel, NoiseRule, Table
 from dbconvert.schema import Count, Key, Positive, PositiveFloat, Share, parse, read_yaml, record
 
-Method = Literal["blocks", "end-to-end", "shallow"]
+Method = Literal["blocks", "end-to-end", "shallow", "truncated-bptt"]
+BACKPROPAGATE = 8
+"""Rounds that `truncated-bptt` goes back by default, as the paper's baseline does."""
 Z = Literal["noised", "on-policy", "mixed"]
 MIXED = 0.5
 
@@ -125,7 +127,8 @@ class TrainOptions:
 
     Args:
         method: `blocks`, or a baseline on the same network: `end-to-end`, or `shallow`, which trains only the
-            first block's layers, end-to-end, for B times the steps.
+            first block's layers, end-to-end, for B times the steps, a looped core once; or `truncated-bptt`, which
+            trains a looped core end-to-end with gradients through its last rounds only.
         steps: updates a block; or `epochs` over the training data a block. An override of one displaces the other.
         batch: examples an update, over all processes.
         order: which block is next: `random`, or `rotate`, `steps_per_turn` at a time.
@@ -137,6 +140,7 @@ class TrainOptions:
         z: `noised` is the truth with noise, as in the paper; `on-policy` what the sampler brings to a block, from its
             start through the earlier blocks, which run without gradient; `mixed` that for some examples of a batch.
         mixed: the share of `mixed` that is on-policy.
+        backpropagate: rounds that `truncated-bptt` goes back; 8 by default, or all where there are fewer.
         checkpoint_every: in updates of the whole run; 0 writes none.
     """
 
@@ -154,6 +158,7 @@ class TrainOptions:
     precision: Literal["fp32", "bf16"] = "fp32"
     accumulate: Positive = 1
     clip: PositiveFloat | None = 1.0
+    backpropagate: Positive | None = None
     checkpoint_every: Count = 500
     cpu: bool = False
 
@@ -255,6 +260,10 @@ def check(recipe: Recipe, file: str) -> None:
     if recipe.train.mixed != MIXED and recipe.train.z != "mixed":
         raise UsageError(
             f"train.mixed is the on-policy share of train.z=mixed, and train.z is {recipe.train.z}", where=file
+        )
+    if recipe.train.backpropagate is not None and recipe.train.method != "truncated-bptt":
+        raise UsageError(
+            f"train.backpropagate is for train.method=truncated-bptt, not {recipe.train.method}", where=file
         )
     if recipe.train.batch % recipe.train.accumulate:
         raise UsageError(

@@ -25,6 +25,7 @@ from typing import Any
 from context_tables import context_parts
 from families import family_parts
 from masked_tables import masked_parts
+from recurrent_tables import recurrent_parts
 from refusals import refusal_parts
 from text_tables import text_parts
 
@@ -120,6 +121,7 @@ def parts(results: dict[str, Any]) -> dict[str, str]:
         **text_parts(),
         **masked_parts(),
         **context_parts(),
+        **recurrent_parts(),
     }
 
 

@@ -30,7 +30,18 @@ def test_recipe(path):
     source = recipe.source.partition(".py:")[0]
     assert Path(source).exists() or Path(source + ".py").exists()
     result = dbconvert.split(recipe.source, options=recipe.split, noise=recipe.noise, task=recipe.task, dry_run=True)
-    assert result.plan.task == recipe.task and result.plan.anatomy.verdict == "accepted"
+    verdict = "looped" if recipe.task == "recurrent" else "accepted"
+    assert result.plan.task == recipe.task and result.plan.anatomy.verdict == verdict
+
+
+def test_the_papers_settings_for_huginn():
+    """METHOD: 2 prelude, 4 recurrent, 2 coda layers, 512 wide, 8 heads, 32 recurrences, 15 epochs."""
+    recipe = read_recipe(ROOT / "recipes" / "huginn_lm1b.yaml")
+    assert recipe.source == "../examples/huginn.py:huginn_lm1b"
+    model = open_source(str(ROOT / "examples" / "huginn.py") + ":huginn_lm1b").build()
+    assert (len(model.prelude), len(model.core), len(model.coda), model.iterations) == (2, 4, 2, 32)
+    assert (model.tokens.weight.shape, model.core[0].attention.heads) == ((32_000, 512), 8)
+    assert (recipe.train.epochs, recipe.train.batch, recipe.optimizer.lr) == (15, 256, 3e-4)
 
 
 def test_the_papers_settings_for_cifar100():

@@ -16,6 +16,7 @@ from dbconvert.errors import DBConvertError
 from dbconvert.graph.cut import strip
 from dbconvert.graph.fake import empty_weights, is_empty
 from dbconvert.graph.inject import PREFIX, inject
+from dbconvert.graph.loop import control
 from dbconvert.graph.run import Run
 from dbconvert.plan import Plan
 from dbconvert.sources.base import Source
@@ -48,6 +49,8 @@ def converted(model: nn.Module, plan: Plan, task: Task | None, *, seed: int = 0)
         torch.manual_seed(seed)
         with empty_weights() if is_empty(model) else nullcontext():
             run = inject(model, plan.anatomy, blocks=len(plan.blocks), width=plan.condition_width, start=plan.start)
+        if plan.target is not None and plan.target.loop is not None:
+            control(model, plan.anatomy, plan.target.loop, run)
         if task is not None:
             task.register(model, blocks=len(plan.blocks), width=plan.condition_width, seed=seed)
         if plan.context != "raw":

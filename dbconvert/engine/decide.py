@@ -23,26 +23,37 @@ from dbconvert.tasks.registry import reasons
 LIBRARIES = ("dbconvert", "torch", "transformers", "accelerate", "safetensors")
 
 
-def decide_blocks(anatomy: Anatomy, options: SplitOptions) -> tuple[tuple[int, int], ...]:
+def decide_blocks(
+    anatomy: Anatomy, options: SplitOptions, task: type[Task] | None = None
+) -> tuple[tuple[int, int], ...]:
     given = [o for o in (options.blocks, options.layers, options.layers_per_block) if o is not None]
     if len(given) > 1 and not (options.blocks and options.layers and len(options.layers) == options.blocks):
         raise UsageError("blocks, layers and layers-per-block say the same thing twice", hint="give one of them")
-    refuse_uncuttable(anatomy)
+    looped = task is not None and task.looped
+    refuse_uncuttable(anatomy, looped=looped)
     if options.layers_per_block is not None:
         whole, rest = divmod(anatomy.depth, options.layers_per_block)
         sizes = (options.layers_per_block,) * whole + (rest,) * bool(rest)
-        return cut(anatomy.depth, sizes=sizes)
-    return cut(anatomy.depth, blocks=options.blocks or 3, sizes=options.layers)
+        found = cut(anatomy.depth, sizes=sizes)
+    else:
+        found = cut(anatomy.depth, blocks=options.blocks or (1 if looped else 3), sizes=options.layers)
+    if looped and len(found) > 1:
+        raise UsageError(
+            f"a looped core is not cut, and {len(found)} blocks were asked for",
+            why="it runs as a whole at every noise level, with one set of weights: one block serves them all",
+            hint="leave the number of blocks out, or --blocks 1",
+        )
+    return found
 
 
-def refuse_uncuttable(anatomy: Anatomy) -> None:
-    """Weights that two blocks would share tie them together."""
-    if anatomy.calls > 1:
+def refuse_uncuttable(anatomy: Anatomy, *, looped: bool = False) -> None:
+    """Weights that two blocks would share tie them together; `looped` where the task wants the same ones again."""
+    if anatomy.calls > 1 and not looped:
         raise Refused(
             f"each layer is called {anatomy.calls} times with the same weights, so its calls cannot be told apart",
             node=anatomy.stack,
             kind="looped",
-            hint="training of looped stacks is not supported yet",
+            hint=f"a looped stack is not cut; trained it can be as a whole: {reasons(anatomy)}",
         )
     for group in anatomy.tied:
         homes = {anatomy.layer_of(name) for name in group}

@@ -16,6 +16,7 @@ from dbconvert.engine.cascade import refuse_gaps
 from dbconvert.engine.listening import newest
 from dbconvert.engine.load import Loaded, load
 from dbconvert.engine.network import BlockwiseNetwork
+from dbconvert.engine.recur import long_enough, recurrent_rows
 from dbconvert.engine.unmask import filled_in
 from dbconvert.errors import DBConvertError, UsageError
 from dbconvert.events import Note, Reporter, Stage, silent
@@ -23,6 +24,7 @@ from dbconvert.graph.prefix import Prefix
 from dbconvert.schema import Count, Positive, record
 from dbconvert.tasks.causal_lm import CausalLM
 from dbconvert.tasks.masked_lm import MaskedLM
+from dbconvert.tasks.recurrent import Recurrent
 
 AGREE = 1e-3
 """The largest difference of cached and uncached scores, over the largest score."""
@@ -74,8 +76,8 @@ def generate(
     report(Stage("loading"))
     loaded = load(target, model)
     tokenizer, task = loaded.tokenizer, loaded.network.decided_task
-    if tokenizer is None or not isinstance(task, (CausalLM, MaskedLM)):
-        raise UsageError(f"{target} does not generate text", hint="its task is neither causal_lm nor masked_lm")
+    if tokenizer is None or not isinstance(task, (CausalLM, MaskedLM, Recurrent)):
+        raise UsageError(f"{target} does not generate text", hint="its task is none of causal_lm, masked_lm, recurrent")
     start = torch.tensor([tokenizer.encode(prompt)], dtype=torch.long)
     if isinstance(task, MaskedLM):
         refuse_cuts(decoding)
@@ -89,6 +91,8 @@ def generate(
     found: Iterator[int]
     if loaded.layers is not None:
         found = (int(token) for token in plain_rows(loaded, start.to(device), tokens, writer))
+    elif isinstance(task, Recurrent):
+        found = (int(token) for token in recurrent_rows(writer, start.to(device), tokens))
     else:
         cache = cache and can_cache(writer, start.to(device), report)
         found = writer.tokens(start.to(device), tokens, cache=cache)
@@ -200,13 +204,8 @@ class Writer:
         level = torch.full((len(written),), sigma, device=written.device)
         corruption = self.network.corrupted(block, z, level)
         passage = self.task.next_passage(self.network.model, block, inputs, corruption, prefix, self.scale)
-        try:
+        with long_enough(written.shape[1] + 1):
             scores = self.network.pass_through(block, passage, heard=heard, tells=True)
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise DBConvertError(
-                f"the network fails on {written.shape[1] + 1} tokens: {str(error).splitlines()[0]}",
-                hint="a network has positions for so many tokens only: shorten the prompt, or ask for fewer tokens",
-            ) from error
         if prefix is not None:
             prefix.end()
         return scores

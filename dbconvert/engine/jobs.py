@@ -12,8 +12,9 @@ from dbconvert.data.batches import Data
 from dbconvert.diffusion.intervals import Intervals
 from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.engine.units import Unit
+from dbconvert.errors import UsageError
 from dbconvert.plan import NoiseFit, Plan
-from dbconvert.recipe import Recipe
+from dbconvert.recipe import BACKPROPAGATE, Recipe
 
 BASELINE = 0
 """The one `block` of a baseline's order."""
@@ -61,6 +62,7 @@ def make_job(
 ) -> Job:
     blocks = len(network.plan.blocks)
     layers = baseline_layers(network.plan, recipe)
+    set_rounds(network, recipe)
     if layers is not None:
         pace = blocks if recipe.train.method == "shallow" else 1
         steps = steps * pace
@@ -80,7 +82,32 @@ def baseline_layers(plan: Plan, recipe: Recipe) -> range | None:
     """The layers that a baseline runs: all, or the first block's; None for training in blocks."""
     if recipe.train.method == "blocks":
         return None
-    return range(plan.anatomy.depth) if recipe.train.method == "end-to-end" else plan.layers_of(0)
+    return plan.layers_of(0) if recipe.train.method == "shallow" else range(plan.anatomy.depth)
+
+
+def set_rounds(network: BlockwiseNetwork, recipe: Recipe) -> None:
+    """How a baseline runs a looped core: the shallow control once, truncated backpropagation through its last rounds.
+
+    Raises:
+        UsageError: there is no such core, or it has fewer rounds than asked for.
+    """
+    train, anatomy = recipe.train, network.plan.anatomy
+    looped = network.plan.target is not None and network.plan.target.loop is not None
+    if train.method == "shallow" and looped:
+        network.rounds = 1
+    if train.method != "truncated-bptt":
+        return
+    if not looped:
+        raise UsageError(
+            "train.method=truncated-bptt is for networks whose layers run again and again",
+            hint="use train.method=end-to-end",
+        )
+    if (train.backpropagate or 0) > anatomy.calls:
+        raise UsageError(
+            f"train.backpropagate={train.backpropagate}, and the core runs {anatomy.calls} times",
+            hint=f"at most {anatomy.calls}, which is train.method=end-to-end",
+        )
+    network.backpropagate = train.backpropagate or min(BACKPROPAGATE, anatomy.calls)
 
 
 def baseline_parameters(network: BlockwiseNetwork, layers: range) -> dict[str, nn.Parameter]:

@@ -20,7 +20,7 @@ from dbconvert.engine import kept_tokenizer
 from dbconvert.engine.assemble import CHECKPOINT, DATA_KEY, source_folder
 from dbconvert.engine.convert import single_block, whole_network, with_own_peripheries
 from dbconvert.engine.infer import Begin, sample
-from dbconvert.engine.jobs import baseline_layers
+from dbconvert.engine.jobs import baseline_layers, set_rounds
 from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.engine.package import (
     MODEL,
@@ -185,6 +185,7 @@ def load_run(folder: Path, extra: list[Path]) -> Loaded:
     if info.method != "blocks":
         tensors, _ = load_checkpoint(folder / WEIGHTS / NETWORK_FILE)
         network = filled(plan, source, noise, tensors, folder)
+        set_rounds(network, recipe)
         return Loaded(network, noise, recipe.data, baseline_layers(plan, recipe), described, places, source.longest())
     tensors = {}
     for name in [*map(block_file, info.blocks), PERIPHERY]:

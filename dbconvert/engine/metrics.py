@@ -17,7 +17,7 @@ from dbconvert.diffusion.intervals import Intervals
 from dbconvert.engine.bound import Bound
 from dbconvert.engine.cascade import Cascade, at_rest, noised
 from dbconvert.engine.evidence import Evidence
-from dbconvert.engine.infer import sample
+from dbconvert.engine.infer import Begin, sample
 from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.engine.shares import cross_entropies, entropy_shares
 from dbconvert.recipe import EvalOptions, ImageOptions
@@ -62,9 +62,10 @@ class Scorer:
 
         `accuracy_zero` and `loss_zero` start from z = 0, where `loss_first` is what the first evaluation says, block 0
         at sigma_max, and `loss_first_draw` the same from noise, over all draws; `accuracy_draw` is the mean over
-        single noise draws and `accuracy_average` that of their averaged predictions; `loss_block_b` is the unweighted
-        loss over the block's own levels, `loss_sigma_s` the one at a fixed level. Sampling needs all blocks; a single
-        block has losses only.
+        single noise draws and `accuracy_average` that of their averaged predictions; `loss_zero_after_n` and
+        `loss_draw_after_n` are the losses after n evaluations, from z = 0 and from one draw; `loss_block_b` is the
+        unweighted loss over the block's own levels, `loss_sigma_s` the one at a fixed level. Sampling needs all blocks;
+        a single block has losses only.
         """
         totals: dict[str, float] = defaultdict(float)
         for index, (inputs, labels) in enumerate(self.batches(examples)):
@@ -90,23 +91,35 @@ class Scorer:
 
     def predictions(self, inputs: Inputs, labels: Tensor, generator: torch.Generator) -> Metrics:
         task, steps = self.network.task, self.options.steps
-        outputs = sample(self.network, self.intervals, inputs, steps=steps)
+        outputs = self.sampled(inputs, steps)
         first, last = outputs[0], outputs[-1]
         found = {
             "accuracy_zero": task.mean(task.correct(last, labels), labels),
             "loss_zero": task.mean(task.losses(last, labels), labels),
             "loss_first": task.mean(task.losses(first, labels), labels),
         }
-        every = [
-            sample(self.network, self.intervals, inputs, steps=steps, begin="noise", generator=generator)
-            for _ in range(self.options.draws)
-        ]
+        every = [self.sampled(inputs, steps, generator) for _ in range(self.options.draws)]
         draws = [outputs[-1] for outputs in every]
         if draws:
             begun = [task.mean(task.losses(outputs[0], labels), labels) for outputs in every]
             found["loss_first_draw"] = sum(begun) / len(begun)
             found["accuracy_draw"] = sum(task.mean(task.correct(d, labels), labels) for d in draws) / len(draws)
             found["accuracy_average"] = task.mean(task.correct(task.average(draws), labels), labels)
+        return {**found, **self.after_moves(inputs, labels, generator)}
+
+    def sampled(self, inputs: Inputs, steps: int | None, generator: torch.Generator | None = None) -> list[Tensor]:
+        """The outputs of all evaluations in the places of the labels, from z = 0, or from noise of the generator."""
+        begin: Begin = "zero" if generator is None else "noise"
+        outputs = sample(self.network, self.intervals, inputs, steps=steps, begin=begin, generator=generator)
+        return [self.network.task.placed(output) for output in outputs]
+
+    def after_moves(self, inputs: Inputs, labels: Tensor, generator: torch.Generator) -> Metrics:
+        """The loss after other numbers of evaluations than the default one, where the task asks for them."""
+        task, found = self.network.task, {}
+        for steps in task.moves:
+            for begin, drawn in (("zero", None), ("draw", generator)):
+                output = self.sampled(inputs, steps, drawn)[-1]
+                found[f"loss_{begin}_after_{steps}"] = task.mean(task.losses(output, labels), labels)
         return found
 
     def losses(self, inputs: Inputs, labels: Tensor, generator: torch.Generator) -> Metrics:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -17,6 +18,7 @@ from dbconvert.engine.chunks import Measure, in_chunks
 from dbconvert.engine.listening import CONTEXT, Arrival, as_stream, listening
 from dbconvert.errors import DBConvertError
 from dbconvert.graph.inject import PREFIX, Conditioning
+from dbconvert.graph.looped import LoopPass, Memory
 from dbconvert.graph.run import Run
 from dbconvert.plan import Plan
 from dbconvert.tasks.base import Corruption, Inputs, Passage, Task, leaf
@@ -59,6 +61,11 @@ class BlockwiseNetwork(nn.Module):
         task: what x, y, z and the readout are; None while none is decided, when it can be written but not run.
         sigma_data: scale of the targets; set again when the noise is fitted.
         present: the blocks that are in memory.
+
+    Attributes:
+        rounds: how often a looped core runs unconditioned; None as often as the network says itself.
+        backpropagate: how many rounds, the last ones, a training pass of it has gradients through; None all.
+        prelude: what the modules before a looped core gave, while that is kept.
     """
 
     def __init__(
@@ -78,6 +85,9 @@ class BlockwiseNetwork(nn.Module):
         self.present = present
         self.periphery = periphery
         self.sigma_data = plan.preview.sigma_data
+        self.rounds: int | None = None
+        self.backpropagate: int | None = None
+        self.prelude: Memory | None = None
 
     @property
     def conditioning(self) -> Conditioning:
@@ -114,7 +124,8 @@ class BlockwiseNetwork(nn.Module):
         Returns:
             the losses, unweighted, of the labels' shape.
         """
-        task, z, ahead = self.task, None, 0
+        task, z = self.task, None
+        ahead = task.lead
         hold: list[Tensor] | None = [] if task.text else None
         if eps is None:
             output, ahead = self.output(self.model_output(inputs, layers, hold)), task.ahead
@@ -149,7 +160,9 @@ class BlockwiseNetwork(nn.Module):
         there = Arrival(inputs, z, sigma)
         there = there if before is None else before(self, block, there, labels)
         output = self.denoise(block, there.inputs, there.z, there.sigma, hold, there.heard)
-        return measure(output, labels) if hold is None else self.held(block, hold[0], labels, measure)
+        if hold is None:
+            return measure(output, labels)
+        return self.held(block, hold[0], labels, measure, self.task.lead)
 
     def held(self, block: int | None, features: Tensor, labels: Tensor, measure: Measure, ahead: int = 0) -> Tensor:
         """The same from what enters the head, [N, S, d], which tells labels so many positions ahead."""
@@ -217,6 +230,8 @@ class BlockwiseNetwork(nn.Module):
         if heard is not None:
             hearing = self.conditioning.get_submodule(f"{CONTEXT}.{block}")
             self.run.entry = listening(hearing, heard, self.plan.anatomy.axes, passage.entry)
+        if self.run.loop is not None:
+            self.run.loop.memory = self.prelude
         return self.output(self.call(block, passage.inputs))
 
     def delivered(self, expected: Tensor | None, z: Tensor) -> Tensor | None:
@@ -232,6 +247,15 @@ class BlockwiseNetwork(nn.Module):
         if self.plan.context == "raw" or expected is None:
             return None
         return as_stream(self.task.told(self.model, expected, z), self.plan.anatomy.axes)
+
+    @contextmanager
+    def prelude_kept(self) -> Iterator[None]:
+        """Meanwhile the modules before a looped core run once: inputs must stay the same."""
+        self.prelude = {}
+        try:
+            yield
+        finally:
+            self.prelude = None
 
     def plain(self, inputs: Inputs, layers: range | None = None) -> Tensor:
         """What the unconditioned network predicts: all layers, or only some of them."""
@@ -251,7 +275,16 @@ class BlockwiseNetwork(nn.Module):
         self.run.hold = hold
         self.run.active = layers
         passage.steer(self.run)
+        self.run.loop = self.plain_loop()
         return self.model(**passage.inputs)
+
+    def plain_loop(self) -> LoopPass | None:
+        """How a looped core runs unconditioned: blind rounds only where there would be gradients."""
+        if self.plan.target is None or self.plan.target.loop is None:
+            return None
+        rounds = self.rounds or self.plan.anatomy.calls
+        seen = self.backpropagate if self.training and torch.is_grad_enabled() else None
+        return LoopPass(rounds=rounds, blind=0 if seen is None else max(0, rounds - seen))
 
     def call(self, block: int, inputs: Inputs) -> Any:
         if self.periphery != "own":

@@ -17,6 +17,7 @@ from dbconvert.recipe import Method, Recipe
 
 CPU = torch.device("cpu")
 CONTROLS: tuple[Method, ...] = ("end-to-end", "shallow")
+LOOPED: tuple[Method, ...] = (*CONTROLS, "truncated-bptt")
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def outline(
         memory = measure(prepared.job, CPU)
         controls: dict[Method, MemoryReport] = {}
         if train.method == "blocks" and block is None:
-            for method in CONTROLS:
+            for method in LOOPED if prepared.plan.anatomy.calls > 1 else CONTROLS:
                 other = prepare(with_method(origin, method), Path(folder), None, silent, rehearsal=True)
                 controls[method] = measure(other.job, CPU)
     planned = length(origin.recipe, prepared.job.steps)

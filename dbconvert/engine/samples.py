@@ -15,11 +15,13 @@ from dbconvert.data.sequences import Sequences
 from dbconvert.data.tokenizers import Tokenizer
 from dbconvert.engine.generate import Decoding, Writer, can_cache, plain_rows
 from dbconvert.engine.load import Loaded
+from dbconvert.engine.recur import recurrent_rows
 from dbconvert.engine.unmask import unmask
 from dbconvert.errors import UsageError
 from dbconvert.events import Advance, Reporter, Stage
 from dbconvert.recipe import SampleOptions
 from dbconvert.tasks.masked_lm import MaskedLM
+from dbconvert.tasks.recurrent import Recurrent
 
 LEAST = 4
 """Tokens of the shortest continuation that can repeat itself."""
@@ -98,6 +100,8 @@ def continued(
     writer = Writer(loaded.network, loaded.intervals, decoding, generator)
     if loaded.layers is not None:
         return plain_rows(loaded, start, count, writer)
+    if isinstance(loaded.network.task, Recurrent):
+        return recurrent_rows(writer, start, count)
     return writer.rows(start, count, cache=can_cache(writer, start[:1], report))
 
 

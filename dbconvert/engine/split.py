@@ -95,8 +95,8 @@ def split(
         report=report,
     )
     anatomy = opened.anatomy
-    blocks = decide_blocks(anatomy, options)
     chosen = choose_task(anatomy, task)
+    blocks = decide_blocks(anatomy, options, chosen)
     refuse_context(options, chosen, len(blocks))
     plan, fit = decide(opened, options, noise, chosen, blocks)
     if opened.large and opened.trained is None and not dry_run:

@@ -19,6 +19,7 @@ from dbconvert.conditioning.modulation import Modulation, Start, gate, modulate
 from dbconvert.errors import DBConvertError, Refused
 from dbconvert.graph.functions import Arguments, Intercepted, Results, uncounted
 from dbconvert.graph.joined import AroundModule, PartModule
+from dbconvert.graph.looped import LOOPED
 from dbconvert.graph.run import Run, Volatile
 from dbconvert.graph.values import imitate, item, look_up, put_in, replaced
 
@@ -190,7 +191,7 @@ class HeadModule(nn.Module):
         return features.new_empty(*features.shape[:-1], 0)
 
 
-MIXINS = (SiteModule, LayerModule, PartModule, AroundModule, EmbeddingModule, HeadModule)
+MIXINS = (SiteModule, LayerModule, PartModule, AroundModule, EmbeddingModule, HeadModule, *LOOPED)
 
 
 class Conditioning(nn.Module):

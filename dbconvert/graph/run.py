@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dbconvert.anatomy import Path
+from dbconvert.graph.looped import LoopPass
 from dbconvert.graph.tape import argument_leaves
 from dbconvert.graph.values import item, put_in, replaced
 
@@ -42,6 +43,7 @@ class Run(Volatile):
         leave: changes the stream as it leaves the stack.
         exit: changes what enters the head.
         hold: takes what enters the head, which then gives nothing: a loss may read it in pieces.
+        loop: how a looped core runs; None runs it as the network says.
         keep: whether to keep the stream that leaves the last layer, as `leaving`.
         entered, waiting: of layers whose additions are written around them: the changed stream, and the branch that
             is to be added next.
@@ -57,6 +59,7 @@ class Run(Volatile):
     leave: Callable[[Tensor], Tensor] | None = None
     exit: Callable[[Tensor], Tensor] | None = None
     hold: list[Tensor] | None = None
+    loop: LoopPass | None = None
     keep: bool | None = None
     leaving: Tensor | None = None
     entered: Tensor | None = None

@@ -167,6 +167,8 @@ def build_stack(
     layers = []
     for path in names:
         own = [add for p, (_, add) in zip(paths, additions, strict=True) if p == path]
+        if calls > 1:  # what a loop adds to its state between two rounds is none of the layer's
+            own = [add for add in own if call_of(add, path) is not None] or own
         layers.append((path, tuple(add for add in own if call_of(add, path) == call_of(own[0], path))))
     parameters = sum(p.numel() for path in names for p in model.get_submodule(path).parameters())
     return Stack(container, tuple(layers), calls, left_out(container, names, recording, model), parameters * calls)

@@ -21,6 +21,7 @@ from dbconvert.diffusion.masking import Masking
 from dbconvert.diffusion.preconditioning import Preconditioning
 from dbconvert.errors import DBConvertError
 from dbconvert.graph.inject import PREFIX
+from dbconvert.graph.looped import LoopPass
 from dbconvert.graph.run import Run
 from dbconvert.plan import Context, Kernel, NoiseRule, Rule, Table, Target
 from dbconvert.recipe import Z
@@ -59,9 +60,10 @@ class Passage:
     last: Callable[..., Any] | None = None
     leave: Change | None = None
     exit: Change | None = None
+    loop: LoopPass | None = None
 
     def steer(self, run: Run) -> None:
-        for name in ("condition", "embed", "entry", "beside", "attention", "last", "leave", "exit"):
+        for name in ("condition", "embed", "entry", "beside", "attention", "last", "leave", "exit", "loop"):
             setattr(run, name, getattr(self, name))
 
 
@@ -77,6 +79,12 @@ class Task(ABC):
     """Whether its examples are tokens."""
     ahead: ClassVar[int] = 0
     """How many positions before its label the unconditioned network tells it."""
+    lead: ClassVar[int] = 0
+    """How many positions before its label a block tells it."""
+    looped: ClassVar[bool] = False
+    """Whether it is for layers that run again and again, and only for those."""
+    moves: ClassVar[tuple[int, ...]] = ()
+    """Numbers of network evaluations that are worth a figure each, beside the default one."""
     tried: ClassVar[bool] = False
     """Whether it has to run a network, or its twin, to know that it fits."""
     bounded: ClassVar[bool] = False
@@ -98,6 +106,11 @@ class Task(ABC):
         self.anatomy = anatomy
         self.target = target
         self.noise = noise
+
+    @property
+    def evaluations(self) -> int | None:
+        """Network evaluations of a prediction by default; None makes one more than blocks."""
+        return None
 
     @property
     def masking(self) -> Masking:
@@ -223,6 +236,10 @@ class Task(ABC):
 
     def plain(self, output: Tensor) -> Tensor:
         """What the unconditioned network predicts, in the places of the labels."""
+        return output
+
+    def placed(self, output: Tensor) -> Tensor:
+        """What a block predicts, in the places of the labels."""
         return output
 
     @abstractmethod

@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dbconvert.anatomy import Anatomy
@@ -21,13 +20,14 @@ from dbconvert.graph.oracle import ask
 from dbconvert.graph.prefix import Prefix
 from dbconvert.graph.sight import Sight
 from dbconvert.graph.two_streams import TwoStreams, positions_axis, spread
-from dbconvert.plan import Rule, Table, Target
+from dbconvert.plan import Target
 from dbconvert.tasks.base import Change, Corruption, Embed, Inputs, Passage, along, conditioning
 from dbconvert.tasks.discrete import above_mean, denoise_before_head, register_readouts, register_table
-from dbconvert.tasks.language import LanguageTask, one_document
+from dbconvert.tasks.language import one_document
+from dbconvert.tasks.next_token import NextToken
 
 
-class CausalLM(LanguageTask):
+class CausalLM(NextToken):
     """Networks that look tokens up in a table and end in a linear head over the same tokens at every position.
 
     Parameters it adds: `clean` [width] a block, the conditioning of clean positions; for each block a linear to the
@@ -35,22 +35,9 @@ class CausalLM(LanguageTask):
     """
 
     name: ClassVar[str] = "causal_lm"
-    rule: ClassVar[Rule] = "auto"
-    tables: ClassVar[tuple[Table, ...]] = ("own", "fresh")
-    ahead: ClassVar[int] = 1
     doubled: ClassVar[bool] = True
 
     # -- deciding -----------------------------------------------------------------------------------------
-
-    @staticmethod
-    def refusal(anatomy: Anatomy) -> str | None:
-        embedding, head = anatomy.embedding, anatomy.head
-        obstacle = LanguageTask.obstacle(anatomy)
-        if obstacle is not None or embedding is None or head is None:
-            return obstacle
-        if head.features != embedding.width:
-            return f"the head reads {head.features} features, and embeddings are {embedding.width} wide"
-        return "positions see later ones" if anatomy.causal is False else None
 
     @staticmethod
     def decide(anatomy: Anatomy) -> Target:
@@ -76,22 +63,7 @@ class CausalLM(LanguageTask):
         part, _, rest = key.partition(".")
         return int(rest.split(".")[0]) if part in ("readout", "clean") else None
 
-    def rows(self, model: nn.Module) -> Tensor:
-        """The table before it is normalised, [K, d]."""
-        if self.target.table == "fresh":
-            return conditioning(model).get_parameter("target.weight")
-        return model.get_submodule(self.embedding.module).get_parameter("weight")
-
-    def table(self, model: nn.Module) -> Tensor:
-        return F.normalize(self.rows(model).float(), dim=-1)
-
     # -- a forward pass -----------------------------------------------------------------------------------
-
-    def target_shape(self, inputs: Inputs) -> tuple[int, ...]:
-        return *self.tokens(inputs).shape, self.target.width
-
-    def clean(self, model: nn.Module, labels: Tensor) -> Tensor:
-        return F.normalize(F.embedding(labels.clamp(min=0), self.rows(model)).float(), dim=-1)
 
     def passage(self, model: nn.Module, block: int, inputs: Inputs, corruption: Corruption) -> Passage:
         examples, length = self.tokens(inputs).shape
@@ -180,24 +152,9 @@ class CausalLM(LanguageTask):
         noisy = self.scaled(corruption, {}, block)
         return lambda out, look_up: torch.cat([out[:examples], noisy(out, look_up)])
 
-    def denoised(self, model: nn.Module, output: Tensor) -> Tensor:
-        return output.float().softmax(-1) @ self.table(model)
-
     def told(self, model: nn.Module, expected: Tensor, z: Tensor) -> Tensor:
         """Of noisy positions only: of a clean one nothing is predicted."""
         return above_mean(expected, self.table(model))
-
-    # -- figures ------------------------------------------------------------------------------------------
-
-    def plain(self, output: Tensor) -> Tensor:
-        """Position i of the ordinary network predicts token i + 1; nothing predicts the first, which does not count."""
-        return torch.cat([output[:, :1], output[:, :-1]], 1)
-
-    def counted(self, labels: Tensor) -> Tensor:
-        """Padding does not count, nor does the first token, which an ordinary network cannot predict."""
-        counted = super().counted(labels)
-        counted[:, 0] = 0
-        return counted
 
 
 def apart(inputs: Inputs) -> tuple[Inputs, Tensor | None]:

@@ -56,17 +56,22 @@ def denoise_before_head(model: nn.Module, block: int, corruption: Corruption, co
     Args:
         condition: [N, width] or [N, S, width].
     """
+    read, denoised = modulated(model, block, condition), denoised_features(corruption)
+    return lambda features: read(denoised(features))
+
+
+def denoised_features(corruption: Corruption) -> Change:
+    """D = c_skip z + c_out F, over sigma_data, from features F of the shape of z."""
     scaling, z = corruption.scaling, corruption.z
     sigma = along(corruption.sigma, z)
-    read = modulated(model, block, condition)
     skip = scaling.c_skip(sigma) * z / scaling.sigma_data
     out = scaling.c_out(sigma) / scaling.sigma_data
 
-    def leave(features: Tensor) -> Tensor:
+    def change(features: Tensor) -> Tensor:
         kind = features.dtype
-        return read(skip.to(kind) + out.to(kind) * features)
+        return skip.to(kind) + out.to(kind) * features
 
-    return leave
+    return change
 
 
 def modulated(model: nn.Module, block: int, condition: Tensor) -> Change:

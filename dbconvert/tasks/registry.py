@@ -8,18 +8,28 @@ from dbconvert.tasks.base import Task
 from dbconvert.tasks.causal_lm import CausalLM
 from dbconvert.tasks.classification import Classification
 from dbconvert.tasks.masked_lm import MaskedLM
+from dbconvert.tasks.recurrent import Recurrent
 
-TASKS: tuple[type[Task], ...] = (Classification, CausalLM, MaskedLM)
+TASKS: tuple[type[Task], ...] = (Classification, CausalLM, MaskedLM, Recurrent)
+
+
+def refusal(task: type[Task], anatomy: Anatomy) -> str | None:
+    """Why a task cannot use a network; None if it can."""
+    if task.looped and anatomy.calls == 1:
+        return "its layers run once"
+    if anatomy.calls > 1 and not task.looped:
+        return f"its layers run {anatomy.calls} times with the same weights"
+    return task.refusal(anatomy)
 
 
 def accepting(anatomy: Anatomy) -> list[type[Task]]:
     """Tasks that a network is given without being asked."""
-    return [task for task in TASKS if task.refusal(anatomy) is None and not task.on_request(anatomy)]
+    return [task for task in TASKS if refusal(task, anatomy) is None and not task.on_request(anatomy)]
 
 
 def reasons(anatomy: Anatomy) -> str:
     """Every task and why it does not accept the network, for messages."""
-    return "; ".join(f"{task.name}: {task.refusal(anatomy) or 'accepts'}" for task in TASKS)
+    return "; ".join(f"{task.name}: {refusal(task, anatomy) or 'accepts'}" for task in TASKS)
 
 
 def choose_task(anatomy: Anatomy, name: str | None) -> type[Task] | None:
@@ -32,9 +42,9 @@ def choose_task(anatomy: Anatomy, name: str | None) -> type[Task] | None:
         found = accepting(anatomy)
         return found[0] if len(found) == 1 else None
     task = named(name)
-    refusal = task.refusal(anatomy)
-    if refusal is not None:
-        raise UsageError(f"task {name} does not fit this network: {refusal}")
+    reason = refusal(task, anatomy)
+    if reason is not None:
+        raise UsageError(f"task {name} does not fit this network: {reason}")
     return task
 
 
