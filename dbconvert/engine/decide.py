@@ -147,6 +147,12 @@ def decide_target(opened: Opened, task: type[Task], options: SplitOptions) -> Ta
             kind="untried",
             hint="--prove builds it with its weights, whatever they take",
         )
+    if task.looped and opened.large:
+        raise Refused(
+            f"the network is too large to be built unasked, and {task.name} has to try it itself",
+            kind="untried",
+            hint="--prove builds it with its weights, whatever they take",
+        )
     with one_thread() if opened.large else nullcontext():
         return task.learn(example.model, example.anatomy, target)
 

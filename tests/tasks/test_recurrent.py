@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import loops
 import networks
@@ -12,12 +13,14 @@ from torch.nn import functional as F
 
 from dbconvert.data.sequences import DOCUMENTS, IGNORED
 from dbconvert.engine.bound import Bound
-from dbconvert.engine.decide import decide_blocks
+from dbconvert.engine.decide import decide_blocks, decide_target
 from dbconvert.engine.generate import Decoding, Writer
 from dbconvert.engine.infer import sample
+from dbconvert.engine.opening import Example, Opened
 from dbconvert.engine.recur import recurrent_rows
 from dbconvert.errors import DBConvertError, Refused, UsageError
 from dbconvert.graph.analysis import analyse
+from dbconvert.plan import SourceRef
 from dbconvert.recipe import SplitOptions
 from dbconvert.tasks.recurrent import Recurrent
 from dbconvert.tasks.registry import accepting, choose_task
@@ -89,6 +92,18 @@ def test_one_block_only(options):
     with pytest.raises(UsageError, match="2 blocks were asked for") as error:
         decide_blocks(anatomy, SplitOptions(**options), Recurrent)
     assert "one block serves them all" in error.value.why
+
+
+def test_a_small_twin_does_not_tell_where_the_state_is():
+    """Its prelude may be shorter, and calls of functions are counted."""
+    model = Looped().eval()
+    anatomy = analyse(model, {"ids": TOKENS})
+    ref = SourceRef("model_file", "build_model", "", (), "")
+    empty = Looped().to("meta")
+    opened = Opened(SimpleNamespace(ref=ref), empty, {"ids": TOKENS}, None, 0, anatomy, Example(model, anatomy))
+    with pytest.raises(Refused, match="has to try it itself") as error:
+        decide_target(opened, Recurrent, SplitOptions())
+    assert "--prove" in error.value.hint
 
 
 # -- one pass ------------------------------------------------------------------------------------------------------
