@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from dbconvert.conditioning.embedding import NoiseEmbedding
 from dbconvert.conditioning.hearing import Hearing
 from dbconvert.engine.listening import CONTEXT
-from dbconvert.engine.network import OWN, BlockwiseNetwork, check_keys
+from dbconvert.engine.network import BlockwiseNetwork
+from dbconvert.engine.periphery import OWN, check_keys
 from dbconvert.errors import DBConvertError
 from dbconvert.graph.cut import strip
 from dbconvert.graph.fake import empty_weights, is_empty

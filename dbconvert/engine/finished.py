@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dbconvert.checkpoint import read_metadata
-from dbconvert.engine.network import own_key
 from dbconvert.engine.package import NOISE, PERIPHERY, PLAN, PLAN_KEY, WEIGHTS, block_file, read_noise
+from dbconvert.engine.periphery import own_key
 from dbconvert.engine.runs import RUN, RunInfo, read_info
 from dbconvert.errors import DBConvertError, UsageError
 from dbconvert.files import matches

@@ -16,6 +16,7 @@ from dbconvert.anatomy import Change
 from dbconvert.diffusion.preconditioning import Preconditioning
 from dbconvert.engine.chunks import Measure, in_chunks
 from dbconvert.engine.listening import CONTEXT, Arrival, as_stream, listening
+from dbconvert.engine.periphery import OwnPeriphery, check_keys, own_key
 from dbconvert.errors import DBConvertError
 from dbconvert.graph.inject import PREFIX, Conditioning
 from dbconvert.graph.looped import LoopPass, Memory
@@ -27,29 +28,11 @@ Periphery = Literal["shared", "own", "single"]
 """`shared`: one stem and readout for all blocks; `own`: each block has its own; `single`: only one block is
 there, and the network's stem and readout are that block's."""
 
-OWN = f"{PREFIX}.periphery"
-
 
 class Before(Protocol):
     """What happens before a block sees a batch: earlier blocks run, and say what it hears."""
 
     def __call__(self, network: BlockwiseNetwork, block: int, arrival: Arrival, labels: Tensor) -> Arrival: ...
-
-
-class OwnPeriphery(nn.Module):
-    """One block's stem and readout: parameters and buffers under the network's names, with / for the dots."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        for name, tensor in tensors.items():
-            if isinstance(tensor, nn.Parameter):
-                self.register_parameter(name.replace(".", "/"), nn.Parameter(tensor.detach().clone()))
-            else:
-                self.register_buffer(name.replace(".", "/"), tensor.detach().clone())
-
-    def tensors(self) -> dict[str, Tensor]:
-        own = {**self._parameters, **self._buffers}
-        return {name.replace("/", "."): tensor for name, tensor in own.items() if tensor is not None}
 
 
 class BlockwiseNetwork(nn.Module):
@@ -382,26 +365,3 @@ def applied(change: Change, scores: Tensor) -> Tensor:
     if change.name == "tanh" or change.by is None:
         return scores.tanh()
     return scores * change.by if change.name == "multiply" else scores / change.by
-
-
-def own_key(block: int, key: str) -> str:
-    """Name of a block's own copy of a stem or readout tensor."""
-    return f"{OWN}.{block}.{key.replace('.', '/')}"
-
-
-def check_keys(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str) -> None:
-    missing, unknown = sorted(set(wanted) - set(given)), sorted(set(given) - set(wanted))
-    if missing or unknown:
-        parts = [f"missing: {shortened(missing)}"] * bool(missing) + [f"unknown: {shortened(unknown)}"] * bool(unknown)
-        raise DBConvertError("the weights do not fit the network", where=where, why="; ".join(parts))
-    for key, tensor in wanted.items():
-        if tuple(given[key].shape) != tuple(tensor.shape):
-            raise DBConvertError(
-                f"{key} has shape {list(given[key].shape)}, and the network wants {list(tensor.shape)}",
-                where=where,
-            )
-
-
-def shortened(names: list[str], most: int = 4) -> str:
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dbconvert.anatomy import Adapter, Anatomy
-from dbconvert.engine.network import shortened
+from dbconvert.engine.periphery import shortened
 from dbconvert.engine.ram import refuse_too_large
 from dbconvert.engine.trained import Fitted, fill_in, fit_weights
 from dbconvert.engine.twin import Twin, find_twin, one_thread, proved_on

@@ -7,25 +7,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dbconvert.data.batches import Data
 from dbconvert.data.tokenizers import Tokenizer
-from dbconvert.engine.convert import single_block, task_of, whole_network
+from dbconvert.engine.convert import single_block, whole_network
 from dbconvert.engine.jobs import Job, make_job
 from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.engine.noise import fit_noise, refuse_misfit
 from dbconvert.engine.package import MODEL, PLAN, RECIPE, Package, open_package
 from dbconvert.engine.paths import settled
 from dbconvert.engine.reading import find_tokenizer, open_examples, stand_in
-from dbconvert.engine.refit import refuse_alone
+from dbconvert.engine.requests import refuse
 from dbconvert.engine.split import split
 from dbconvert.errors import UsageError
 from dbconvert.events import Note, Reporter
 from dbconvert.plan import NoiseFit, Plan
 from dbconvert.recipe import Recipe, keys, parse_overrides, read_recipe
 from dbconvert.shipped import shipped
-from dbconvert.tasks.registry import choose_task, named, reasons
+from dbconvert.tasks.registry import choose_task, reasons
 
 PATHS = (("source",), ("package",), ("weights",), ("data", "source"), ("data", "tokenizer"))
 CACHE = ("data", "cache")
@@ -75,12 +73,7 @@ def prepare(
     recipe = origin.recipe
     package = get_package(recipe, folder, report)
     plan = settle_task(package.plan, recipe)
-    check_z(plan, recipe)
-    check_block(block, plan, recipe)
-    check_table(plan, recipe)
-    check_weight(plan, recipe)
-    check_attention(plan, recipe)
-    refuse_alone(plan, recipe)
+    refuse(plan, recipe, block)
     missing = rehearsal and recipe.data.source is None
     tokenizer = None if missing else find_tokenizer(recipe.data, plan, package.folder / MODEL)
     data = recipe.data
@@ -245,79 +238,6 @@ def fit_now(network: BlockwiseNetwork, examples: Data) -> NoiseFit:
     table = network.task.table(network.model).detach().cpu()
     basis = "the label frequencies of the training data and the initial target table"
     return fit_noise(plan.noise, len(plan.blocks), table, examples.label_counts(), basis)
-
-
-def check_table(plan: Plan, recipe: Recipe) -> None:
-    """Refuses blocks with stems of their own whose targets are the rows of a stem's table."""
-    own = plan.target is not None and plan.target.table == "own"
-    if own and recipe.train.periphery == "frozen-target" and recipe.train.method == "blocks":
-        raise UsageError(
-            "the targets are the network's own embeddings, which blocks with their own stems would not share",
-            hint="split with --table fresh (split.table=fresh in a recipe)",
-        )
-    told = plan.context == "estimate" and plan.target is not None and plan.target.table == "none"
-    if told and recipe.train.periphery == "frozen-target" and recipe.train.method == "blocks":
-        raise UsageError(
-            "the estimate that blocks hear is told in the network's own embeddings, which blocks with their own stems "
-            "would not share",
-            hint="split with --context features (split.context=features in a recipe)",
-        )
-
-
-def check_weight(plan: Plan, recipe: Recipe) -> None:
-    """Refuses the weight of noise where tokens are hidden, whose losses have one of their own."""
-    if plan.noise.rule == "mask" and recipe.train.weight == "edm":
-        raise UsageError(
-            "train.weight=edm is for noisy targets, and hidden tokens have none",
-            hint="leave it at `none`: their losses are weighted by -alpha' / (1 - alpha) already",
-        )
-
-
-def check_attention(plan: Plan, recipe: Recipe) -> None:
-    """Refuses an attention that this task or this machine does not have."""
-    if recipe.train.attention == "auto":
-        return
-    if not task_of(plan).doubled:
-        raise UsageError(f"train.attention has no use in task {plan.task}", hint="leave it out")
-    if recipe.train.attention == "flex" and (recipe.train.cpu or not torch.cuda.is_available()):
-        raise UsageError(
-            "FlexAttention has no backward pass on CPU", hint="leave train.attention at `auto`, which is `sdpa` there"
-        )
-
-
-def check_z(plan: Plan, recipe: Recipe) -> None:
-    """Refuses targets that the task cannot take from the sampler."""
-    known = named(str(plan.task)).zs
-    if recipe.train.z not in known:
-        raise UsageError(f"task {plan.task} has no train.z `{recipe.train.z}`", hint=f"it has {', '.join(known)}")
-
-
-def check_block(block: int | None, plan: Plan, recipe: Recipe) -> None:
-    """Refuses single-block jobs that could not stand alone."""
-    if block is None:
-        return
-    if not 0 <= block < len(plan.blocks):
-        raise UsageError(f"there is no block {block}", hint=f"blocks: 0 to {len(plan.blocks) - 1}")
-    if recipe.train.method != "blocks":
-        raise UsageError(f"train.method={recipe.train.method} does not train single blocks", hint="leave out --block")
-    if plan.context != "raw":
-        raise UsageError(
-            f"no block can be trained alone: the plan's context is `{plan.context}`, so that each hears what the one "
-            "before it delivers",
-            hint="leave out --block, or split with --context raw",
-        )
-    if recipe.train.z != "noised":
-        raise UsageError(
-            f"no block can be trained alone with train.z={recipe.train.z}: the sampler comes to it through the blocks "
-            "before it",
-            hint="leave out --block, or train with train.z=noised",
-        )
-    if recipe.train.periphery != "frozen-target":
-        raise UsageError(
-            "a single block cannot train the shared periphery, which the other blocks would not see",
-            hint="add train.periphery=frozen-target, which freezes the target table and gives each block its own "
-            "stem and readout",
-        )
 
 
 def steps_of(recipe: Recipe, examples: int) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from dbconvert.checkpoint import load_tensors
-from dbconvert.engine.network import shortened
+from dbconvert.engine.periphery import shortened
 from dbconvert.errors import DBConvertError
 from dbconvert.sources.base import Source
 from dbconvert.stream import Item, kind_of

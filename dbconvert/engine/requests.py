@@ -1,0 +1,95 @@
+"""What a recipe may not ask of a package, a task or a machine."""
+
+from __future__ import annotations
+
+import torch
+
+from dbconvert.engine.convert import task_of
+from dbconvert.engine.refit import refuse_alone
+from dbconvert.errors import UsageError
+from dbconvert.plan import Plan
+from dbconvert.recipe import Recipe
+from dbconvert.tasks.registry import named
+
+
+def refuse(plan: Plan, recipe: Recipe, block: int | None) -> None:
+    """Raises UsageError for what cannot be trained as it is asked for."""
+    check_z(plan, recipe)
+    check_block(block, plan, recipe)
+    check_table(plan, recipe)
+    check_weight(plan, recipe)
+    check_attention(plan, recipe)
+    refuse_alone(plan, recipe)
+
+
+def check_table(plan: Plan, recipe: Recipe) -> None:
+    """Refuses blocks with stems of their own whose targets are the rows of a stem's table."""
+    own = plan.target is not None and plan.target.table == "own"
+    if own and recipe.train.periphery == "frozen-target" and recipe.train.method == "blocks":
+        raise UsageError(
+            "the targets are the network's own embeddings, which blocks with their own stems would not share",
+            hint="split with --table fresh (split.table=fresh in a recipe)",
+        )
+    told = plan.context == "estimate" and plan.target is not None and plan.target.table == "none"
+    if told and recipe.train.periphery == "frozen-target" and recipe.train.method == "blocks":
+        raise UsageError(
+            "the estimate that blocks hear is told in the network's own embeddings, which blocks with their own stems "
+            "would not share",
+            hint="split with --context features (split.context=features in a recipe)",
+        )
+
+
+def check_weight(plan: Plan, recipe: Recipe) -> None:
+    """Refuses the weight of noise where tokens are hidden, whose losses have one of their own."""
+    if plan.noise.rule == "mask" and recipe.train.weight == "edm":
+        raise UsageError(
+            "train.weight=edm is for noisy targets, and hidden tokens have none",
+            hint="leave it at `none`: their losses are weighted by -alpha' / (1 - alpha) already",
+        )
+
+
+def check_attention(plan: Plan, recipe: Recipe) -> None:
+    """Refuses an attention that this task or this machine does not have."""
+    if recipe.train.attention == "auto":
+        return
+    if not task_of(plan).doubled:
+        raise UsageError(f"train.attention has no use in task {plan.task}", hint="leave it out")
+    if recipe.train.attention == "flex" and (recipe.train.cpu or not torch.cuda.is_available()):
+        raise UsageError(
+            "FlexAttention has no backward pass on CPU", hint="leave train.attention at `auto`, which is `sdpa` there"
+        )
+
+
+def check_z(plan: Plan, recipe: Recipe) -> None:
+    """Refuses targets that the task cannot take from the sampler."""
+    known = named(str(plan.task)).zs
+    if recipe.train.z not in known:
+        raise UsageError(f"task {plan.task} has no train.z `{recipe.train.z}`", hint=f"it has {', '.join(known)}")
+
+
+def check_block(block: int | None, plan: Plan, recipe: Recipe) -> None:
+    """Refuses single-block jobs that could not stand alone."""
+    if block is None:
+        return
+    if not 0 <= block < len(plan.blocks):
+        raise UsageError(f"there is no block {block}", hint=f"blocks: 0 to {len(plan.blocks) - 1}")
+    if recipe.train.method != "blocks":
+        raise UsageError(f"train.method={recipe.train.method} does not train single blocks", hint="leave out --block")
+    if plan.context != "raw":
+        raise UsageError(
+            f"no block can be trained alone: the plan's context is `{plan.context}`, so that each hears what the one "
+            "before it delivers",
+            hint="leave out --block, or split with --context raw",
+        )
+    if recipe.train.z != "noised":
+        raise UsageError(
+            f"no block can be trained alone with train.z={recipe.train.z}: the sampler comes to it through the blocks "
+            "before it",
+            hint="leave out --block, or train with train.z=noised",
+        )
+    if recipe.train.periphery != "frozen-target":
+        raise UsageError(
+            "a single block cannot train the shared periphery, which the other blocks would not see",
+            hint="add train.periphery=frozen-target, which freezes the target table and gives each block its own "
+            "stem and readout",
+        )
