@@ -129,7 +129,7 @@ def by_evaluation(run: str) -> list[dict[str, float]]:
     examples = open_examples(loaded.data, "test", network.plan, loaded.tokenizer)
     batch = dict(examples.__getitems__(list(range(min(EXAMPLES, len(examples))))))
     labels = batch.pop(LABEL)
-    outputs = sample(network, loaded.intervals, batch)
+    outputs = list(sample(network, loaded.intervals, batch))
     return [
         {
             "level": level,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import torch
@@ -27,7 +28,7 @@ def sample(
     begin: Begin | Tensor = "zero",
     generator: torch.Generator | None = None,
     change: Change | None = None,
-) -> list[Tensor]:
+) -> Iterator[Tensor]:
     """The network's output at every level, first to last: `steps` evaluations, B + 1 by default, or as many as a
     looped core had rounds.
 
@@ -45,7 +46,6 @@ def sample(
     if isinstance(begin, Tensor) or begin == "noise":
         eps = begin if isinstance(begin, Tensor) else torch.randn(shape, generator=generator)
         z = eps.to(first.device) * intervals.boundaries[-1]
-    outputs: list[Tensor] = []
     said: dict[int, Tensor | None] = {}
     grid = levels(intervals, steps or network.task.evaluations)
     refuse_gaps(network, intervals, grid)
@@ -55,9 +55,18 @@ def sample(
             block = intervals.block_of(sigma)
             more = i + 1 < len(grid)
             output = network.denoise(block, inputs, z, level, heard=said.get(block - 1), tells=more)
-            outputs.append(output if change is None else change(output))
+            output = output if change is None else change(output)
+            yield output
             if more:
-                denoised = network.task.denoised(network.model, outputs[-1])
+                denoised = network.task.denoised(network.model, output)
                 said[block] = network.delivered(denoised, z)
                 z = euler_step(z, denoised, sigma, grid[i + 1])
-    return outputs
+
+
+def ends(outputs: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """The first and the last of the outputs that `sample` gives; the others are not held."""
+    first = last = None
+    for last in outputs:
+        first = last if first is None else first
+    assert first is not None and last is not None
+    return first, last

@@ -19,7 +19,7 @@ from dbconvert.diffusion.intervals import Intervals
 from dbconvert.engine import kept_tokenizer
 from dbconvert.engine.assemble import CHECKPOINT, DATA_KEY, source_folder
 from dbconvert.engine.convert import single_block, whole_network, with_own_peripheries
-from dbconvert.engine.infer import Begin, sample
+from dbconvert.engine.infer import Begin, ends, sample
 from dbconvert.engine.jobs import baseline_layers, set_rounds
 from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.engine.package import (
@@ -101,7 +101,7 @@ class Loaded:
         ready = {k: normalise(v, self.data.image) if v.dim() == 4 else v for k, v in named.items()}
         if self.layers is not None:
             return self.network.plain(ready, self.layers)
-        return sample(self.network, self.intervals, ready, steps=steps, begin=begin)[-1]
+        return ends(sample(self.network, self.intervals, ready, steps=steps, begin=begin))[1]
 
 
 def load(path: str | Path, source: str | Path | None = None, *, trust: bool = False) -> Loaded:

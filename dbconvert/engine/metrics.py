@@ -17,12 +17,14 @@ from dbconvert.diffusion.intervals import Intervals
 from dbconvert.engine.bound import Bound
 from dbconvert.engine.cascade import Cascade, at_rest, noised
 from dbconvert.engine.evidence import Evidence
-from dbconvert.engine.infer import Begin, sample
+from dbconvert.engine.infer import Begin, ends, sample
 from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.engine.shares import cross_entropies, entropy_shares
 from dbconvert.recipe import EvalOptions, ImageOptions
 from dbconvert.tasks.base import Inputs
 
+LARGEST_SCORES = 2**26
+"""Scores of a batch that is evaluated, 256 MiB in 32 bits; a sampler holds a few times as many."""
 Metrics = dict[str, float]
 
 
@@ -91,35 +93,46 @@ class Scorer:
 
     def predictions(self, inputs: Inputs, labels: Tensor, generator: torch.Generator) -> Metrics:
         task, steps = self.network.task, self.options.steps
-        outputs = self.sampled(inputs, steps)
-        first, last = outputs[0], outputs[-1]
+        first, last = self.sampled(inputs, steps)
         found = {
             "accuracy_zero": task.mean(task.correct(last, labels), labels),
             "loss_zero": task.mean(task.losses(last, labels), labels),
             "loss_first": task.mean(task.losses(first, labels), labels),
         }
-        every = [self.sampled(inputs, steps, generator) for _ in range(self.options.draws)]
-        draws = [outputs[-1] for outputs in every]
-        if draws:
-            begun = [task.mean(task.losses(outputs[0], labels), labels) for outputs in every]
-            found["loss_first_draw"] = sum(begun) / len(begun)
-            found["accuracy_draw"] = sum(task.mean(task.correct(d, labels), labels) for d in draws) / len(draws)
-            found["accuracy_average"] = task.mean(task.correct(task.average(draws), labels), labels)
-        return {**found, **self.after_moves(inputs, labels, generator)}
+        return {**found, **self.drawn(inputs, labels, generator), **self.after_moves(inputs, labels, generator)}
 
-    def sampled(self, inputs: Inputs, steps: int | None, generator: torch.Generator | None = None) -> list[Tensor]:
-        """The outputs of all evaluations in the places of the labels, from z = 0, or from noise of the generator."""
+    def drawn(self, inputs: Inputs, labels: Tensor, generator: torch.Generator) -> Metrics:
+        """Over all draws of noise, of which one is held at a time."""
+        task, draws = self.network.task, self.options.draws
+        totals: dict[str, float] = defaultdict(float)
+        likely: Tensor | float = 0.0
+        for _ in range(draws):
+            first, last = self.sampled(inputs, self.options.steps, generator)
+            totals["loss_first_draw"] += task.mean(task.losses(first, labels), labels)
+            totals["accuracy_draw"] += task.mean(task.correct(last, labels), labels)
+            likely = likely + task.probabilities(last)
+        found = {name: total / draws for name, total in totals.items()}
+        if isinstance(likely, Tensor):
+            found["accuracy_average"] = task.mean(task.correct(likely, labels), labels)
+        return found
+
+    def sampled(
+        self, inputs: Inputs, steps: int | None, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The outputs of the first and the last evaluation in the places of the labels, from z = 0, or from noise of
+        the generator."""
         begin: Begin = "zero" if generator is None else "noise"
         outputs = sample(self.network, self.intervals, inputs, steps=steps, begin=begin, generator=generator)
-        return [self.network.task.placed(output) for output in outputs]
+        first, last = ends(outputs)
+        return self.network.task.placed(first), self.network.task.placed(last)
 
     def after_moves(self, inputs: Inputs, labels: Tensor, generator: torch.Generator) -> Metrics:
         """The loss after other numbers of evaluations than the default one, where the task asks for them."""
         task, found = self.network.task, {}
         for steps in task.moves:
             for begin, drawn in (("zero", None), ("draw", generator)):
-                output = self.sampled(inputs, steps, drawn)[-1]
-                found[f"loss_{begin}_after_{steps}"] = task.mean(task.losses(output, labels), labels)
+                _, last = self.sampled(inputs, steps, drawn)
+                found[f"loss_{begin}_after_{steps}"] = task.mean(task.losses(last, labels), labels)
         return found
 
     def losses(self, inputs: Inputs, labels: Tensor, generator: torch.Generator) -> Metrics:
@@ -156,9 +169,14 @@ class Scorer:
         return {"accuracy": right / len(examples), "loss": lost / len(examples)}
 
     def batches(self, examples: Data) -> Iterator[tuple[Inputs, Tensor]]:
-        for loaded in in_order(examples, self.options.batch):
+        for loaded in in_order(examples, self.at_once(examples)):
             labels = loaded.pop(LABEL).to(self.device)
             yield {name: self.ready(value.to(self.device)) for name, value in loaded.items()}, labels
+
+    def at_once(self, examples: Data) -> int:
+        """Examples a batch: as many as the options say, or as their scores leave room for."""
+        scores = examples.__getitems__([0])[LABEL].numel() * self.network.task.target.classes
+        return max(1, min(self.options.batch, LARGEST_SCORES // scores))
 
     def ready(self, value: Tensor) -> Tensor:
         return normalise(value, self.image) if value.dim() == 4 else value

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dbconvert.engine.infer import sample
+from dbconvert.engine.infer import ends, sample
 from dbconvert.errors import DBConvertError
 from dbconvert.tasks.recurrent import Recurrent
 
@@ -35,7 +35,7 @@ def recurrent_rows(writer: Writer, start: Tensor, count: int) -> Iterator[Tensor
             outputs = sample(
                 network, writer.intervals, inputs, steps=decoding.steps, begin=noise, change=writer.filtered
             )
-        token = writer.choose(outputs[-1][:, -1])
+            token = writer.choose(ends(outputs)[1][:, -1])
         yield token
         written = torch.cat([written, token[:, None].to(written.device)], 1)
 

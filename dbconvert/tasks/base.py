@@ -247,8 +247,8 @@ class Task(ABC):
         """Whether each label is met, bool, of the labels' shape."""
 
     @abstractmethod
-    def average(self, outputs: list[Tensor]) -> Tensor:
-        """One output from several noise draws."""
+    def probabilities(self, output: Tensor) -> Tensor:
+        """Of every class; their sum over several draws of noise is an output that `correct` can be asked about."""
 
     def counted(self, labels: Tensor) -> Tensor:
         """Which labels count, as 0 and 1 of their shape."""

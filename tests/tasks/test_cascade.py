@@ -169,7 +169,7 @@ def test_cached_generation_is_generation(name, steps, context):
 @pytest.mark.parametrize("context", ["raw", *CONTEXTS])
 def test_the_generator_says_what_the_evaluation_s_sampler_says(context):
     made, tokens = writer("gpt", context), start()
-    scores = sample(made.network, made.intervals, given(made.network, tokens))[-1]
+    scores = list(sample(made.network, made.intervals, given(made.network, tokens)))[-1]
     with torch.no_grad():
         for i in (1, 4, 6):
             assert torch.allclose(made.next_scores(tokens[:, :i], {}), scores[0, i], atol=1e-3)
@@ -179,12 +179,12 @@ def test_steps_that_pass_a_block_over_are_refused():
     made = writer("gpt", "features", steps=2)
     for run in (
         lambda: made.next_scores(start(), {}),
-        lambda: sample(made.network, made.intervals, given(made.network, start()), steps=2),
+        lambda: list(sample(made.network, made.intervals, given(made.network, start()), steps=2)),
     ):
         with torch.no_grad(), pytest.raises(UsageError, match="2 steps leave out block 1"):
             run()
     raw = writer("gpt", "raw", steps=2)
-    sample(raw.network, raw.intervals, given(raw.network, start()), steps=2)
+    assert len(list(sample(raw.network, raw.intervals, given(raw.network, start()), steps=2))) == 2
 
 
 # -- training gives what sampling gives -------------------------------------------------------------------------
@@ -202,7 +202,7 @@ def test_training_on_policy_meets_what_sampling_meets(context):
     network, tokens = made.network, start(examples=2)
     inputs, grid = given(network, tokens), levels(made.intervals)
     with Entered(network) as sampled:
-        sample(network, made.intervals, inputs)
+        list(sample(network, made.intervals, inputs))
     assert [b for b, _ in sampled.seen] == [0, 1, 2, 2]
     eps, own = network.task.draw(inputs), torch.ones(2, dtype=torch.bool)
     for i, (block, met) in enumerate(sampled.seen):

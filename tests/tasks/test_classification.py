@@ -98,7 +98,7 @@ def test_losses_and_averages():
     logits, labels = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
     assert torch.allclose(task.losses(logits, labels).mean(), F.cross_entropy(logits, labels))
     assert task.correct(F.one_hot(labels, 5).float(), labels).all()
-    assert torch.allclose(task.average([logits, logits]), logits.softmax(-1))
+    assert torch.allclose(task.probabilities(logits), logits.softmax(-1))
 
 
 @pytest.mark.parametrize("name", ["gpt", "hf_gpt2", "hf_llama", "hf_bert"])

@@ -212,14 +212,14 @@ def test_a_kept_prelude_changes_nothing(build):
     (prelude[0] if isinstance(prelude, torch.nn.ModuleList) else prelude).norm1.register_forward_hook(
         lambda *_: calls.append(1)
     )
-    outputs = sample(network, intervals, {"ids": TOKENS}, begin=noise(*TOKENS.shape))
+    outputs = list(sample(network, intervals, {"ids": TOKENS}, begin=noise(*TOKENS.shape)))
     assert len(outputs) == 4 and len(calls) == 1  # as many evaluations as the network has rounds
     first = network.denoise(
         0, {"ids": TOKENS}, noise(*TOKENS.shape) * intervals.boundaries[-1], torch.full((2,), intervals.boundaries[-1])
     )
     assert len(calls) == 2 and torch.equal(first, outputs[0])
     network.prelude_kept = torch.no_grad
-    again = sample(network, intervals, {"ids": TOKENS}, begin=noise(*TOKENS.shape))
+    again = list(sample(network, intervals, {"ids": TOKENS}, begin=noise(*TOKENS.shape)))
     assert len(calls) == 6 and all(torch.equal(a, b) for a, b in zip(outputs, again, strict=True))
 
 
@@ -233,7 +233,7 @@ def test_generation_is_evaluation_at_the_last_position():
         eps = torch.zeros(1, 4, networks.WIDTH)
         if decoding.temperature:
             eps = torch.randn(eps.shape, generator=torch.Generator().manual_seed(3))
-        scores = sample(network, intervals, {"ids": start}, steps=decoding.steps, begin=eps)[-1][0, -1]
+        scores = list(sample(network, intervals, {"ids": start}, steps=decoding.steps, begin=eps))[-1][0, -1]
         if not decoding.temperature:
             assert written[0] == int(scores.argmax())
         again = Writer(network, intervals, decoding, torch.Generator().manual_seed(3))
