@@ -160,6 +160,7 @@ def test_a_job_of_its_only_block(place, corpus, tmp_path):
         (["train.method=truncated-bptt", "train.backpropagate=5"], "the core runs 4 times"),
         (["train.backpropagate=2"], "is for train.method=truncated-bptt"),
         (["data.documents=masked"], "documents cannot be kept apart"),
+        (["train.z=on-policy"], "on-policy"),
     ],
 )
 def test_wrong_requests(place, corpus, tmp_path, overrides, reason):

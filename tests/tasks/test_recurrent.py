@@ -160,7 +160,7 @@ def test_the_bound_measures_every_token_against_its_own_target():
     network, intervals = recurrent_network(Looped())
     bound, task = Bound(network, intervals, 1, 0), network.task
     z, sigma = noise(*TOKENS.shape), torch.tensor([0.4, 1.1])
-    found = bound.errors(0, {"ids": TOKENS}, TOKENS, z, sigma)
+    found = bound.errors(0, {"ids": TOKENS}, TOKENS, z, sigma, torch.Generator())
     estimate = task.denoised(network.model, network.denoise(0, {"ids": TOKENS}, z, sigma))
     by_hand = (task.clean(network.model, TOKENS)[:, 1:] - estimate[:, :-1]).square().sum((1, 2))
     assert torch.allclose(found.float(), by_hand, rtol=1e-4)
