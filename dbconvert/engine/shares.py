@@ -34,7 +34,9 @@ def cross_entropies(
         counted += float(counts.sum()) * draws
         for _ in range(draws):
             eps = task.draw(inputs, generator=generator).to(labels.device)
+            state = generator.get_state()
             for i, level in enumerate(levels):
+                generator.set_state(state)  # earlier blocks meet the same noise too
                 sigma = torch.full((len(labels),), level, device=labels.device)
                 before = noised(network, intervals, generator)
                 losses = network(intervals.block_of(level), inputs, labels, sigma, eps, before=before)

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import commands
 import pytest
@@ -52,12 +53,13 @@ class ToyTask:
 class Toy:
     """The posterior mean in closed form, its scores times `sharpness`: 1 is the best denoiser."""
 
-    model, task = None, ToyTask()
+    model, task, plan = None, ToyTask(), SimpleNamespace(context="raw")
 
     def __init__(self, sharpness=1.0):
         self.sharpness, self.served = sharpness, []
 
-    def told(self, block, inputs, labels, z, sigma, measure):
+    def told(self, block, inputs, labels, z, sigma, measure, before):
+        assert before is None
         self.served.append((block, float(sigma.min()), float(sigma.max())))
         scores = self.sharpness * (z @ TABLE.T / sigma[:, None, None] ** 2 + PRIOR.log())
         return in_chunks(lambda features: features, measure, scores, labels, len(TABLE))

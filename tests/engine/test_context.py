@@ -136,6 +136,14 @@ def test_the_weight_of_noise_goes_by_the_level_that_was_met(place, corpus, tmp_p
     assert met == {round(float(torch.tensor(level)), 5) for level in noise}
 
 
+def test_noise_is_refitted_to_blocks_that_hear_each_other(place, corpus, tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"source: {place / 'gpt.py'}\nsplit: {{blocks: 3, context: features}}\nnoise: {{refit: [0.5]}}\n")
+    made = dbconvert.train(str(recipe), overrides=[*corpus, "train.steps=12"], out=str(tmp_path / "r"))
+    assert "own cross-entropy" in json.loads((tmp_path / "r" / "noise.json").read_text())["basis"]
+    assert 0 < made.metrics["nats_bound"] < 100
+
+
 # -- what is said of it -----------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,7 @@
 """What each block resolves, by the network's own cross-entropy over sigma."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -24,12 +26,13 @@ class Task:
 class Decoder:
     """The best reader of a noisy embedding, which is told nothing else; notes who was asked for which level."""
 
-    task = Task()
+    task, plan = Task(), SimpleNamespace(context="raw")
 
     def __init__(self):
         self.asked = []
 
-    def __call__(self, block, inputs, labels, sigma, eps):
+    def __call__(self, block, inputs, labels, sigma, eps, before):
+        assert before is None
         self.asked.append((block, float(sigma[0])))
         z = TABLE[labels] + sigma[:, None, None] * eps
         scores = (z @ TABLE.T / sigma[:, None, None] ** 2 + PRIOR.log()).log_softmax(-1)
