@@ -20,7 +20,8 @@ from dbconvert.graph.oracle import ask
 from dbconvert.graph.prefix import Prefix
 from dbconvert.graph.sight import Sight
 from dbconvert.graph.two_streams import TwoStreams, positions_axis, spread
-from dbconvert.plan import Target
+from dbconvert.plan import Context, Target
+from dbconvert.recipe import Z
 from dbconvert.tasks.base import Change, Corruption, Embed, Inputs, Passage, along, conditioning
 from dbconvert.tasks.discrete import above_mean, denoise_before_head, register_readouts, register_table
 from dbconvert.tasks.language import one_document
@@ -35,6 +36,8 @@ class CausalLM(NextToken):
     """
 
     name: ClassVar[str] = "causal_lm"
+    contexts: ClassVar[tuple[Context, ...]] = ("raw", "features", "estimate")
+    zs: ClassVar[tuple[Z, ...]] = ("noised", "on-policy", "mixed")
     doubled: ClassVar[bool] = True
 
     # -- deciding -----------------------------------------------------------------------------------------

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from dbconvert.anatomy import Anatomy, Embedding, Path, SideAxes
 from dbconvert.data.sequences import IGNORED
-from dbconvert.plan import Context
-from dbconvert.recipe import Z
 from dbconvert.tasks.base import Inputs, Task
 
 
@@ -19,8 +17,6 @@ class LanguageTask(Task):
 
     text: ClassVar[bool] = True
     tried: ClassVar[bool] = True
-    contexts: ClassVar[tuple[Context, ...]] = ("raw", "features", "estimate")
-    zs: ClassVar[tuple[Z, ...]] = ("noised", "on-policy", "mixed")
 
     @staticmethod
     def obstacle(anatomy: Anatomy) -> str | None:

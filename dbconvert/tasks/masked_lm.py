@@ -23,7 +23,8 @@ from dbconvert.errors import DBConvertError
 from dbconvert.graph.seeing import ask_both_ways
 from dbconvert.graph.sight import Sight
 from dbconvert.graph.two_streams import spread
-from dbconvert.plan import Rule, Table, Target
+from dbconvert.plan import Context, Rule, Table, Target
+from dbconvert.recipe import Z
 from dbconvert.tasks.base import Change, Corruption, Embed, Inputs, Passage, along, conditioning
 from dbconvert.tasks.discrete import above_mean, modulated, register_readouts
 from dbconvert.tasks.language import LanguageTask, one_document
@@ -41,6 +42,8 @@ class MaskedLM(LanguageTask):
     """
 
     name: ClassVar[str] = "masked_lm"
+    contexts: ClassVar[tuple[Context, ...]] = ("raw", "features", "estimate")
+    zs: ClassVar[tuple[Z, ...]] = ("noised", "on-policy", "mixed")
     rule: ClassVar[Rule] = "mask"
     tables: ClassVar[tuple[Table, ...]] = ("none",)
     bounded: ClassVar[bool] = True
