@@ -39,8 +39,6 @@ class Recurrent(NextToken):
 
     name: ClassVar[str] = "recurrent"
     lead: ClassVar[int] = 1
-    contexts: ClassVar[tuple[Context, ...]] = ("raw",)
-    zs: ClassVar[tuple[Z, ...]] = ("noised",)
     looped: ClassVar[bool] = True
     moves: ClassVar[tuple[int, ...]] = (4, 8, 16)
 
