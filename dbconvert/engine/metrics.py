@@ -62,12 +62,12 @@ class Scorer:
     def blocks(self, examples: Data) -> Metrics:
         """Metrics of a converted network.
 
-        `accuracy_zero` and `loss_zero` start from z = 0, where `loss_first` is what the first evaluation says, block 0
-        at sigma_max, and `loss_first_draw` the same from noise, over all draws; `accuracy_draw` is the mean over
-        single noise draws and `accuracy_average` that of their averaged predictions; `loss_zero_after_n` and
-        `loss_draw_after_n` are the losses after n evaluations, from z = 0 and from one draw; `loss_block_b` is the
-        unweighted loss over the block's own levels, `loss_sigma_s` the one at a fixed level. Sampling needs all blocks;
-        a single block has losses only.
+        `accuracy_zero` and `loss_zero` start from z = 0, where `loss_first` and `accuracy_first` are what the first
+        evaluation says, block 0 at sigma_max, and `loss_first_draw` and `accuracy_first_draw` the same from noise, over
+        all draws; `accuracy_draw` is the mean over single noise draws and `accuracy_average` that of their averaged
+        predictions; `loss_zero_after_n` and `loss_draw_after_n` are the losses after n evaluations, from z = 0 and from
+        one draw; `loss_block_b` is the unweighted loss over the block's own levels, `loss_sigma_s` the one at a fixed
+        level. Sampling needs all blocks; a single block has losses only.
         """
         totals: dict[str, float] = defaultdict(float)
         for index, (inputs, labels) in enumerate(self.batches(examples)):
@@ -97,6 +97,7 @@ class Scorer:
         found = {
             "accuracy_zero": task.mean(task.correct(last, labels), labels),
             "loss_zero": task.mean(task.losses(last, labels), labels),
+            "accuracy_first": task.mean(task.correct(first, labels), labels),
             "loss_first": task.mean(task.losses(first, labels), labels),
         }
         return {**found, **self.drawn(inputs, labels, generator), **self.after_moves(inputs, labels, generator)}
@@ -108,6 +109,7 @@ class Scorer:
         likely: Tensor | float = 0.0
         for _ in range(draws):
             first, last = self.sampled(inputs, self.options.steps, generator)
+            totals["accuracy_first_draw"] += task.mean(task.correct(first, labels), labels)
             totals["loss_first_draw"] += task.mean(task.losses(first, labels), labels)
             totals["accuracy_draw"] += task.mean(task.correct(last, labels), labels)
             likely = likely + task.probabilities(last)

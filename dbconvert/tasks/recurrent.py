@@ -20,8 +20,7 @@ from dbconvert.errors import DBConvertError
 from dbconvert.graph.loop_trial import ask_loop
 from dbconvert.graph.looped import LoopPass
 from dbconvert.graph.two_streams import positions_axis
-from dbconvert.plan import Context, Target
-from dbconvert.recipe import Z
+from dbconvert.plan import Target
 from dbconvert.tasks.base import Corruption, Inputs, Passage, along
 from dbconvert.tasks.discrete import denoised_features, modulated, register_readouts, register_table
 from dbconvert.tasks.next_token import NextToken, one_later
