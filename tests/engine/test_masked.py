@@ -62,7 +62,7 @@ class Everywhere:
     """One network that serves the interval of every block."""
 
     def __init__(self, network):
-        self.network, self.task, self.present = network, network.task, (0, 1, 2)
+        self.network, self.task, self.plan, self.present = network, network.task, network.plan, (0, 1, 2)
 
     def __call__(self, block, *args, **kwargs):
         return self.network(0, *args, **kwargs)
@@ -148,9 +148,9 @@ def test_each_block_serves_its_own_times_and_all_is_shown(steps, monkeypatch):
     served = []
     denoise = network.denoise
 
-    def noted(block, inputs, hidden, level):
+    def noted(block, inputs, hidden, level, **more):
         served.append((block, float(level[0]), float(hidden.float().mean())))
-        return denoise(block, inputs, hidden, level)
+        return denoise(block, inputs, hidden, level, **more)
 
     monkeypatch.setattr(network, "denoise", noted)
     sampled(network, steps=steps)
@@ -166,7 +166,7 @@ def test_a_share_of_tokens_is_hidden_as_the_schedule_says(monkeypatch):
     shares = []
     denoise = network.denoise
     monkeypatch.setattr(
-        network, "denoise", lambda b, i, h, t: shares.append((t[:1], h.float().mean())) or denoise(b, i, h, t)
+        network, "denoise", lambda b, i, h, t, **_: shares.append((t[:1], h.float().mean())) or denoise(b, i, h, t)
     )
     generator = torch.Generator().manual_seed(0)
     unmask(network, intervals_of(network), tokens, torch.ones_like(tokens).bool(), steps=6, generator=generator)
