@@ -1,7 +1,8 @@
 """Measures what docs/text.md says, and writes it to docs/text.json; regenerate.py makes the tables of it.
 
     python docs/measure_text.py            # what text.json lacks
-    python docs/measure_text.py --fresh    # everything again (about 20 minutes of one core)
+    python docs/measure_text.py --fresh    # everything again (about 40 minutes of one core)
+    python docs/measure_text.py --held     # only what an update holds, which one update tells
 
 Every row trains recipes/ar_text_tiny.yaml with other settings and evaluates it on text that was not trained on; all of
 them run as many layers forward and backward.
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 
 import dbconvert
+from dbconvert.engine.train import TrainResult
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "text.json"
@@ -45,6 +47,10 @@ def main() -> int:
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() and "--fresh" not in sys.argv else {}
     results = {**machine(), **results}
     with tempfile.TemporaryDirectory() as folder:
+        if "--held" in sys.argv:
+            count_again(results["rows"], Path(folder))
+            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+            return 0
         for seed in SEEDS:
             for name, overrides in ROWS.items():
                 if lacks(results.setdefault("rows", {}).setdefault(name, {}).get(seed)):
@@ -66,12 +72,24 @@ def machine() -> dict[str, Any]:
     }
 
 
+def count_again(rows: dict[str, Any], folder: Path) -> None:
+    """The activations of all rows: they do not depend on the seed, or on how long is trained."""
+    for name, by_seed in rows.items():
+        held = train([*ROWS[name], "train.steps=1"], str(folder / f"one-{time.monotonic_ns()}")).memory
+        for one in by_seed.values():
+            one["activations"] = max(unit.activations for unit in held.units)
+
+
+def train(overrides: list[str], out: str) -> TrainResult:
+    common = ["data.validation=null", "log.every=1000"]
+    return dbconvert.train(str(ROOT / "recipes" / "ar_text_tiny.yaml"), overrides=[*common, *overrides], out=out)
+
+
 def trained(overrides: list[str], seed: str, folder: Path) -> dict[str, Any]:
     out = str(folder / f"run-{time.monotonic_ns()}")
-    common = [f"seed={seed}", "data.validation=null", "log.every=1000"]
     torch.set_num_threads(1)
     begun = time.process_time()
-    result = dbconvert.train(str(ROOT / "recipes" / "ar_text_tiny.yaml"), overrides=[*common, *overrides], out=out)
+    result = train([f"seed={seed}", *overrides], out)
     seconds = time.process_time() - begun
     found = dbconvert.evaluate(out, part="test", overrides=[f"eval.sigmas={LEVELS}", "eval.draws=4"])
     noise = json.loads((Path(out) / "noise.json").read_text())

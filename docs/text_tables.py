@@ -32,16 +32,15 @@ def losses(rows: dict[str, Any]) -> str:
     seeds = " / ".join(next(iter(rows.values())))
     lines = [
         f"| training | block 0 at sigma_max, from z = 0, seeds {seeds} | the same, from noise | accuracy, all blocks "
-        "from z = 0 | activations | seconds of one core |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "from z = 0 | activations |",
+        "| --- | --- | --- | --- | --- |",
     ]
     for name, by_seed in rows.items():
         first = figures(by_seed, "loss_first", "loss")
         drawn = figures(by_seed, "loss_first_draw")
         right = figures(by_seed, "accuracy_zero", "accuracy", percent=True)
         held = statistics.median(one["activations"] for one in by_seed.values()) / 1e6
-        time = statistics.median(one["seconds"] for one in by_seed.values())
-        lines.append(f"| {name} | {first} | {drawn} | {right} | {held:.1f} MB | {time:.0f} |")
+        lines.append(f"| {name} | {first} | {drawn} | {right} | {held:.1f} MB |")
     return "\n".join(lines)
 
 
@@ -55,8 +54,7 @@ def larger(found: dict[str, Any]) -> str:
     """The table of losses for every file, one seed."""
     parts = []
     for file, rows in found["files"].items():
-        without_time = [line.rsplit(" |", 2)[0] + " |" for line in losses(rows).splitlines()]
-        parts.append("\n".join(without_time).replace("| training |", f"| {file} |", 1))
+        parts.append(losses(rows).replace("| training |", f"| {file} |", 1))
     return "\n\n".join(parts)
 
 
