@@ -12,6 +12,8 @@ from dbconvert.engine.shares import entropy_shares
 
 TEXT = Path(__file__).with_name("text.json")
 GENERATION = Path(__file__).with_name("generation.json")
+LOST = 1e4
+"""A perplexity of a character that tells nothing."""
 LARGER = Path(__file__).with_name("larger.json")
 
 
@@ -68,7 +70,11 @@ def figures(by_seed: dict[str, Any], *names: str, percent: bool = False) -> str:
 
 def bounds(rows: dict[str, Any]) -> str:
     """What each network's text costs at most, with its interval."""
-    measured = {n: row for n, row in rows.items() if all("nats_bound" in one["metrics"] for one in row.values())}
+    measured = {
+        name: told
+        for name, by_seed in rows.items()
+        if (told := {seed: one for seed, one in by_seed.items() if "nats_bound" in one["metrics"]})
+    }
     if not measured:
         return "Not measured yet."
     lines = [
@@ -77,7 +83,9 @@ def bounds(rows: dict[str, Any]) -> str:
     ]
     for name, by_seed in measured.items():
         cells = (with_interval(by_seed, figure) for figure in ("nats_bound", "bits_per_character"))
-        lines.append(f"| {name} | {' | '.join(cells)} | {figures(by_seed, 'perplexity_bound')} |")
+        told = all(one["metrics"].get("perplexity_bound", LOST) < LOST for one in by_seed.values())
+        perplexity = figures(by_seed, "perplexity_bound") if told else "-"
+        lines.append(f"| {name} | {' | '.join(cells)} | {perplexity} |")
     return "\n".join(lines)
 
 
