@@ -25,21 +25,24 @@ def context_parts() -> dict[str, str]:
 def table(rows: dict[str, Any]) -> str:
     seeds = " / ".join(next(iter(rows.values())))
     lines = [
-        f"| context, z | all blocks from z = 0, nats, seeds {seeds} | accuracy | block 0 alone | its accuracy | layers "
-        "an update, forward only | activations | seconds of one core |",
-        "| --- " * 8 + "|",
+        f"| context, z | all blocks from z = 0, nats, seeds {seeds} | accuracy | accuracy from one draw of "
+        "noise | bound, nats | block 0 alone | its accuracy | layers an update, forward only | activations "
+        "| seconds of one core |",
+        "| --- " * 10 + "|",
     ]
     for name, by_seed in rows.items():
         loss, right = figures(by_seed, "loss_zero"), figures(by_seed, "accuracy_zero", percent=True)
+        drawn, bound = figures(by_seed, "accuracy_draw", percent=True), figures(by_seed, "nats_bound")
         first = figures(by_seed, "loss_first")
         early = " / ".join(f"{100 * one['evaluations'][0]['accuracy']:.1f}" for one in by_seed.values()) + " %"
         before = statistics.mean(one["layers"]["forward only"] for one in by_seed.values())
         held = statistics.median(one["activations"] for one in by_seed.values()) / 1e6
         time = statistics.median(one["seconds"] for one in by_seed.values())
-        lines.append(f"| {name} | {loss} | {right} | {first} | {early} | {before:.2f} | {held:.1f} MB | {time:.0f} |")
+        cells = [loss, right, drawn, bound, first, early, f"{before:.2f}", f"{held:.1f} MB", f"{time:.0f}"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     controls = json.loads(TEXT.read_text())["rows"]
     for name in CONTROLS:
         by_seed = controls[name]
         loss, right = figures(by_seed, "loss"), figures(by_seed, "accuracy", percent=True)
-        lines.append(f"| {name} | {loss} | {right} | - | - | 0 | - | - |")
+        lines.append(f"| {name} | {loss} | {right} | - | {loss} | - | - | 0 | - | - |")
     return "\n".join(lines)
