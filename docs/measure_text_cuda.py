@@ -119,7 +119,8 @@ def row(given: argparse.Namespace) -> dict[str, Any]:
             "activations_mb": round(max(unit.activations for unit in result.memory.units) / 1e6, 1),
         }
         if given.row not in SPEED:
-            found["metrics"] = dbconvert.evaluate(out, part="test", overrides=["eval.batch=16"]).metrics
+            few = ["eval.draws=1", "eval.sigmas=1"] if given.smoke else ["eval.draws=4", "eval.sigmas=16"]
+            found["metrics"] = dbconvert.evaluate(out, part="test", overrides=["eval.batch=16", *few]).metrics
     return found
 
 
