@@ -165,7 +165,7 @@ FILES = {
 }
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["ar_lm1b", pytest.param("ar_openwebtext", marks=pytest.mark.slow), "mdm_text8"])
 def test_a_recipe_streams_from_the_hub_for_its_epochs(name, place, tmp_path):
     """A stand-in serves corpora as the hub lays them out, and the tokenizer; only the network and lengths are small."""
     hub = tmp_path / "hub"

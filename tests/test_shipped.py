@@ -11,7 +11,12 @@ from dbconvert.recipe import read_recipe
 from dbconvert.sources.resolve import open_source
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+LARGE = {"huginn_lm1b", "ar_openwebtext"}
+"""Split as ar_lm1b is, and slowly: with 32 rounds, with 3,072 positions."""
+RECIPES = [
+    pytest.param(path, marks=pytest.mark.slow) if path.stem in LARGE else path
+    for path in sorted((ROOT / "recipes").glob("*.yaml"))
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
