@@ -17,12 +17,12 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from rows import keep, read
 
 import dbconvert
 from dbconvert.data.examples import LABEL
@@ -55,25 +55,10 @@ def main() -> int:
                 form = [f"split.context={context}", f"train.z={z}", *["train.steps=5"] * check]
                 if check:
                     sys.stdout.write(f"{name}: {json.dumps(trained(form, seed, Path(folder)))}\n")
-                elif seed not in read()["rows"].get(name, {}):
+                elif seed not in read(RESULTS)["rows"].get(name, {}):
                     sys.stderr.write(f"{name}, seed {seed}\n")
-                    keep(name, seed, trained(form, seed, Path(folder)))
+                    keep(RESULTS, name, seed, trained(form, seed, Path(folder)))
     return 0
-
-
-def read() -> dict[str, Any]:
-    if RESULTS.exists():
-        found: dict[str, Any] = json.loads(RESULTS.read_text())
-        return found
-    return {"versions": {name: version(name) for name in ("dbconvert", "torch")}, "rows": {}}
-
-
-def keep(name: str, seed: str, row: dict[str, Any]) -> None:
-    results = read()
-    by_seed = results["rows"].setdefault(name, {})
-    by_seed[seed] = row
-    results["rows"][name] = dict(sorted(by_seed.items()))
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def trained(form: list[str], seed: str, folder: Path) -> dict[str, Any]:

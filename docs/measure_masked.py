@@ -9,15 +9,14 @@ them run as many layers forward and backward.
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from rows import keep, read
 
 import dbconvert
 
@@ -36,25 +35,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         for seed in sys.argv[1:] or SEEDS:
             for name, overrides in ROWS.items():
-                if seed not in read()["rows"].get(name, {}):
+                if seed not in read(RESULTS)["rows"].get(name, {}):
                     sys.stderr.write(f"{name}, seed {seed}\n")
-                    keep(name, seed, trained(overrides, seed, Path(folder)))
+                    keep(RESULTS, name, seed, trained(overrides, seed, Path(folder)))
     return 0
-
-
-def read() -> dict[str, Any]:
-    if RESULTS.exists():
-        found: dict[str, Any] = json.loads(RESULTS.read_text())
-        return found
-    return {"versions": {name: version(name) for name in ("dbconvert", "torch")}, "rows": {}}
-
-
-def keep(name: str, seed: str, row: dict[str, Any]) -> None:
-    results = read()
-    by_seed = results["rows"].setdefault(name, {})
-    by_seed[seed] = row
-    results["rows"][name] = dict(sorted(by_seed.items()))
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def trained(overrides: list[str], seed: str, folder: Path) -> dict[str, Any]:

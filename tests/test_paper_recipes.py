@@ -14,7 +14,6 @@ import commands
 import datasets
 import fake_hub
 import pytest
-import torch
 from tokenizer_files import save_bpe
 
 import dbconvert
@@ -22,6 +21,7 @@ from dbconvert.engine.prepare import read_origin
 from dbconvert.recipe import read_recipe
 from dbconvert.sources.resolve import open_source
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]
 
 
@@ -100,14 +100,6 @@ SIZES = {
 TEXT = "the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs. "
 ROWS = [TEXT[i % 40 :] + TEXT[: i % 30] for i in range(200)]
 QUICK = ["train.batch=2", "data.length=16", "log.every=1", "eval.batch=64"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

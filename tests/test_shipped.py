@@ -10,6 +10,7 @@ from dbconvert.engine.prepare import read_origin
 from dbconvert.recipe import read_recipe
 from dbconvert.sources.resolve import open_source
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]
 LARGE = {"huginn_lm1b", "ar_openwebtext"}
 """Split as ar_lm1b is, and slowly: with 32 rounds, with 3,072 positions."""
@@ -17,14 +18,6 @@ RECIPES = [
     pytest.param(path, marks=pytest.mark.slow) if path.stem in LARGE else path
     for path in sorted((ROOT / "recipes").glob("*.yaml"))
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)

@@ -2,13 +2,13 @@
 
 import json
 import math
-from pathlib import Path
 from types import SimpleNamespace
 
 import commands
 import pytest
 import torch
 from language import causal_network
+from small_text import write_gpt
 
 import dbconvert
 from dbconvert.diffusion.entropy import fit_entropy
@@ -19,7 +19,6 @@ from dbconvert.recipe import SplitOptions
 from dbconvert.tasks.causal_lm import CausalLM
 from tests.acceptance.table import CONVERTED
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 PRIOR = torch.tensor([0.5, 0.25, 0.15, 0.07, 0.03])
 ENTROPY = float(-(PRIOR * PRIOR.log()).sum())
 TABLE = torch.eye(len(PRIOR))
@@ -142,9 +141,7 @@ def test_a_network_that_knows_only_how_many_tokens_there_are(monkeypatch):
 
 
 def test_eval_tells_it(tmp_path):
-    source = (EXAMPLES / "gpt.py").read_text()
-    (tmp_path / "gpt.py").write_text(source.replace("depth=6, width=96, heads=4", "depth=4, width=16, heads=2"))
-    (tmp_path / "fox.txt").write_text("the quick brown fox jumps over the lazy dog, and the dog sleeps on.\n" * 60)
+    write_gpt(tmp_path, depth=4)
     dbconvert.split(str(tmp_path / "gpt.py"), out=str(tmp_path / "package"), options=SplitOptions(blocks=2))
     data = [f"data.source={tmp_path / 'fox.txt'}", "data.tokenizer=char", "data.length=16", "data.validation=null"]
     training = ["train.steps=2", "train.batch=8", *data]

@@ -6,6 +6,7 @@ from pathlib import Path
 import commands
 import pytest
 import torch
+from small_text import corpus_in, write_gpt
 
 import dbconvert
 from dbconvert.checkpoint import load_tensors
@@ -15,27 +16,16 @@ from dbconvert.errors import DBConvertError, UsageError
 from dbconvert.plan import parse_plan
 from dbconvert.recipe import SplitOptions, read_recipe
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 EXAMPLES = Path(__file__).parents[2] / "examples"
-TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on.\n" * 60
-QUICK = ["train.steps=4", "train.batch=8", "data.length=16", "eval.draws=1", "eval.sigmas=2", "log.every=1"]
 FORMS = [("features", "noised"), ("estimate", "noised"), ("raw", "on-policy"), ("features", "mixed")]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A small GPT, a text, and a package for each context."""
     folder = tmp_path_factory.mktemp("context")
-    source = (EXAMPLES / "gpt.py").read_text()
-    (folder / "gpt.py").write_text(source.replace("depth=6, width=96, heads=4", "depth=3, width=16, heads=2"))
-    (folder / "fox.txt").write_text(TEXT)
+    write_gpt(folder, depth=3)
     for context in ("raw", "features", "estimate"):
         options = SplitOptions(blocks=3, context=context)
         dbconvert.split(str(folder / "gpt.py"), out=str(folder / context), options=options)
@@ -44,7 +34,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def corpus(place):
-    return [*QUICK, f"data.source={place / 'fox.txt'}", "data.tokenizer=char"]
+    return corpus_in(place)
 
 
 def trained(place, corpus, context, z, out, *more):

@@ -4,13 +4,13 @@ import json
 import math
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 from types import SimpleNamespace
 
 import commands
 import pytest
 import torch
 from language import causal_network
+from small_text import FOX, write_gpt
 from tokenizer_files import save_bpe
 
 import dbconvert
@@ -22,8 +22,7 @@ from dbconvert.recipe import SplitOptions
 from dbconvert.sources.readers import Reader, open_reader
 from tests.acceptance.table import CONVERTED
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on.\n" * 60
+pytestmark = pytest.mark.usefixtures("one_thread")
 FEW = ["eval.draws=0", "eval.sigmas=0", "eval.samples=6"]
 
 # -- repetition -------------------------------------------------------------------------------------------------
@@ -71,20 +70,10 @@ def test_rows_are_written_as_they_are_alone(cache):
 # -- from end to end --------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("written")
-    source = (EXAMPLES / "gpt.py").read_text()
-    (folder / "gpt.py").write_text(source.replace("depth=6, width=96, heads=4", "depth=2, width=16, heads=2"))
-    (folder / "fox.txt").write_text(TEXT)
+    write_gpt(folder, depth=2)
     dbconvert.split(str(folder / "gpt.py"), out=str(folder / "package"), options=SplitOptions(blocks=2))
     return folder
 
@@ -249,7 +238,7 @@ def test_training_takes_no_samples(place):
 
 
 def test_padded_documents_long_enough_are_continued(place, tmp_path):
-    (tmp_path / "docs.jsonl").write_text("\n".join(json.dumps({"text": TEXT[: 4 + 3 * i]}) for i in range(9)))
+    (tmp_path / "docs.jsonl").write_text("\n".join(json.dumps({"text": FOX[: 4 + 3 * i]}) for i in range(9)))
     data = [f"data.source={tmp_path / 'docs.jsonl'}", "data.pack=false", "data.train=all"]
     run = trained(place, "padded", *data)
     options = ["eval.draws=0", "eval.sigmas=0", "eval.prompt=6", "eval.tokens=10"]

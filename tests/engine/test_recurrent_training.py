@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from small_text import FOX, corpus_in, write_text
 
 import dbconvert
 from dbconvert.engine.generate import Decoding
@@ -13,17 +14,9 @@ from dbconvert.engine.outline import outline
 from dbconvert.errors import DBConvertError, Refused, UsageError
 from dbconvert.recipe import SplitOptions
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 EXAMPLES = Path(__file__).parents[2] / "examples"
 QUICK = ["train.steps=6", "train.batch=8", "data.length=16", "eval.draws=1", "eval.sigmas=2", "log.every=1"]
-TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on.\n" * 60
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +27,14 @@ def place(tmp_path_factory):
     (folder / "huginn.py").write_text(
         source.replace("width=96, heads=4, iterations=8", "width=16, heads=2, iterations=4")
     )
-    (folder / "fox.txt").write_text(TEXT)
+    write_text(folder)
     dbconvert.split(str(folder / "huginn.py"), out=str(folder / "package"))
     return folder
 
 
 @pytest.fixture(scope="module")
 def corpus(place):
-    return [*QUICK, f"data.source={place / 'fox.txt'}", "data.tokenizer=char"]
+    return corpus_in(place, *QUICK)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +83,7 @@ def test_a_checkpoint_evaluates_and_generates_alone(trained, corpus, tmp_path):
     judged = dbconvert.evaluate(str(path), part="validation", overrides=given).metrics
     assert judged["nats_bound"] > 0 and any(name.startswith("repetition") or "distinct" in name for name in judged)
     text = "".join(dbconvert.generate(str(path), "the ", tokens=8))
-    assert len(text) == 8 and set(text) <= set(TEXT)
+    assert len(text) == 8 and set(text) <= set(FOX)
     drawn = Decoding(temperature=1.0, top_k=5, steps=2)
     one, two = ("".join(dbconvert.generate(str(path), "the ", tokens=9, decoding=drawn, seed=s)) for s in (1, 2))
     assert one != two

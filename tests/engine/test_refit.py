@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_text import write_gpt
 
 import dbconvert
 from dbconvert.checkpoint import load_tensors
@@ -22,8 +23,7 @@ from dbconvert.plan import NoiseFit
 from dbconvert.recipe import SplitOptions
 from dbconvert.schema import parse
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on.\n" * 60
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # -- the fit ----------------------------------------------------------------------------------------------------
 
@@ -101,9 +101,7 @@ def test_the_sample_is_the_same_every_time():
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
     folder = tmp_path_factory.mktemp("refit")
-    source = (EXAMPLES / "gpt.py").read_text()
-    (folder / "gpt.py").write_text(source.replace("depth=6, width=96, heads=4", "depth=2, width=16, heads=2"))
-    (folder / "fox.txt").write_text(TEXT)
+    write_gpt(folder, depth=2)
     (folder / "recipe.yaml").write_text(
         "source: gpt.py\ntask: causal_lm\nsplit: {blocks: 2}\nnoise: {refit: [0.4, 0.7]}\n"
         "data: {source: fox.txt, tokenizer: char, length: 16, cache: cache}\n"
@@ -111,14 +109,6 @@ def recipe(tmp_path_factory):
         "eval: {draws: 1, sigmas: 0}\nlog: {every: 1}\n"
     )
     return folder / "recipe.yaml"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,12 @@
 """Text from the recipe to generated text: trained, resumed, assembled, evaluated; alone and together; with errors."""
 
 import json
-from pathlib import Path
 
 import networks
 import pytest
 import torch
 from safetensors import safe_open
+from small_text import FOX, QUICK, corpus_in, write_gpt
 from tokenizer_files import save_bpe
 
 import dbconvert
@@ -14,26 +14,14 @@ from dbconvert.engine.generate import Decoding
 from dbconvert.errors import DBConvertError, UsageError
 from dbconvert.recipe import SplitOptions
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-QUICK = ["train.steps=4", "train.batch=8", "data.length=16", "eval.draws=1", "eval.sigmas=2", "log.every=1"]
-TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on.\n" * 60
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A small GPT, a text, and its package."""
     folder = tmp_path_factory.mktemp("text")
-    source = (EXAMPLES / "gpt.py").read_text()
-    (folder / "gpt.py").write_text(source.replace("depth=6, width=96, heads=4", "depth=4, width=16, heads=2"))
-    (folder / "fox.txt").write_text(TEXT)
+    write_gpt(folder, depth=4)
     options = SplitOptions(blocks=2)
     dbconvert.split(str(folder / "gpt.py"), out=str(folder / "package"), options=options)
     return folder
@@ -41,7 +29,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def corpus(place):
-    return [*QUICK, f"data.source={place / 'fox.txt'}", "data.tokenizer=char"]
+    return corpus_in(place)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +46,7 @@ def test_a_run_of_all_blocks(place, trained):
         "accuracy_zero",
     } <= trained.metrics.keys()
     kept = json.loads((trained.folder / "tokenizer_used.json").read_text())
-    assert kept["kind"] == "char" and set(kept["characters"]) == set(TEXT)
+    assert kept["kind"] == "char" and set(kept["characters"]) == set(FOX)
     lines = [json.loads(line) for line in (trained.folder / "metrics.jsonl").read_text().splitlines()]
     assert sum("loss" in line for line in lines) == 8
 
@@ -70,7 +58,7 @@ def test_a_checkpoint_evaluates_and_generates_alone(place, trained, corpus, tmp_
     found = dbconvert.evaluate(str(path), part="validation", overrides=[corpus[-2], "data.length=16", "eval.draws=1"])
     assert found.metrics["loss_first"] == pytest.approx(trained.metrics["loss_first"], abs=1e-5)
     first, again = ("".join(dbconvert.generate(str(path), "the ", tokens=12, cache=cache)) for cache in (True, False))
-    assert first == again and len(first) == 12 and set(first) <= set(TEXT)
+    assert first == again and len(first) == 12 and set(first) <= set(FOX)
     drawn = Decoding(temperature=1.0, top_k=3)
     one, two = ("".join(dbconvert.generate(str(path), "the ", tokens=9, decoding=drawn, seed=s)) for s in (1, 2))
     assert one != two

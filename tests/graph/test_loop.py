@@ -14,15 +14,8 @@ from dbconvert.graph.loop_trial import ask_loop
 from dbconvert.graph.looped import LoopPass
 from dbconvert.graph.oracle import is_causal
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 INPUTS = {"ids": networks.tokens()}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def asked(model):

@@ -30,12 +30,7 @@ TOKENS = networks.tokens()
 FORMS = ("concat", "add", "none")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def noise(*shape, seed=0):
