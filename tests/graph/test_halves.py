@@ -69,11 +69,6 @@ def test_layers_that_are_recomputed_run_whole():
         assert torch.allclose(again[key], gradient, atol=1e-6 * float(gradient.abs().max().clamp(min=1))), key
 
 
-@pytest.mark.parametrize("name", ["hf_gemma2", "hf_gptj", "hf_bloom"])
-def test_attention_by_hand_runs_whole(name):
-    assert not ask(*opened(name))[1]
-
-
 def test_a_layer_that_attends_twice_is_told():
     asked, sides = trial("gpt")
     streams = TwoStreams(LENGTH, asked.anatomy.axes, sides)

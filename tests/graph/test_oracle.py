@@ -18,6 +18,8 @@ CAUSAL = [
     "hf_gemma3", "hf_gpt_neox", "hf_gpt_neox_sequential", "hf_gptj", "hf_falcon", "hf_phi", "hf_bloom", "hf_olmo2",
     "hf_granite", "hf_cohere", "hf_mixtral", "hf_deepseek_v3",
 ]  # fmt: skip
+BY_HAND = ["hf_gptj", "hf_bloom", "hf_gemma2"]
+"""Attention that is not torch's: the last layer of a block cannot be run for keys and values only."""
 RECURRENT = {"hf_mamba": "backbone.layers.0", "hf_jamba": "model.layers.0"}
 BIDIRECTIONAL = ["hf_bert", "hf_modernbert"]
 
@@ -33,7 +35,8 @@ def test_the_noisy_half_sees_what_its_clean_prefix_shows(name):
     model, anatomy = opened(name)
     assert oracle.is_causal(model, anatomy)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    oracle.ask(model, anatomy)
+    _, halves = oracle.ask(model, anatomy)
+    assert halves == (name not in BY_HAND)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
@@ -66,7 +69,8 @@ def test_either_attention_of_transformers(name, attention):
     """A bool mask with eager attention would be added as 0 and 1: masks keep the kind that the stem made."""
     model, anatomy = opened(name)
     model.set_attn_implementation(attention)
-    oracle.ask(model, anatomy)
+    _, halves = oracle.ask(model, anatomy)
+    assert halves == (attention == "sdpa")
 
 
 def leaking(given, together=None):
@@ -158,7 +162,8 @@ def test_masks_made_by_hand_are_refused_and_named():
 
 def test_biases_by_index_pass():
     """Made for 2S positions inside the layer, they hold those of the clean sequence in their corner."""
-    oracle.ask(*gpt_with(ByIndex))
+    sides, halves = oracle.ask(*gpt_with(ByIndex))
+    assert sides == () and halves
 
 
 # -- masks ------------------------------------------------------------------------------------------------------
