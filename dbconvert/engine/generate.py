@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -21,6 +21,7 @@ from dbconvert.engine.unmask import filled_in
 from dbconvert.errors import DBConvertError, UsageError
 from dbconvert.events import Note, Reporter, Stage, silent
 from dbconvert.graph.prefix import Prefix
+from dbconvert.graph.run import Filled
 from dbconvert.schema import Count, Positive, record
 from dbconvert.tasks.causal_lm import CausalLM
 from dbconvert.tasks.masked_lm import MaskedLM
@@ -28,6 +29,8 @@ from dbconvert.tasks.recurrent import Recurrent
 
 AGREE = 1e-3
 """The largest difference of cached and uncached scores, over the largest score."""
+STEADY = 2
+"""New positions of an evaluation once the prompt is cached: the token before, in a block's first, and the noisy one."""
 
 
 @record
@@ -134,6 +137,7 @@ class Writer:
     Args:
         generator: of the noise and the draws, on the CPU.
         scale: of the network's own embeddings, by block.
+        filled: modulations of layers, by what their condition was made of.
     """
 
     network: BlockwiseNetwork
@@ -141,6 +145,7 @@ class Writer:
     decoding: Decoding
     generator: torch.Generator
     scale: dict[int, Tensor] = field(default_factory=dict)
+    filled: dict[tuple[int, float, int, int], Filled] = field(default_factory=dict)
 
     @property
     def task(self) -> CausalLM:
@@ -204,6 +209,9 @@ class Writer:
         level = torch.full((len(written),), sigma, device=written.device)
         corruption = self.network.corrupted(block, z, level)
         passage = self.task.next_passage(self.network.model, block, inputs, corruption, prefix, self.scale)
+        if prefix is not None and prefix.new <= STEADY:
+            known = self.filled.setdefault((block, sigma, len(written), prefix.new), {})
+            passage = replace(passage, filled=known)
         with long_enough(written.shape[1] + 1):
             scores = self.network.pass_through(block, passage, heard=heard, tells=True)
         if prefix is not None:

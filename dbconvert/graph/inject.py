@@ -20,7 +20,7 @@ from dbconvert.errors import DBConvertError, Refused
 from dbconvert.graph.functions import Arguments, Intercepted, Results, uncounted
 from dbconvert.graph.joined import AroundModule, PartModule
 from dbconvert.graph.looped import LOOPED
-from dbconvert.graph.run import Run, Volatile
+from dbconvert.graph.run import Filled, Run, Volatile
 from dbconvert.graph.values import imitate, item, look_up, put_in, replaced
 
 PREFIX = "dbconvert"
@@ -108,9 +108,14 @@ class LayerSites:
     def __init__(self, norms: list[Site], gates: list[Site], modulation: tuple[Modulation, ...]) -> None:
         self.norms, self.gates, self.modulation = norms, gates, modulation
 
-    def fill(self, condition: Tensor | None) -> None:
-        conditioned = condition is not None and self.modulation
-        pairs, gates = self.modulation[0](condition) if conditioned else ([], [])
+    def fill(self, condition: Tensor | None, filled: Filled | None = None) -> None:
+        """Before the layer runs; `filled` remembers what layers got for one condition, see `Run`."""
+        made = None if filled is None else filled.get(self)
+        if made is None:
+            made = self.modulation[0](condition) if condition is not None and self.modulation else ([], [])
+        if filled is not None:
+            filled[self] = made
+        pairs, gates = made
         for position, site in enumerate(self.norms):
             site.shift, site.scale = pairs[position] if pairs else (None, None)
         for position, site in enumerate(self.gates):
@@ -161,7 +166,7 @@ class LayerModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         *args, condition = args  # type: ignore[assignment]
-        self.db_layer_sites.fill(condition)
+        self.db_layer_sites.fill(condition, self.db_run.filled)
         with self.db_run.attending(self.db_index):
             return super().forward(*args, **kwargs)
 

@@ -45,7 +45,7 @@ class PartModule(nn.Module):
             args, kwargs = put_in(args, kwargs, part.stream_in, stream)
         if run.runs(self.db_index):
             if self.db_position == 0:
-                self.db_layer_sites.fill(run.condition)
+                self.db_layer_sites.fill(run.condition, run.filled)
             args, kwargs = run.given(part.stream_in, args, kwargs)
             with run.attending((self.db_index, self.db_position)):
                 out = super().__call__(*args, **kwargs)

@@ -14,6 +14,8 @@ from dbconvert.graph.tape import argument_leaves
 from dbconvert.graph.values import item, put_in, replaced
 
 Given = tuple[tuple[Any, ...], dict[str, Any]]
+Filled = dict[object, tuple[list[tuple[Tensor, Tensor]], list[Tensor]]]
+"""Shifts and scales, and gates, by layer."""
 
 
 class Volatile:
@@ -34,6 +36,8 @@ class Run(Volatile):
         active: the layers that run; the others hand the stream on. None runs all, as the original network does.
         condition: conditioning of the active layers, [N, width], or [N, G, width] where the positions fall into G
             groups of one length; None for the original layers.
+        filled: the modulations that layers made of the condition; passes without gradient of one and the same condition
+            may share it, so that they are made once.
         embed: changes the token embeddings; it is also given the function that looks tokens up.
         entry: changes the stream as it enters the stack.
         beside: changes a tensor that an active layer receives beside the stream, by the argument's path.
@@ -51,6 +55,7 @@ class Run(Volatile):
 
     active: range | None = None
     condition: Tensor | None = None
+    filled: Filled | None = None
     embed: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor] | None = None
     entry: Callable[[Tensor], Tensor] | None = None
     beside: Callable[[Path, Tensor], Tensor] | None = None

@@ -22,7 +22,7 @@ from dbconvert.diffusion.preconditioning import Preconditioning
 from dbconvert.errors import DBConvertError
 from dbconvert.graph.inject import PREFIX
 from dbconvert.graph.looped import LoopPass
-from dbconvert.graph.run import Run
+from dbconvert.graph.run import Filled, Run
 from dbconvert.plan import Context, Kernel, NoiseRule, Rule, Table, Target
 from dbconvert.recipe import Z
 
@@ -53,6 +53,7 @@ class Passage:
 
     inputs: Inputs
     condition: Tensor | None = None
+    filled: Filled | None = None
     embed: Embed | None = None
     entry: Change | None = None
     beside: Callable[[Path, Tensor], Tensor] | None = None
@@ -63,7 +64,7 @@ class Passage:
     loop: LoopPass | None = None
 
     def steer(self, run: Run) -> None:
-        for name in ("condition", "embed", "entry", "beside", "attention", "last", "leave", "exit", "loop"):
+        for name in ("condition", "filled", "embed", "entry", "beside", "attention", "last", "leave", "exit", "loop"):
             setattr(run, name, getattr(self, name))
 
 
