@@ -21,7 +21,6 @@ from dbconvert.engine.prepare import read_origin
 from dbconvert.recipe import read_recipe
 from dbconvert.sources.resolve import open_source
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]
 
 

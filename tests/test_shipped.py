@@ -10,7 +10,6 @@ from dbconvert.engine.prepare import read_origin
 from dbconvert.recipe import read_recipe
 from dbconvert.sources.resolve import open_source
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]
 LARGE = {"huginn_lm1b", "ar_openwebtext"}
 """Split as ar_lm1b is, and slowly: with 32 rounds, with 3,072 positions."""

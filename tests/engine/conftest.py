@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 import dbconvert
 from dbconvert.recipe import DataOptions, ImageOptions, SplitOptions
@@ -30,13 +29,10 @@ def write_model(folder):
 
 @pytest.fixture(scope="module")
 def quick_splits():
-    """No pictures and one thread: both take most of a tiny split's time. Not together with `package`, made for all."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """No pictures, which take most of a tiny split's time. Not together with `package`, made for all."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dbconvert.engine.split.draw_noise", lambda *_: None)
         yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,6 @@ from dbconvert.errors import DBConvertError, UsageError
 from dbconvert.plan import parse_plan
 from dbconvert.recipe import SplitOptions, read_recipe
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FORMS = [("features", "noised"), ("estimate", "noised"), ("raw", "on-policy"), ("features", "mixed")]
 

@@ -22,7 +22,6 @@ from dbconvert.recipe import SplitOptions
 from dbconvert.sources.readers import Reader, open_reader
 from tests.acceptance.table import CONVERTED
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 FEW = ["eval.draws=0", "eval.sigmas=0", "eval.samples=6"]
 
 # -- repetition -------------------------------------------------------------------------------------------------

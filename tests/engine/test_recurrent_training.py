@@ -14,7 +14,6 @@ from dbconvert.engine.outline import outline
 from dbconvert.errors import DBConvertError, Refused, UsageError
 from dbconvert.recipe import SplitOptions
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 EXAMPLES = Path(__file__).parents[2] / "examples"
 QUICK = ["train.steps=6", "train.batch=8", "data.length=16", "eval.draws=1", "eval.sigmas=2", "log.every=1"]
 

@@ -23,8 +23,6 @@ from dbconvert.plan import NoiseFit
 from dbconvert.recipe import SplitOptions
 from dbconvert.schema import parse
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 # -- the fit ----------------------------------------------------------------------------------------------------
 
 

@@ -14,8 +14,6 @@ from dbconvert.engine.generate import Decoding
 from dbconvert.errors import DBConvertError, UsageError
 from dbconvert.recipe import SplitOptions
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):

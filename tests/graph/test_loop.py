@@ -14,7 +14,6 @@ from dbconvert.graph.loop_trial import ask_loop
 from dbconvert.graph.looped import LoopPass
 from dbconvert.graph.oracle import is_causal
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 INPUTS = {"ids": networks.tokens()}
 
 

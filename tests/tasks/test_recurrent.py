@@ -30,9 +30,6 @@ TOKENS = networks.tokens()
 FORMS = ("concat", "add", "none")
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def noise(*shape, seed=0):
     return torch.randn(*shape, networks.WIDTH, generator=torch.Generator().manual_seed(seed))
 
