@@ -1,8 +1,8 @@
 """dbconvert: converts a residual network into DiffusionBlocks form and trains it one block at a time.
 
 The public API is the command line's verbs: `inspect`, `estimate`, `split`, `train`, `assemble`, `evaluate`,
-`generate` and `load`, and `Adapter`, with which a model.py says what its layers are. They are imported when first
-used, so that `import dbconvert` is quick.
+`compare`, `generate` and `load`, and `Adapter`, with which a model.py says what its layers are. They are imported when
+first used, so that `import dbconvert` is quick.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dbconvert.anatomy import Adapter
     from dbconvert.engine.assemble import assemble
+    from dbconvert.engine.compare import compare
     from dbconvert.engine.estimate import estimate
     from dbconvert.engine.evaluate import evaluate
     from dbconvert.engine.generate import generate
@@ -21,11 +22,12 @@ if TYPE_CHECKING:
     from dbconvert.engine.split import split
     from dbconvert.engine.train import train
 
-__all__ = ["Adapter", "assemble", "estimate", "evaluate", "generate", "inspect", "load", "split", "train"]
+__all__ = ["Adapter", "assemble", "compare", "estimate", "evaluate", "generate", "inspect", "load", "split", "train"]
 
 _HOMES = {
     "Adapter": "dbconvert.anatomy",
     "assemble": "dbconvert.engine.assemble",
+    "compare": "dbconvert.engine.compare",
     "estimate": "dbconvert.engine.estimate",
     "evaluate": "dbconvert.engine.evaluate",
     "generate": "dbconvert.engine.generate",

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "dbconvert"
 FILES = sorted(p for p in ROOT.rglob("*.py") if "shipped" not in p.relative_to(ROOT).parts[:-1])
 LAYERS = {
-    "errors": 0, "events": 0, "files": 0, "shipped": 0,
+    "amounts": 0, "errors": 0, "events": 0, "files": 0, "shipped": 0,
     "diffusion": 1, "schema": 1,
     "anatomy": 2, "conditioning": 2, "plan": 2, "recipe": 2,
     "tensorfile": 2, "stream": 2, "graph": 3, "checkpoint": 3, "weights": 3,

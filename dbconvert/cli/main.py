@@ -6,12 +6,12 @@ torch and the engine are imported inside the commands, so that --help is quick.
 from __future__ import annotations
 
 import gc
-import json
 import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from dbconvert.cli.compare import compare
 from dbconvert.cli.failures import complain, unexpected
 from dbconvert.cli.sizes import whole_numbers
 from dbconvert.errors import DBConvertError, Refused
@@ -81,9 +81,9 @@ def inspect(
             )
     except Refused as refusal:
         if as_json:
-            emit(render.refusal_json(refusal))
+            render.emit(render.refusal_json(refusal))
         raise
-    emit(render.anatomy_json(anatomy)) if as_json else render.show_anatomy(anatomy)
+    render.emit(render.anatomy_json(anatomy)) if as_json else render.show_anatomy(anatomy)
 
 
 @app.command()
@@ -175,9 +175,9 @@ def split(
             )
     except Refused as refusal:
         if as_json:
-            emit(render.refusal_json(refusal))
+            render.emit(render.refusal_json(refusal))
         raise
-    emit(render.split_json(result)) if as_json else render.show_split(result)
+    render.emit(render.split_json(result)) if as_json else render.show_split(result)
 
 
 @app.command()
@@ -226,10 +226,10 @@ def estimate(
             )
     except Refused as refusal:
         if as_json:
-            emit(render.refusal_json(refusal))
+            render.emit(render.refusal_json(refusal))
         raise
     if as_json:
-        emit(render_estimate.estimate_json(found))
+        render.emit(render_estimate.estimate_json(found))
     else:
         render_estimate.show_estimate(found, everything=everything)
 
@@ -293,7 +293,7 @@ def evaluate(
 
     with render.progress() as report:
         result = run(target, part=part, model=model, overrides=overrides or [], seed=seed, report=report)
-    emit(render.evaluation_json(result)) if as_json else render.show_evaluation(result)
+    render.emit(render.evaluation_json(result)) if as_json else render.show_evaluation(result)
 
 
 @app.command()
@@ -341,7 +341,10 @@ def demo(
 
     with render.progress() as report:
         folder, rows = run(seed=seed, out=out, report=report)
-    emit(render.demo_json(folder, rows)) if as_json else render.show_demo(folder, rows)
+    render.emit(render.demo_json(folder, rows)) if as_json else render.show_demo(folder, rows)
+
+
+app.command()(compare)
 
 
 def show_version(wanted: bool) -> None:
@@ -360,10 +363,6 @@ def options(
     ] = False,
 ) -> None:
     pass  # --debug is read by `main`, --version by its callback; both are here for --help
-
-
-def emit(data: dict[str, Any]) -> None:
-    typer.echo(json.dumps(data, indent=2))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -387,7 +386,9 @@ def guarded(arguments: list[str], *, debug: bool) -> int:
         complain(error)
         return error.exit_code
     except KeyboardInterrupt:
-        complain(DBConvertError("interrupted", hint="a training run continues with --resume"))
+        complain(
+            DBConvertError("interrupted", hint="a run continues with --resume, a comparison with the same command")
+        )
         return 1
     except Exception as error:
         if debug:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,13 +22,16 @@ from rich.progress import (
 )
 from rich.table import Column, Table
 
+from dbconvert.amounts import size
 from dbconvert.errors import DBConvertError, Refused
 from dbconvert.events import Advance, Event, Note, Reporter, Stage
 
 if TYPE_CHECKING:
     from dbconvert.anatomy import Anatomy, GateSite, Layer, NormSite
+    from dbconvert.engine.comparison import Comparison
     from dbconvert.engine.demo import Row
     from dbconvert.engine.evaluate import Evaluation
+    from dbconvert.engine.grid import Planned
     from dbconvert.engine.memory import UnitMemory
     from dbconvert.engine.outline import Outline
     from dbconvert.engine.split import SplitResult
@@ -40,6 +45,11 @@ ITSELF = "(the network itself)"
 
 def say(text: str) -> None:
     out.print(escape(text))
+
+
+def emit(data: dict[str, Any]) -> None:
+    """One JSON object on stdout."""
+    sys.stdout.write(json.dumps(data, indent=2) + "\n")
 
 
 def grid(*headers: str, **options: Any) -> Table:
@@ -195,14 +205,6 @@ def listed(names: tuple[str, ...], most: int = 5) -> str:
     return escape(shown + (f" and {len(names) - most} more" if len(names) > most else ""))
 
 
-def size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if count < 1000 or unit == "TB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return ""
-
-
 # -- split and train ----------------------------------------------------------------------------------------------
 
 
@@ -338,3 +340,26 @@ def show_demo(folder: Path, rows: list[Row]) -> None:
         )
     out.print(table)
     out.print(f"everything is in [bold]{escape(str(folder))}/[/]")
+
+
+# -- compare ------------------------------------------------------------------------------------------------------
+
+
+def show_cells(cells: list[tuple[Planned, str]], folder: Path) -> None:
+    table = grid("training", "seed", "cell")
+    for planned, status in cells:
+        table.add_row(escape(planned.cell.name), str(planned.cell.seed), status)
+    out.print(table)
+    out.print(f"{len(cells)} cells in [bold]{escape(str(folder))}/[/]; dry run: nothing was run")
+
+
+def show_comparison(found: Comparison) -> None:
+    headers, lines = found.table()
+    for about, titles in found.groups().items():
+        chosen = [0, *(headers.index(title) for title in titles)]
+        table = grid(*(headers[i] for i in chosen), title=about, title_justify="left", box=SIMPLE_HEAD)
+        for line in lines:
+            table.add_row(*(escape(line[i]) for i in chosen))
+        out.print(table)
+    for note in found.notes():
+        out.print(escape(note))

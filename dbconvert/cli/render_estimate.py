@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
-from dbconvert.cli.render import grid, out, size
+from dbconvert.amounts import size
+from dbconvert.cli.render import grid, out
 
 if TYPE_CHECKING:
     from dbconvert.engine.estimate_records import Advice, Estimate, Row

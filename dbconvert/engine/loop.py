@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -48,6 +49,7 @@ class Loop:
         self.order = block_order(list(job.units), job.steps, train.order, train.steps_per_turn, self.recipe.seed)
         self.model = self.prepare()
         self.updates = 0
+        self.took: list[float] = []
         shares = () if job.layers is not None else job.network.plan.noise.refit
         self.refits = points(shares, len(self.order))
 
@@ -68,7 +70,8 @@ class Loop:
         every = self.recipe.train.checkpoint_every
         self.report(Stage("training", len(self.order)))
         self.report(Advance(self.updates))
-        self.started, self.counted = time.perf_counter(), 0
+        self.started, self.counted, self.took = time.perf_counter(), 0, []
+        self.begun = self.started
         for block, batch in zip(self.order[self.updates :], self.loaded(), strict=True):
             loss = self.update(block, batch)
             self.updates += 1
@@ -79,6 +82,7 @@ class Loop:
                 self.evaluate()
             if every and self.updates % every == 0 and self.updates < len(self.order):
                 self.save()
+            self.begun = time.perf_counter()
         return self.evaluate()
 
     def resume(self) -> None:
@@ -137,6 +141,7 @@ class Loop:
             active.optimizer.step()
             active.finish_update()
         self.counted += len(labels) * self.accelerator.num_processes
+        self.took.append(time.perf_counter() - self.begun)
         if (self.updates + 1) % self.recipe.log.every == 0:
             self.log(unit, {"block": block, "loss": loss, "lr": rate, "grad_norm": norm})
         return loss
@@ -234,10 +239,11 @@ class Loop:
             "update": self.updates + 1,
             "unit_update": unit.done,
             **values,
+            "seconds": round(statistics.median(self.took), 6),
             "examples_per_second": round(self.counted / elapsed, 1),
             "memory_mb": round(memory_mb(self.accelerator.device), 1),
         }
-        self.started, self.counted = time.perf_counter(), 0
+        self.started, self.counted, self.took = time.perf_counter(), 0, []
         self.write(line, {f"{unit.name}/{k}": v for k, v in values.items() if k != "block" and v is not None})
 
     def evaluate(self) -> Metrics:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -18,12 +16,13 @@ from dbconvert.errors import DBConvertError
 from dbconvert.graph.account import parameter_bytes, saved_bytes, state_bytes
 from dbconvert.graph.proof import unchanged_state
 from dbconvert.recipe import OptimizerOptions
+from dbconvert.schema import record
 from dbconvert.tasks.base import Inputs
 
 MOMENTS = {"adamw": 2, "sgd": 1}
 
 
-@dataclass(frozen=True)
+@record
 class UnitMemory:
     """One unit: what its update needs, with the periphery it trains too.
 
@@ -39,7 +38,7 @@ class UnitMemory:
     activations: int
 
 
-@dataclass(frozen=True)
+@record
 class MemoryReport:
     """All units of a job, and what the whole run holds: every block's state stays where it is."""
 

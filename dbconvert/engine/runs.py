@@ -4,6 +4,7 @@ run.json        status, origin, blocks, SHA-256 of the weights
 recipe.yaml     the recipe as it was resolved
 plan.json       the split
 noise.json      the noise that was used
+memory.json     what an update holds, and the whole run
 metrics.jsonl   one line a logged update or evaluation
 package/        the package, where the recipe started from a source
 checkpoints/    the newest state of training, to resume from
@@ -23,7 +24,7 @@ from dbconvert.recipe import Method
 from dbconvert.schema import parse, read_json, record, to_json
 
 RUNS = Path("runs")
-RUN, METRICS, CHECKPOINTS = "run.json", "metrics.jsonl", "checkpoints"
+RUN, MEMORY, METRICS, CHECKPOINTS = "run.json", "memory.json", "metrics.jsonl", "checkpoints"
 
 
 @record

@@ -30,6 +30,7 @@ from dbconvert.engine.package import (
 from dbconvert.engine.prepare import Origin, prepare, read_origin
 from dbconvert.engine.runs import (
     CHECKPOINTS,
+    MEMORY,
     RUN,
     RunInfo,
     new_run_folder,
@@ -110,6 +111,7 @@ def train(
     memory = measure(job, accelerator.device)
     if accelerator.is_main_process:
         write_head(folder, info, recipe, prepared.plan, noise)
+        write_text(folder / MEMORY, to_json(memory))
         kept_tokenizer.keep(prepared.tokenizer, folder)
     start_trackers(accelerator, recipe)
     metrics = loop.run()

@@ -68,6 +68,21 @@ class Passage:
             setattr(run, name, getattr(self, name))
 
 
+@dataclass(frozen=True)
+class Headline:
+    """A figure of evaluation by which trained networks are compared.
+
+    Args:
+        title: what it is.
+        blocks: its name among the figures of a network in blocks.
+        plain: the same of a baseline; None where that has none.
+    """
+
+    title: str
+    blocks: str
+    plain: str | None = None
+
+
 class Task(ABC):
     """What x, y, z, readout, loss and metric are."""
 
@@ -102,6 +117,8 @@ class Task(ABC):
     """What its blocks can be told of each other."""
     zs: ClassVar[tuple[Z, ...]] = ("noised",)
     """Where the noisy targets of its training can come from."""
+    headlines: ClassVar[tuple[Headline, ...]] = (Headline("loss", "loss_zero", "loss"),)
+    """What says how good a network is, the most telling first."""
 
     def __init__(self, anatomy: Anatomy, target: Target, noise: NoiseRule = NoiseRule()) -> None:
         self.anatomy = anatomy

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dbconvert.anatomy import Anatomy
 from dbconvert.conditioning.modulation import fit
 from dbconvert.plan import Rule, Target
-from dbconvert.tasks.base import Change, Corruption, Inputs, Passage, Task
+from dbconvert.tasks.base import Change, Corruption, Headline, Inputs, Passage, Task
 from dbconvert.tasks.discrete import denoise_before_head, fresh_table, register_readouts, register_table
 
 
@@ -24,6 +24,10 @@ class Classification(Task):
 
     name: ClassVar[str] = "classification"
     rule: ClassVar[Rule] = "auto"
+    headlines: ClassVar[tuple[Headline, ...]] = (
+        Headline("accuracy from z = 0", "accuracy_zero", "accuracy"),
+        Headline("accuracy over draws", "accuracy_draw"),
+    )
 
     @staticmethod
     def refusal(anatomy: Anatomy) -> str | None:

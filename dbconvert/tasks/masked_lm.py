@@ -25,7 +25,7 @@ from dbconvert.graph.sight import Sight
 from dbconvert.graph.two_streams import spread
 from dbconvert.plan import Context, Rule, Table, Target
 from dbconvert.recipe import Z
-from dbconvert.tasks.base import Change, Corruption, Embed, Inputs, Passage, along, conditioning
+from dbconvert.tasks.base import Change, Corruption, Embed, Headline, Inputs, Passage, along, conditioning
 from dbconvert.tasks.discrete import above_mean, modulated, register_readouts
 from dbconvert.tasks.language import LanguageTask, one_document
 
@@ -47,6 +47,9 @@ class MaskedLM(LanguageTask):
     rule: ClassVar[Rule] = "mask"
     tables: ClassVar[tuple[Table, ...]] = ("none",)
     bounded: ClassVar[bool] = True
+    headlines: ClassVar[tuple[Headline, ...]] = (
+        Headline("bits a character", "bits_per_character", "bits_per_character"),
+    )
     aside: ClassVar[bool] = True
 
     # -- deciding -----------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dbconvert.anatomy import Anatomy
 from dbconvert.plan import Rule, Table
-from dbconvert.tasks.base import Inputs, conditioning
+from dbconvert.tasks.base import Headline, Inputs, conditioning
 from dbconvert.tasks.language import LanguageTask
 
 
@@ -20,6 +20,10 @@ class NextToken(LanguageTask):
     rule: ClassVar[Rule] = "auto"
     tables: ClassVar[tuple[Table, ...]] = ("own", "fresh")
     ahead: ClassVar[int] = 1
+    headlines: ClassVar[tuple[Headline, ...]] = (
+        Headline("loss of block 0 from z = 0", "loss_first", "loss"),
+        Headline("the same from noise", "loss_first_draw"),
+    )
 
     @staticmethod
     def refusal(anatomy: Anatomy) -> str | None:

@@ -76,6 +76,8 @@ def test_inspect_refuses(tmp_path):
         (["train", "nothing"], 2, "does not exist"),
         (["train", "m"], 2, "not a package"),
         (["train", "vit_digits", "train.stpes=3"], 2, "did you mean steps"),
+        (["compare", "vit_digits", "--vary", "split.bloks=1,2"], 2, "did you mean blocks"),
+        (["compare", "vit_digits", "-o", "m"], 2, "no comparison wrote"),
         (["assemble"], 1, "no complete run"),
         (["eval", "m"], 2, "neither a checkpoint nor a run"),
         (["inspect"], 2, "Missing argument"),
@@ -122,7 +124,7 @@ def test_help_does_not_load_torch():
         "try: main(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
-    for command in ("inspect", "split", "train", "assemble", "eval", "demo"):
+    for command in ("inspect", "split", "train", "assemble", "eval", "compare", "demo"):
         assert command in dbconvert("--help").stdout and dbconvert(command, "--help").stdout
     assert dbconvert("--version").stdout.strip()
 

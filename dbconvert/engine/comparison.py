@@ -1,0 +1,191 @@
+"""What a comparison found: a row a cell, and all of them as one table, in Markdown and JSON."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from dbconvert.amounts import size
+from dbconvert.engine.grid import Cell
+from dbconvert.schema import record, to_data
+
+
+@record
+class Quality:
+    """A figure of evaluation by which rows are compared, and whether it is a share of 1."""
+
+    title: str
+    share: bool
+
+
+@record
+class Row:
+    """What became of a cell.
+
+    Args:
+        reason: why it failed.
+        figures: by the keys of COLUMNS.
+        quality: by title; None where this form of training has no such figure.
+        metrics: all that its evaluation told, over so many examples.
+        seconds: that the cell took, in the process that finished it.
+    """
+
+    cell: Cell
+    status: Literal["done", "failed"]
+    reason: str = ""
+    qualities: tuple[Quality, ...] = ()
+    quality: dict[str, float | None] = field(default_factory=dict)
+    figures: dict[str, float | None] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    examples: int = 0
+    versions: dict[str, str] = field(default_factory=dict)
+    device: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Column:
+    """A figure that is told of every row."""
+
+    key: str
+    title: str
+    words: Callable[[float], str]
+    about: Literal["memory and time", "work"]
+
+
+def whole(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def duration(value: float) -> str:
+    return f"{1000 * value:.1f} ms" if value < 1 else f"{value:.2f} s"
+
+
+COLUMNS = (
+    Column("activations", "activations", size, "memory and time"),
+    Column("state", "state in use", size, "memory and time"),
+    Column("held", "state held", size, "memory and time"),
+    Column("step", "time a step", duration, "memory and time"),
+    Column("parameters", "parameters", whole, "work"),
+    Column("layers", "layers an update", whole, "work"),
+    Column("updates", "updates", whole, "work"),
+    Column("evaluations", "evaluations a prediction", whole, "work"),
+)
+NONE = "-"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All rows of a comparison.
+
+    Args:
+        folder: where everything is.
+        rows: of the cells that were run or had been, in the order of the table.
+        left: cells that were not come to.
+    """
+
+    target: str
+    folder: Path
+    varied: Mapping[str, tuple[str, ...]]
+    rows: tuple[Row, ...]
+    left: int
+
+    @property
+    def failed(self) -> tuple[Row, ...]:
+        return tuple(row for row in self.rows if row.status == "failed")
+
+    @property
+    def qualities(self) -> tuple[Quality, ...]:
+        """Of the rows together: what any of them is compared by."""
+        return tuple(dict.fromkeys(quality for row in self.rows for quality in row.qualities))
+
+    def by_name(self) -> dict[str, list[Row]]:
+        """The rows of all seeds, the grid before the baselines."""
+        found: dict[str, list[Row]] = {}
+        for row in sorted(self.rows, key=lambda row: row.cell.baseline is not None):
+            found.setdefault(row.cell.name, []).append(row)
+        return found
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """The headers, and a line of words for each name: medians, with the least and the most of several seeds."""
+        headers = ["training", *(self.groups()["quality"]), *(column.title for column in COLUMNS)]
+        return headers, [self.line(name, rows) for name, rows in self.by_name().items()]
+
+    def groups(self) -> dict[str, list[str]]:
+        """The headers after the first, by what they are about."""
+        found = {"quality": [quality.title for quality in self.qualities] or ["quality"]}
+        for column in COLUMNS:
+            found.setdefault(column.about, []).append(column.title)
+        return found
+
+    def line(self, name: str, rows: list[Row]) -> list[str]:
+        done = [row for row in rows if row.status == "done"]
+        if not done:
+            lacking = [NONE] * (max(1, len(self.qualities)) - 1 + len(COLUMNS))
+            return [name, f"failed: {rows[0].reason.splitlines()[0]}", *lacking]
+        lost = f" ({len(rows) - len(done)} of {len(rows)} seeds failed)" if len(done) < len(rows) else ""
+        told = [spread([row.quality.get(q.title) for row in done], q) for q in self.qualities]
+        found = []
+        for column in COLUMNS:
+            middle = median([row.figures.get(column.key) for row in done])
+            found.append(NONE if middle is None else column.words(middle))
+        return [name + lost, *told, *found]
+
+    def notes(self) -> list[str]:
+        """What is to be read beside the table."""
+        done = [row for row in self.rows if row.status == "done"]
+        seeds = ", ".join(map(str, dict.fromkeys(row.cell.seed for row in self.rows)))
+        parts = {f"{row.cell.part}: {row.examples} examples" for row in done}
+        notes = [f"recipe {self.target}; seeds {seeds}; evaluated on {', '.join(sorted(parts)) or 'nothing'}"]
+        notes += sorted({machine_words(row) for row in done})
+        failures: dict[tuple[str, str], list[str]] = {}
+        for row in self.failed:
+            failures.setdefault((row.cell.name, row.reason.splitlines()[0]), []).append(str(row.cell.seed))
+        notes += [f"failed: {name}, seed {', '.join(seeds)}: {why}" for (name, why), seeds in failures.items()]
+        notes += [f"cells that were not come to: {self.left}"] if self.left else []
+        return notes
+
+    def markdown(self) -> str:
+        headers, lines = self.table()
+        cells = [headers, ["---"] * len(headers), *lines]
+        table = "\n".join("| " + " | ".join(word.replace("|", "\\|") for word in line) + " |" for line in cells)
+        notes = "\n".join(f"- {note}" for note in self.notes())
+        return f"{table}\n\n{notes}\n"
+
+    def data(self) -> dict[str, Any]:
+        headers, lines = self.table()
+        return {
+            "target": self.target,
+            "varied": to_data(self.varied),
+            "left": self.left,
+            "table": [dict(zip(headers, line, strict=True)) for line in lines],
+            "rows": to_data(self.rows),
+        }
+
+
+def machine_words(row: Row) -> str:
+    return "; ".join([row.device, ", ".join(f"{name} {number}" for name, number in row.versions.items())])
+
+
+def known(values: list[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
+
+
+def median(values: list[float | None]) -> float | None:
+    return statistics.median(known(values)) if known(values) else None
+
+
+def spread(values: list[float | None], quality: Quality) -> str:
+    """The median over seeds, and between what values it lies."""
+    there = known(values)
+    if not there:
+        return NONE
+    middle, least, most = (
+        f"{100 * value:.1f}" if quality.share else f"{value:.3f}"
+        for value in (statistics.median(there), min(there), max(there))
+    )
+    unit = " %" if quality.share else ""
+    return f"{middle}{unit} ({least} to {most})" if len(there) > 1 else middle + unit

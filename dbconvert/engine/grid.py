@@ -1,0 +1,230 @@
+"""What a comparison runs: the grid of varied recipe keys, and the baselines, each of them once."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from dbconvert.engine.package import PLAN
+from dbconvert.engine.prepare import read_origin
+from dbconvert.errors import UsageError
+from dbconvert.files import quick_digest
+from dbconvert.plan import read_plan
+from dbconvert.recipe import Recipe
+from dbconvert.schema import identity, record, to_data
+from dbconvert.tasks.registry import named
+
+CUT = ("split.blocks", "split.layers", "split.layers_per_block")
+BLOCKS_ONLY = (
+    "split.start",
+    "split.condition_width",
+    "split.table",
+    "split.context",
+    "noise.partition",
+    "noise.overlap",
+    "noise.refit",
+    "train.order",
+    "train.steps_per_turn",
+    "train.periphery",
+    "train.weight",
+    "train.z",
+    "train.mixed",
+    "eval.steps",
+    "eval.sigmas",
+)
+NOISE = ("noise.", "eval.draws")
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A form of training that blocks are compared with.
+
+    Args:
+        overrides: that make it of any recipe.
+        ignores: keys of a recipe that change nothing about it, or their beginnings, with a dot at the end.
+    """
+
+    name: str
+    overrides: tuple[str, ...]
+    ignores: tuple[str, ...]
+
+
+SHALLOW = Baseline("shallow control", ("train.method=shallow",), BLOCKS_ONLY)
+ALWAYS = (Baseline("end-to-end", ("train.method=end-to-end",), BLOCKS_ONLY + CUT), SHALLOW)
+"""The baselines of every comparison."""
+AGAINST: dict[str, tuple[Baseline, ...]] = {}
+"""Those that are asked for, by the word for them."""
+
+
+@record
+class Cell:
+    """One training and its evaluation.
+
+    Args:
+        name: of its row; the same for all seeds.
+        baseline: name of the baseline, None for a cell of the grid.
+        varied: the varied keys that it depends on.
+        part: of the data, on which it is evaluated.
+        identity: SHA-256 of its settled recipe, of the part, of what the recipe's files hold, and of the versions.
+    """
+
+    name: str
+    baseline: str | None
+    varied: dict[str, str]
+    seed: int
+    part: str
+    identity: str
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A cell, and the recipe that it trains."""
+
+    cell: Cell
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a comparison is asked for.
+
+    Args:
+        target: a recipe file, a package, or the name of a shipped recipe.
+        overrides: `key=value`, of every cell.
+        varied: values by recipe key, each as on the command line.
+        seeds: how many, from the recipe's on.
+        against: words of AGAINST.
+        part: of the data; the test part by default, else the validation part.
+    """
+
+    target: str
+    overrides: tuple[str, ...]
+    varied: Mapping[str, tuple[str, ...]]
+    seeds: int
+    against: tuple[str, ...] = ()
+    part: str | None = None
+
+
+def parse_vary(words: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """{"split.blocks": ("1", "3")} from ["split.blocks=1,3"]; values are YAML, as in overrides.
+
+    Raises:
+        UsageError: a word is not KEY=VALUE,VALUE, or gives no value, a key twice, or the seed.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for word in words:
+        key, equals, values = word.partition("=")
+        if not equals or not key or not values.strip():
+            raise UsageError(
+                f"{word!r} does not say what to vary", hint="write KEY=VALUE,VALUE, e.g. split.blocks=1,2,3"
+            )
+        if key == "seed":
+            raise UsageError("seeds are not varied by key", hint="use --seeds N")
+        if key in found:
+            raise UsageError(f"{key} is varied twice", hint="give all its values in one --vary")
+        try:
+            listed = yaml.safe_load(f"[{values}]")
+        except yaml.YAMLError:
+            raise UsageError(f"the values of {key} are not YAML: {values!r}") from None
+        said = (value if isinstance(value, str) else json.dumps(value) for value in listed)
+        found[key] = tuple(dict.fromkeys(said))
+    return found
+
+
+def lay_out(request: Request, versions: Mapping[str, str]) -> list[Planned]:
+    """All cells, seed by seed: the grid first, then the baselines; no training twice.
+
+    Args:
+        versions: of what runs them.
+
+    Raises:
+        UsageError: a recipe of the grid cannot be read, or the request is wrong.
+    """
+    if request.seeds < 1:
+        raise UsageError(f"{request.seeds} seeds: at least one is needed")
+    unknown = [word for word in request.against if word not in AGAINST]
+    if unknown:
+        known = ", ".join(AGAINST)
+        raise UsageError(f"there is no baseline {unknown[0]}", hint=f"--against takes {known}" if known else "")
+    base = read_origin(request.target, request.overrides).recipe
+    part = request.part or base.data.test or base.data.validation
+    if part is None:
+        raise UsageError("which part of the data?", hint="name it with --part")
+    asked = [baseline for word in request.against for baseline in AGAINST[word]]
+    idle = () if base_sees_noise(base) else NOISE
+    found: dict[str, Planned] = {}
+    for seed in range(base.seed, base.seed + request.seeds):
+        for combination in combinations(request.varied):
+            planned = plan_cell(request, None, combination, seed, part, versions)
+            found.setdefault(planned.cell.identity, planned)
+        for baseline in (*ALWAYS, *asked):
+            heeded = {k: v for k, v in request.varied.items() if not ignored(k, (*baseline.ignores, *idle))}
+            for combination in combinations(heeded):
+                planned = plan_cell(request, baseline, combination, seed, part, versions)
+                if not is_end_to_end(baseline, planned.recipe):
+                    found.setdefault(planned.cell.identity, planned)
+    return list(found.values())
+
+
+def combinations(varied: Mapping[str, tuple[str, ...]]) -> list[dict[str, str]]:
+    return [dict(zip(varied, values, strict=True)) for values in itertools.product(*varied.values())]
+
+
+def ignored(key: str, ignores: Iterable[str]) -> bool:
+    """Whether a baseline ignores a key; its method is its own."""
+    return key == "train.method" or any(key == one or (one.endswith(".") and key.startswith(one)) for one in ignores)
+
+
+def is_end_to_end(baseline: Baseline, recipe: Recipe) -> bool:
+    """Whether the shallow control of a recipe is its end-to-end training: one block holds all layers."""
+    looped = recipe.task is not None and named(recipe.task).looped
+    return baseline is SHALLOW and recipe.split.blocks == 1 and not looped
+
+
+def base_sees_noise(recipe: Recipe) -> bool:
+    """Whether noise levels matter to baselines: not where targets are discrete, which they predict from x alone."""
+    task = recipe.task
+    if task is None and recipe.package is not None:
+        task = read_plan(Path(recipe.package) / PLAN).task
+    return task is None or named(task).rule != "auto"
+
+
+def plan_cell(
+    request: Request,
+    baseline: Baseline | None,
+    combination: dict[str, str],
+    seed: int,
+    part: str,
+    versions: Mapping[str, str],
+) -> Planned:
+    own = baseline.overrides if baseline else ()
+    varied = [f"{key}={value}" for key, value in combination.items()]
+    # A cell is evaluated once, when it is trained, on the part that is asked for.
+    overrides = [*request.overrides, *varied, *own, f"seed={seed}", "data.validation=null"]
+    recipe = read_origin(request.target, overrides).recipe
+    named_by = [baseline.name] if baseline else []
+    name = ", ".join([*named_by, *varied]) or recipe.train.method
+    content = {**to_data(recipe), "log": None}
+    told = identity({"recipe": content, "part": part, "files": digests(recipe), "versions": dict(versions)})
+    return Planned(Cell(name, baseline.name if baseline else None, combination, seed, part, told), recipe)
+
+
+def digests(recipe: Recipe) -> dict[str, str]:
+    """Of the files that a recipe names, so that a cell is run again when they change; of a package its plan's."""
+    named_files = (
+        recipe.source,
+        recipe.package and str(Path(recipe.package) / PLAN),
+        recipe.weights,
+        recipe.data.source,
+    )
+    found = {}
+    for name in filter(None, named_files):
+        path = Path(name.partition(".py:")[0] + ".py") if ".py:" in name else Path(name)
+        if path.is_file():
+            found[str(path)] = quick_digest(path)
+    return found
