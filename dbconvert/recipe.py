@@ -18,6 +18,7 @@ BACKPROPAGATE = 8
 """Rounds that `truncated-bptt` goes back by default, as the paper's baseline does."""
 Z = Literal["noised", "on-policy", "mixed"]
 MIXED = 0.5
+Weight = Literal["none", "edm"]
 
 
 @record
@@ -134,7 +135,8 @@ class TrainOptions:
         order: which block is next: `random`, or `rotate`, `steps_per_turn` at a time.
         periphery: `shared` trains stem, target table and readout with every block; `frozen-target` freezes a
             unit-norm table and gives each block its own stem and readout, so that blocks are independent.
-        weight: `none` is the plain loss, `edm` multiplies it by w(sigma).
+        weight: `none` is the plain loss, `edm` multiplies it by w(sigma); by default the task's own, which is `edm`
+            for images and `none` otherwise.
         attention: what computes attention over clean and noisy tokens: `sdpa` with a dense mask, `flex` (FlexAttention,
             on CUDA), or `auto`, which is `flex` on CUDA and `sdpa` elsewhere.
         z: `noised` is the truth with noise, as in the paper; `on-policy` what the sampler brings to a block, from its
@@ -151,7 +153,7 @@ class TrainOptions:
     order: Literal["random", "rotate"] = "random"
     steps_per_turn: Positive = 1
     periphery: Literal["shared", "frozen-target"] = "shared"
-    weight: Literal["none", "edm"] = "none"
+    weight: Weight | None = None
     attention: Kernel = "auto"
     z: Z = "noised"
     mixed: Share = MIXED

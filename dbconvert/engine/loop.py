@@ -154,13 +154,13 @@ class Loop:
         pictures = {name: value for name, value in moved.items() if value.dim() == 4}
         for name, value in pictures.items():
             moved[name] = normalise(self.augment(value), image)
-        return moved, labels
+        return self.job.network.task.arranged(moved, labels)
 
     def draw_sigma(self, block: int, labels: Tensor) -> Tensor:
         """A level for every example, [N], or for every label, as the plan says."""
         network, intervals, device = self.job.network, self.job.intervals, self.accelerator.device
         if self.job.layers is not None:
-            if not network.task.bounded:
+            if not network.task.denoiser:
                 return torch.zeros(len(labels), device=device)
             intervals = intervals.whole()
         shape = network.task.level_shape(labels)
@@ -184,14 +184,16 @@ class Loop:
         """Unweighted losses, of the labels' shape, and the levels that they belong to."""
         layers, task = self.job.layers, self.job.network.task
         if layers is not None:
-            eps = task.draw(inputs, device=labels.device) if task.bounded else None
+            eps = task.draw(inputs, device=labels.device) if task.denoiser else None
             return self.model(None, inputs, labels, sigma, eps, layers=layers), sigma
         eps = task.draw(inputs, device=labels.device)
         sigma, before = approach(self.job.network, self.job.intervals, block, sigma, self.recipe.train)
         return self.model(block, inputs, labels, sigma, eps, before=before), sigma
 
     def weight(self, sigma: Tensor) -> Tensor:
-        if self.recipe.train.weight == "none" or self.job.layers is not None:
+        task = self.job.network.task
+        plain = self.job.layers is not None and not task.denoiser
+        if plain or (self.recipe.train.weight or task.weight) == "none":
             return torch.ones_like(sigma)
         return Preconditioning(self.job.network.sigma_data).weight(sigma)
 

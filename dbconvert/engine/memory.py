@@ -92,13 +92,14 @@ def activations(job: Job, block: int, device: torch.device) -> int:
     indices = next(iter(OrderedBatches(len(job.examples), micro, [block], recipe.seed)))
     batch = {name: value.to(device) for name, value in job.examples.__getitems__(indices).items()}
     labels = batch.pop(LABEL)
-    inputs = {k: normalise(v, recipe.data.image) if v.dim() == 4 else v for k, v in batch.items()}
+    ready = {k: normalise(v, recipe.data.image) if v.dim() == 4 else v for k, v in batch.items()}
+    inputs, labels = network.task.arranged(ready, labels)
 
     def loss() -> Tensor:
         shape = network.task.level_shape(labels)
         sigma = job.intervals.draw(max(block, 0), torch.rand(shape)).to(device)
         baseline = job.layers is not None
-        eps = None if baseline and not network.task.bounded else network.task.draw(inputs, device=device)
+        eps = None if baseline and not network.task.denoiser else network.task.draw(inputs, device=device)
         if baseline:
             losses: Tensor = network(None, inputs, labels, sigma, eps, layers=job.layers)
         else:

@@ -173,12 +173,13 @@ class Scorer:
     def batches(self, examples: Data) -> Iterator[tuple[Inputs, Tensor]]:
         for loaded in in_order(examples, self.at_once(examples)):
             labels = loaded.pop(LABEL).to(self.device)
-            yield {name: self.ready(value.to(self.device)) for name, value in loaded.items()}, labels
+            ready = {name: self.ready(value.to(self.device)) for name, value in loaded.items()}
+            yield self.network.task.arranged(ready, labels)
 
     def at_once(self, examples: Data) -> int:
         """Examples a batch: as many as the options say, or as their scores leave room for."""
         scores = examples.__getitems__([0])[LABEL].numel() * self.network.task.target.classes
-        return max(1, min(self.options.batch, LARGEST_SCORES // scores))
+        return max(1, min(self.options.batch, LARGEST_SCORES // max(1, scores)))
 
     def ready(self, value: Tensor) -> Tensor:
         return normalise(value, self.image) if value.dim() == 4 else value

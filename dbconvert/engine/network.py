@@ -22,6 +22,7 @@ from dbconvert.graph.inject import PREFIX, Conditioning
 from dbconvert.graph.looped import LoopPass, Memory
 from dbconvert.graph.run import Run
 from dbconvert.plan import Plan
+from dbconvert.tasks.base import Change as Acting
 from dbconvert.tasks.base import Corruption, Inputs, Passage, Task, leaf
 
 Periphery = Literal["shared", "own", "single"]
@@ -175,7 +176,7 @@ class BlockwiseNetwork(nn.Module):
         """The same of the unconditioned network: all layers, or only some of them, who are not told the level."""
         told = self.task.passage(self.model, 0, inputs, self.corrupted(0, z, sigma))
         passage = replace(told, condition=None, exit=None)
-        return self.output(self.model_output(passage.inputs, layers, hold, passage))
+        return changed(self.output(self.model_output(passage.inputs, layers, hold, passage)), passage.result)
 
     def corrupted(self, block: int, z: Tensor, sigma: Tensor) -> Corruption:
         """Noisy targets as a block meets them."""
@@ -215,7 +216,7 @@ class BlockwiseNetwork(nn.Module):
             self.run.entry = listening(hearing, heard, self.plan.anatomy.axes, passage.entry)
         if self.run.loop is not None:
             self.run.loop.memory = self.prelude
-        return self.output(self.call(block, passage.inputs))
+        return changed(self.output(self.call(block, passage.inputs)), passage.result)
 
     def delivered(self, expected: Tensor | None, z: Tensor) -> Tensor | None:
         """What the block that has just run tells the next one, see `Arrival.heard`.
@@ -359,6 +360,10 @@ class BlockwiseNetwork(nn.Module):
         own = nn.ModuleDict({str(b): OwnPeriphery(names) for b in self.present})
         self.conditioning.add_module("periphery", own)
         self.periphery = "own"
+
+
+def changed(output: Tensor, change: Acting | None) -> Tensor:
+    return output if change is None else change(output)
 
 
 def applied(change: Change, scores: Tensor) -> Tensor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dbconvert.anatomy import Anatomy
 from dbconvert.data.batches import Data
 from dbconvert.data.datasets import open_part
 from dbconvert.data.examples import LABEL, Examples
@@ -14,6 +16,7 @@ from dbconvert.data.sequences import Blank, Sequences
 from dbconvert.data.tokenizer_opening import open_tokenizer
 from dbconvert.data.tokenizers import Tokenizer
 from dbconvert.data.tokens import open_text
+from dbconvert.engine.convert import task_of
 from dbconvert.errors import DBConvertError
 from dbconvert.events import Reporter, silent
 from dbconvert.plan import Plan
@@ -44,9 +47,15 @@ def open_examples(
     """
     assert plan.target is not None
     if tokenizer is None:
-        return Examples(open_part(data, part), data, plan.anatomy, plan.target.classes)
+        return Examples(open_part(data, part), data, as_read(plan), plan.target.classes)
     text, aside = open_text(data, part, tokenizer, report), named(str(plan.task)).aside
     return Sequences(text, token_argument(plan), plan.target.classes, aside=aside)
+
+
+def as_read(plan: Plan) -> Anatomy:
+    """The anatomy with the inputs that the data has to give, and no others."""
+    read = task_of(plan).read
+    return replace(plan.anatomy, inputs=tuple(given for given in plan.anatomy.inputs if given.name in read))
 
 
 def token_argument(plan: Plan) -> str:
@@ -61,8 +70,9 @@ def stand_in(recipe: Recipe, plan: Plan) -> Data:
     if is_text(plan):
         seen = next(given.shape[1] for given in plan.anatomy.inputs if given.name == token_argument(plan))
         return Blank(token_argument(plan), recipe.train.batch, recipe.data.length or seen)
+    anatomy = as_read(plan)
     item: dict[str, Any] = {
-        given.name: torch.zeros(given.shape[1:], dtype=getattr(torch, given.dtype)) for given in plan.anatomy.inputs
+        given.name: torch.zeros(given.shape[1:], dtype=getattr(torch, given.dtype)) for given in anatomy.inputs
     }
     options = DataOptions(label=LABEL)
-    return Examples([{**item, LABEL: 0}] * recipe.train.batch, options, plan.anatomy, plan.target.classes)
+    return Examples([{**item, LABEL: 0}] * recipe.train.batch, options, anatomy, plan.target.classes)

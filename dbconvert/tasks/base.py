@@ -1,7 +1,7 @@
 """What a task answers. To add one: subclass Task in a file of its own and list it in registry.py.
 
-Shapes: N examples, S positions, d width of the target. Labels are [N], or [N, S] where every position has one; losses
-have the shape of the labels.
+Shapes: N examples, S positions, d width of the target. Labels are what a block is to tell: [N], or [N, S] where every
+position has one, and losses have their shape; or images [N, C, H, W], with one loss an example.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dbconvert.graph.inject import PREFIX
 from dbconvert.graph.looped import LoopPass
 from dbconvert.graph.run import Filled, Run
 from dbconvert.plan import Context, Kernel, NoiseRule, Rule, Table, Target
-from dbconvert.recipe import Z
+from dbconvert.recipe import Weight, Z
 
 Change = Callable[[Tensor], Tensor]
 Embed = Callable[[Tensor, Change], Tensor]
@@ -62,6 +62,8 @@ class Passage:
     leave: Change | None = None
     exit: Change | None = None
     loop: LoopPass | None = None
+    result: Change | None = None
+    """Changes what the network gives, once it has run."""
 
     def steer(self, run: Run) -> None:
         for name in ("condition", "filled", "embed", "entry", "beside", "attention", "last", "leave", "exit", "loop"):
@@ -105,6 +107,12 @@ class Task(ABC):
     """Whether it has to run a network, or its twin, to know that it fits."""
     bounded: ClassVar[bool] = False
     """Whether the mean of its losses over all levels bounds the likelihood, for the unconditioned network too."""
+    denoiser: ClassVar[bool] = False
+    """Whether baselines denoise too, at all levels; else they run on their inputs as these are."""
+    generative: ClassVar[bool] = False
+    """Whether it makes examples, and predicts nothing of those that it is given."""
+    weight: ClassVar[Weight] = "none"
+    """How losses are weighted unless a recipe says so."""
     aside: ClassVar[bool] = False
     """Whether padding has to be told from text by the batch: tokens before it could see it."""
 
@@ -177,6 +185,21 @@ class Task(ABC):
     def table(self, model: nn.Module) -> Tensor:
         """The targets as training uses them, [K, d]."""
         raise self.without("table of targets")
+
+    # -- a batch ------------------------------------------------------------------------------------------
+
+    @property
+    def read(self) -> tuple[str, ...]:
+        """The network's arguments that the data has to give."""
+        return tuple(given.name for given in self.anatomy.inputs)
+
+    def arranged(self, inputs: Inputs, labels: Tensor) -> tuple[Inputs, Tensor]:
+        """A batch of data as what goes into the network and what blocks are to tell.
+
+        Args:
+            labels: of the data, [N] or [N, S].
+        """
+        return inputs, labels
 
     # -- a forward pass -----------------------------------------------------------------------------------
 

@@ -50,6 +50,7 @@ class MaskedLM(LanguageTask):
     headlines: ClassVar[tuple[Headline, ...]] = (
         Headline("bits a character", "bits_per_character", "bits_per_character"),
     )
+    denoiser: ClassVar[bool] = True
     aside: ClassVar[bool] = True
 
     # -- deciding -----------------------------------------------------------------------------------------
