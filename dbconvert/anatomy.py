@@ -288,6 +288,26 @@ class Head:
 
 
 @record
+class Picture:
+    """The network as a map of images [N, C, H, W] to images.
+
+    Args:
+        argument: which takes the image.
+        output: where the result sits in the network's output.
+        channels: of the result: C, or 2 C where the second half is a variance.
+        times, labels: arguments with one number an example; labels are looked up in tables.
+        classes: rows of the smallest such table, 0 without one.
+    """
+
+    argument: str
+    output: Path
+    channels: int
+    times: tuple[str, ...]
+    labels: tuple[str, ...]
+    classes: int
+
+
+@record
 class Part:
     """Modules outside the stack: the stem before it, the readout after it."""
 
@@ -329,6 +349,7 @@ class Anatomy:
         left_out: layers of the same container that are not part of the stack.
         outside: parts of layers that other parts of the network use too, and that belong to the periphery.
         embedding: where token numbers become vectors; None where the network takes none.
+        picture: how it maps images to images; None where it does not.
         causal: whether no position sees a later one, as tried; None where that was not asked.
         tied: groups of parameter names that are one tensor.
     """
@@ -351,6 +372,7 @@ class Anatomy:
     left_out: tuple[str, ...] = ()
     outside: tuple[str, ...] = ()
     embedding: Embedding | None = None
+    picture: Picture | None = None
     causal: bool | None = None
     notes: tuple[str, ...] = ()
     proof: tuple[Check, ...] = ()

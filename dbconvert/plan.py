@@ -136,11 +136,11 @@ class Target:
     """What the noisy target is and where it enters.
 
     Args:
-        classes: rows of the target table.
-        width: its columns, the width of the stream.
+        classes: rows of the target table; for images, of the network's own table of classes.
+        width: its columns, the width of the stream; for images, their channels.
         placement: `token` puts the noisy target in the place of one token, `add` adds it to every position; `sequence`
             gives every position one of its own, behind the clean ones; `mask` puts a learnt vector in a token's place;
-            `state` makes it the state of a looped core.
+            `state` makes it the state of a looped core; `image` puts the noisy image in the image's place.
         token: index of that token.
         table: where the clean targets come from.
         sides: axes of what the layers receive beside the stream, where the task has to change it.
@@ -151,7 +151,7 @@ class Target:
 
     classes: int
     width: int
-    placement: Literal["token", "add", "sequence", "mask", "state"]
+    placement: Literal["token", "add", "sequence", "mask", "state", "image"]
     token: int | None = None
     table: Table = "fresh"
     sides: tuple[SideAxes, ...] = ()

@@ -16,6 +16,7 @@ from dbconvert.data.sequences import Sequences
 from dbconvert.diffusion.intervals import Intervals
 from dbconvert.engine.bound import Bound
 from dbconvert.engine.cascade import Cascade, at_rest, noised
+from dbconvert.engine.denoising import Denoising, midpoints
 from dbconvert.engine.evidence import Evidence
 from dbconvert.engine.infer import Begin, ends, sample
 from dbconvert.engine.network import BlockwiseNetwork
@@ -46,6 +47,9 @@ class Scorer:
     def score(self, examples: Data, layers: range | None = None) -> Metrics:
         """A network in blocks, or a baseline that runs `layers` unconditioned."""
         with at_rest(self.network):
+            if self.network.task.generative:
+                sigmas, seed = self.options.sigmas, self.seed
+                return Denoising(self.network, self.intervals, layers, sigmas, seed).measure(self.batches(examples))
             if self.network.task.bounded:
                 return self.bound(examples, layers)
             if layers is not None:
@@ -183,8 +187,3 @@ class Scorer:
 
     def ready(self, value: Tensor) -> Tensor:
         return normalise(value, self.image) if value.dim() == 4 else value
-
-
-def midpoints(count: int) -> Tensor:
-    """The middles of `count` equal cells of [0, 1], float64."""
-    return (torch.arange(count, dtype=torch.float64) + 0.5) / max(1, count)

@@ -183,7 +183,8 @@ class BlockwiseNetwork(nn.Module):
         if block not in self.present:
             raise DBConvertError(f"block {block} is not in memory", why=f"only blocks {list(self.present)} are")
         scaling = Preconditioning(self.sigma_data)
-        condition = self.conditioning.embedder[str(block)](self.task.c_noise(sigma, scaling))
+        level, own = self.task.c_noise(sigma, scaling), self.conditioning.embedder
+        condition = own[str(block)](level) if str(block) in own else level
         return Corruption(z, sigma, condition, scaling)
 
     def pass_through(
@@ -297,10 +298,10 @@ class BlockwiseNetwork(nn.Module):
         return scores
 
     def output(self, value: Any) -> Tensor:
-        head = self.plan.anatomy.head
-        if head is None:
+        found = self.plan.anatomy.head or self.plan.anatomy.picture
+        if found is None:
             raise DBConvertError("the network has no head to read")
-        return leaf(value, head.output)
+        return leaf(value, found.output)
 
     # -- weights ------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from dbconvert.tasks.base import Task
 
 EDM = LogNormal()
 EDM_SIGMA_DATA = 0.5
+EDM_HINT = "leave it out: it is `edm`, whose sigma_data, p_mean and p_std can be set"
 LARGEST_TABLE = 2**20
 """Numbers in a made-up table; larger ones are told by a closed form."""
 UNIFORM = "uniform labels and a random unit-norm table; fitted to the data before training"
@@ -87,6 +88,10 @@ def refuse_misfit(rule: NoiseRule, task: type[Task]) -> None:
     """Raises UsageError where a task hides tokens and the rule is noise, or the other way round."""
     if (rule.rule == "mask") != (task.rule == "mask"):
         raise UsageError(f"noise `{rule.rule}` is not for task {task.name}", hint=f"leave it out: it is `{task.rule}`")
+    if rule.rule == "auto" and task.rule == "edm":
+        raise UsageError(f"noise `auto` is fitted to a table of targets, and task {task.name} has none", hint=EDM_HINT)
+    if rule.per == "position" and task.rule == "edm":
+        raise UsageError(f"task {task.name} has one level an example", hint="leave noise.per at `example`")
 
 
 def mask_noise(rule: NoiseRule, blocks: int) -> NoiseFit:

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from dbconvert.anatomy import Change, Embedding, Head, Input, Layer, Part
 from dbconvert.graph import ops
 from dbconvert.graph.evidence import Evidence
+from dbconvert.graph.pictures import find_picture
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def surroundings(evidence: Evidence, inputs: dict[str, Any], facts: StackFacts) 
         "tied": tied_parameters(evidence.model),
         "outside": facts.outside,
         "embedding": find_embedding(evidence, facts.entering),
+        "picture": find_picture(evidence, facts.entering, facts.end),
     }
 
 

@@ -38,7 +38,7 @@ class Corruption:
     Args:
         z: y + sigma eps, [N, d] or [N, S, d]; where tokens are masked, which are, [N, S].
         sigma: the level, [N], or [N, S] where every position has its own.
-        condition: the embedded level, [*sigma, width].
+        condition: the embedded level, [*sigma, width]; c_noise itself, [*sigma], where nothing embeds it.
     """
 
     z: Tensor

@@ -7,10 +7,11 @@ from dbconvert.errors import UsageError
 from dbconvert.tasks.base import Task
 from dbconvert.tasks.causal_lm import CausalLM
 from dbconvert.tasks.classification import Classification
+from dbconvert.tasks.image_diffusion import ImageDiffusion
 from dbconvert.tasks.masked_lm import MaskedLM
 from dbconvert.tasks.recurrent import Recurrent
 
-TASKS: tuple[type[Task], ...] = (Classification, CausalLM, MaskedLM, Recurrent)
+TASKS: tuple[type[Task], ...] = (Classification, CausalLM, MaskedLM, Recurrent, ImageDiffusion)
 
 
 def refusal(task: type[Task], anatomy: Anatomy) -> str | None:

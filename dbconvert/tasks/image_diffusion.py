@@ -1,0 +1,152 @@
+"""Image diffusion: y is the image itself, x its class; z is the image with noise, and enters where the image does.
+
+D = c_skip z + c_out F(c_in z, c_noise, class) with EDM's preconditioning (Karras et al. 2022, eq. 7): every block runs
+its own layers on the stem's view of c_in z, and the readout after them. The loss is w(sigma) |D - y|^2, mean over
+pixels. The network's own time argument is given c_noise; where its layers bring no conditioning of their own, they get
+the injected one too.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from dbconvert.anatomy import Anatomy, Picture
+from dbconvert.errors import UsageError
+from dbconvert.plan import Rule, Table, Target
+from dbconvert.recipe import Weight
+from dbconvert.tasks.base import Corruption, Inputs, Passage, Task, along, conditioning
+
+
+class ImageDiffusion(Task):
+    """Networks that map an image, and maybe a time and a class, to an image of the same shape.
+
+    It adds no parameters. Labels are images [N, C, H, W], of which each has one loss.
+    """
+
+    name: ClassVar[str] = "image_diffusion"
+    rule: ClassVar[Rule] = "edm"
+    tables: ClassVar[tuple[Table, ...]] = ("none",)
+    denoiser: ClassVar[bool] = True
+    generative: ClassVar[bool] = True
+    weight: ClassVar[Weight] = "edm"
+
+    # -- deciding -----------------------------------------------------------------------------------------
+
+    @staticmethod
+    def refusal(anatomy: Anatomy) -> str | None:
+        picture = anatomy.picture
+        if picture is None:
+            return "its output is not an image of the shape of one of its inputs"
+        if len(picture.labels) > 1:
+            return f"several inputs are looked up in tables: {', '.join(picture.labels)}; only a class can be"
+        if len(picture.times) > 1:
+            return f"several inputs could be the time: {', '.join(picture.times)}"
+        if not picture.times and any(not layer.branches for layer in anatomy.layers):
+            return "no input tells the noise level, and its layers are conditioned by something else already"
+        return None
+
+    @staticmethod
+    def on_request(anatomy: Anatomy) -> bool:
+        """Without a time it may as well restore or segment images."""
+        return anatomy.picture is None or not anatomy.picture.times
+
+    @staticmethod
+    def decide(anatomy: Anatomy) -> Target:
+        assert anatomy.picture is not None
+        channels = image_shape(anatomy)[0]
+        return Target(anatomy.picture.classes, channels, "image", table="none")
+
+    @property
+    def picture(self) -> Picture:
+        assert self.anatomy.picture is not None
+        return self.anatomy.picture
+
+    # -- parameters ---------------------------------------------------------------------------------------
+
+    def register(self, model: nn.Module, *, blocks: int, width: int, seed: int) -> None:
+        """Only takes away: layers that are all conditioned by the network itself read no embedded level."""
+        added = conditioning(model)
+        if not len(added.get_submodule("modulation")._modules):
+            added.get_submodule("embedder")._modules.clear()
+
+    def block_of(self, key: str) -> int | None:
+        return None
+
+    # -- a batch ------------------------------------------------------------------------------------------
+
+    @property
+    def read(self) -> tuple[str, ...]:
+        told = {*self.picture.times, *self.picture.labels}
+        return tuple(given.name for given in self.anatomy.inputs if given.name not in told)
+
+    def arranged(self, inputs: Inputs, labels: Tensor) -> tuple[Inputs, Tensor]:
+        """The image is what is told; it stays among the inputs for its shape, and `passage` puts z in its place.
+
+        Raises:
+            UsageError: it is not of the shape that the network was analysed with.
+        """
+        images, wanted = inputs[self.picture.argument], image_shape(self.anatomy)
+        if tuple(images.shape[1:]) != wanted:
+            raise UsageError(
+                f"the images are {spelled(images.shape[1:])}, and the network takes {spelled(wanted)}",
+                hint="data.image.size resizes them; channels have to be those of the network",
+            )
+        return {**inputs, **dict.fromkeys(self.picture.labels, labels)}, images
+
+    # -- a forward pass -----------------------------------------------------------------------------------
+
+    def target_shape(self, inputs: Inputs) -> tuple[int, ...]:
+        return tuple(inputs[self.picture.argument].shape)
+
+    def clean(self, model: nn.Module, labels: Tensor) -> Tensor:
+        return labels
+
+    def passage(self, model: nn.Module, block: int, inputs: Inputs, corruption: Corruption) -> Passage:
+        scaling, z = corruption.scaling, corruption.z
+        sigma = along(corruption.sigma, z)
+        fed = {**inputs, self.picture.argument: scaling.c_in(sigma) * z}
+        fed.update(dict.fromkeys(self.picture.times, scaling.c_noise(corruption.sigma)))
+
+        def denoised(output: Tensor) -> Tensor:
+            return scaling.c_skip(sigma) * z + scaling.c_out(sigma) * output[:, : z.shape[1]]
+
+        return Passage(fed, corruption.condition, result=denoised)
+
+    def plain_passage(self, inputs: Inputs) -> Passage:
+        images = inputs[self.picture.argument]
+        return Passage({**inputs, **dict.fromkeys(self.picture.times, images.new_zeros(len(images)))})
+
+    def denoised(self, model: nn.Module, output: Tensor) -> Tensor:
+        return output
+
+    # -- figures ------------------------------------------------------------------------------------------
+
+    def stand_in(self, inputs: Inputs) -> Tensor:
+        return inputs[self.picture.argument]
+
+    def losses(self, output: Tensor, labels: Tensor) -> Tensor:
+        """Mean squares over pixels, [N]."""
+        return (output[:, : labels.shape[1]] - labels).float().square().flatten(1).mean(1)
+
+    def counted(self, labels: Tensor) -> Tensor:
+        return torch.ones(len(labels), device=labels.device)
+
+    def correct(self, output: Tensor, labels: Tensor) -> Tensor:
+        raise self.without("right answers")
+
+    def probabilities(self, output: Tensor) -> Tensor:
+        raise self.without("classes to tell")
+
+
+def image_shape(anatomy: Anatomy) -> tuple[int, ...]:
+    """C, H, W."""
+    assert anatomy.picture is not None
+    name = anatomy.picture.argument
+    return next(given.shape[1:] for given in anatomy.inputs if given.name == name)
+
+
+def spelled(shape: tuple[int, ...]) -> str:
+    return f"{shape[0]} channels of {' x '.join(map(str, shape[1:]))} pixels"
