@@ -1,4 +1,4 @@
-"""Networks that map an image to an image: which inputs are the image, the time and the class, and where the result is."""
+"""Networks that map an image to an image: which inputs are image, time and class, and where the result is."""
 
 from __future__ import annotations
 
