@@ -1,8 +1,8 @@
 """dbconvert: converts a residual network into DiffusionBlocks form and trains it one block at a time.
 
 The public API is the command line's verbs: `inspect`, `estimate`, `split`, `train`, `assemble`, `evaluate`,
-`compare`, `generate` and `load`, and `Adapter`, with which a model.py says what its layers are. They are imported when
-first used, so that `import dbconvert` is quick.
+`compare`, `generate`, `sample` and `load`, and `Adapter`, with which a model.py says what its layers are. They are
+imported when first used, so that `import dbconvert` is quick.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ if TYPE_CHECKING:
     from dbconvert.engine.generate import generate
     from dbconvert.engine.load import load
     from dbconvert.engine.opening import inspect
+    from dbconvert.engine.sample import sample
     from dbconvert.engine.split import split
     from dbconvert.engine.train import train
 
-__all__ = ["Adapter", "assemble", "compare", "estimate", "evaluate", "generate", "inspect", "load", "split", "train"]
+__all__ = [
+    "Adapter", "assemble", "compare", "estimate", "evaluate", "generate", "inspect", "load", "sample", "split", "train",
+]  # fmt: skip
 
 _HOMES = {
     "Adapter": "dbconvert.anatomy",
@@ -33,6 +36,7 @@ _HOMES = {
     "generate": "dbconvert.engine.generate",
     "inspect": "dbconvert.engine.opening",
     "load": "dbconvert.engine.load",
+    "sample": "dbconvert.engine.sample",
     "split": "dbconvert.engine.split",
     "train": "dbconvert.engine.train",
 }

@@ -142,6 +142,8 @@ class TrainOptions:
         z: `noised` is the truth with noise, as in the paper; `on-policy` what the sampler brings to a block, from its
             start through the earlier blocks, which run without gradient; `mixed` that for some examples of a batch.
         mixed: the share of `mixed` that is on-policy.
+        label_dropout: the share of images that are trained on without their class, which guidance needs (0.1 in the
+            paper); the last row of the network's table of classes stands for none.
         backpropagate: rounds that `truncated-bptt` goes back; 8 by default, or all where there are fewer.
         checkpoint_every: in updates of the whole run; 0 writes none.
     """
@@ -157,6 +159,7 @@ class TrainOptions:
     attention: Kernel = "auto"
     z: Z = "noised"
     mixed: Share = MIXED
+    label_dropout: Share = 0.0
     precision: Literal["fp32", "bf16"] = "fp32"
     accumulate: Positive = 1
     clip: PositiveFloat | None = 1.0

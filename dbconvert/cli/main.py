@@ -13,6 +13,7 @@ import typer
 
 from dbconvert.cli.compare import compare
 from dbconvert.cli.failures import complain, unexpected
+from dbconvert.cli.sample import sample
 from dbconvert.cli.sizes import whole_numbers
 from dbconvert.errors import DBConvertError, Refused
 
@@ -345,6 +346,7 @@ def demo(
 
 
 app.command()(compare)
+app.command()(sample)
 
 
 def show_version(wanted: bool) -> None:

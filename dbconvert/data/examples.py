@@ -25,6 +25,9 @@ class Examples(Dataset[Batch]):
 
     A batch holds the network's arguments under their names and the labels, [N] long, under `LABEL`.
 
+    Args:
+        classes: that the network has; with 0 labels are not read.
+
     Raises:
         DBConvertError: columns are missing; the message lists those there are.
     """
@@ -35,9 +38,11 @@ class Examples(Dataset[Batch]):
         self.dataset = dataset
         self.size = options.image.size if options.image else None
         self.classes = classes
-        self.columns = find_columns(dataset[0], options, anatomy)
+        self.columns = find_columns(dataset[0], options, anatomy, labelled=classes > 0)
         self.label = options.label
         self.refuse_other_rank(anatomy)
+        if isinstance(dataset, Digits) and classes and classes <= int(dataset.labels.max()):
+            raise self.no_class(int(dataset.labels.argmax()), int(dataset.labels.max()))
 
     def refuse_other_rank(self, anatomy: Anatomy) -> None:
         """An example with other axes than the analysed one would be modulated along the wrong ones."""
@@ -66,6 +71,8 @@ class Examples(Dataset[Batch]):
         return {**taken, LABEL: self.read_label(item, index)}
 
     def read_label(self, item: dict[str, Any], index: int) -> Tensor:
+        if not self.classes:
+            return torch.tensor(0)
         try:
             label = int(item[self.label])
         except (TypeError, ValueError):
@@ -74,8 +81,11 @@ class Examples(Dataset[Batch]):
                 hint="map the labels to 0..K-1 in a file.py:function",
             ) from None
         if not 0 <= label < self.classes:
-            raise DBConvertError(f"example {index} has label {label}, and the network has {self.classes} classes")
+            raise self.no_class(index, label)
         return torch.tensor(label)
+
+    def no_class(self, index: int, label: int) -> DBConvertError:
+        return DBConvertError(f"example {index} has label {label}, and the network has {self.classes} classes")
 
     def label_counts(self) -> Tensor:
         """How often each label occurs, [classes]; from a fixed sample where there are many examples."""
@@ -89,14 +99,14 @@ class Examples(Dataset[Batch]):
         return labels.bincount(minlength=self.classes).double()
 
 
-def find_columns(item: Any, options: DataOptions, anatomy: Anatomy) -> dict[str, str]:
+def find_columns(item: Any, options: DataOptions, anatomy: Anatomy, *, labelled: bool = True) -> dict[str, str]:
     """{argument of the network: column of the data}."""
     if not isinstance(item, dict):
         raise DBConvertError(
             f"examples are {type(item).__name__}s, not dicts", hint="yield {'image': ..., 'label': ...}"
         )
     there = ", ".join(item)
-    if options.label not in item:
+    if labelled and options.label not in item:
         raise DBConvertError(f"the data has no column {options.label}", hint=f"columns: {there}; set data.label")
     arguments = [given.name for given in anatomy.inputs]
     rest = [column for column in item if column != options.label]

@@ -39,6 +39,14 @@ def normalise(images: Tensor, options: ImageOptions | None) -> Tensor:
     return (images - mean) / std
 
 
+def pixels(images: Tensor, options: ImageOptions | None) -> Tensor:
+    """The way back from `normalise`, into [0, 1]."""
+    if options is not None:
+        mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (options.mean, options.std))
+        images = images * std + mean
+    return images.clamp(0, 1)
+
+
 def augmentation(options: DataOptions) -> Augment:
     """What a training batch of pictures in [0, 1] goes through before it is normalised."""
     steps: list[Augment] = []

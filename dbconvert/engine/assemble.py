@@ -23,6 +23,7 @@ from dbconvert.sources.resolve import has_code, holds
 from dbconvert.stream import Item
 
 DATA_KEY = "dbconvert.data"
+DROPOUT_KEY = "dbconvert.label_dropout"
 SOURCE_SUFFIX = ".source"
 CHECKPOINT = "model.safetensors"
 SUFFIX = ".safetensors"
@@ -77,6 +78,8 @@ def assemble(
         items, plan, model = dict(stored), first.plan, Path(first.info.package) / MODEL
         recipe, run = read_recipe(first.folder / RECIPE), first.folder
         metadata = {PLAN_KEY: to_json(plan), NOISE_KEY: to_json(first.noise), DATA_KEY: to_json(recipe.data)}
+        if recipe.train.label_dropout:
+            metadata[DROPOUT_KEY] = str(recipe.train.label_dropout)
         metadata.update(kept_tokenizer.metadata_of(run))
     report(Stage("writing the checkpoint"))
     if path.suffix == SUFFIX:

@@ -17,7 +17,7 @@ from dbconvert.data.tokenizer_opening import from_description
 from dbconvert.data.tokenizers import Description, Tokenizer
 from dbconvert.diffusion.intervals import Intervals
 from dbconvert.engine import kept_tokenizer
-from dbconvert.engine.assemble import CHECKPOINT, DATA_KEY, source_folder
+from dbconvert.engine.assemble import CHECKPOINT, DATA_KEY, DROPOUT_KEY, source_folder
 from dbconvert.engine.convert import single_block, whole_network, with_own_peripheries
 from dbconvert.engine.infer import Begin, ends, sample
 from dbconvert.engine.jobs import baseline_layers, set_rounds
@@ -45,6 +45,7 @@ from dbconvert.sources.base import Source
 from dbconvert.sources.resolve import HUB_ID, has_code, reopen_source
 from dbconvert.sources.transformers_files import COMPANIONS, CONFIG, SAFETENSORS, fetch
 
+SAMPLE = "dbconvert sample, or dbconvert.engine.sample.draw"
 EVERYTHING = (CONFIG, "*.py", "model.source/*", *COMPANIONS, *SAFETENSORS)
 
 
@@ -60,6 +61,7 @@ class Loaded:
         layers: for a baseline, the layers that run; None for blocks.
         described: its tokenizer, for networks of text.
         places: where the tokenizer's files may lie.
+        label_dropout: with which it was trained.
         longest: tokens that the network's positions reach; None where its source does not tell.
     """
 
@@ -70,6 +72,7 @@ class Loaded:
     described: Description | None = None
     places: tuple[Path, ...] = ()
     longest: int | None = None
+    label_dropout: float = 0.0
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
@@ -96,6 +99,8 @@ class Loaded:
             steps: network evaluations, B + 1 by default.
             begin: from z = 0, or from a draw of noise.
         """
+        if self.network.decided_task is not None and self.network.decided_task.generative:
+            raise UsageError("the network draws images and predicts nothing of those it is given", hint=SAMPLE)
         name = self.network.plan.anatomy.inputs[0].name
         named = dict(inputs) if isinstance(inputs, Mapping) else {name: inputs}
         ready = {k: normalise(v, self.data.image) if v.dim() == 4 else v for k, v in named.items()}
@@ -166,7 +171,9 @@ def load_file(path: Path, extra: list[Path], *, code: bool = True) -> Loaded:
     told = read_metadata_json(metadata, kept_tokenizer.KEY, path) if kept_tokenizer.KEY in metadata else None
     described = None if told is None else parse(Description, told, file=f"the tokenizer in {path}")
     places = (kept_tokenizer.beside(path), *folders)
-    return Loaded(network, noise, data, None, described, places, source.longest())
+    dropped = read_metadata_json(metadata, DROPOUT_KEY, path) if DROPOUT_KEY in metadata else 0.0
+    dropout = parse(float, dropped, file=f"the share of dropped labels in {path}")
+    return Loaded(network, noise, data, None, described, places, source.longest(), dropout)
 
 
 def read_metadata_json(metadata: Mapping[str, str], key: str, path: Path) -> object:
@@ -181,12 +188,13 @@ def load_run(folder: Path, extra: list[Path]) -> Loaded:
     source = reopen_source(plan.source, [*extra, Path(info.package) / MODEL])
     used = folder / kept_tokenizer.FILE
     described = parse(Description, read_json(used), file=str(used)) if used.is_file() else None
-    places = (folder / kept_tokenizer.FOLDER,)
+    places, dropout = (folder / kept_tokenizer.FOLDER,), recipe.train.label_dropout
     if info.method != "blocks":
         tensors, _ = load_checkpoint(folder / WEIGHTS / NETWORK_FILE)
         network = filled(plan, source, noise, tensors, folder)
         set_rounds(network, recipe)
-        return Loaded(network, noise, recipe.data, baseline_layers(plan, recipe), described, places, source.longest())
+        layers = baseline_layers(plan, recipe)
+        return Loaded(network, noise, recipe.data, layers, described, places, source.longest(), dropout)
     tensors = {}
     for name in [*map(block_file, info.blocks), PERIPHERY]:
         tensors.update(load_checkpoint(folder / WEIGHTS / name)[0])
@@ -194,7 +202,7 @@ def load_run(folder: Path, extra: list[Path]) -> Loaded:
         network = lone_block(plan, source, info.blocks[0], noise, tensors)
     else:
         network = filled(plan, source, noise, tensors, folder)
-    return Loaded(network, noise, recipe.data, None, described, places, source.longest())
+    return Loaded(network, noise, recipe.data, None, described, places, source.longest(), dropout)
 
 
 def read_run(folder: Path) -> tuple[RunInfo, Recipe, Plan, NoiseFit]:

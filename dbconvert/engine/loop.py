@@ -130,6 +130,7 @@ class Loop:
             active.prepare_update()
         self.job.network.train()
         inputs, labels = self.to_device(batch)
+        inputs = self.job.network.task.dropped(inputs, self.recipe.train.label_dropout)
         sigma = self.draw_sigma(block, labels)
         losses = self.backward(block, inputs, labels, sigma)
         loss = self.job.network.task.mean(losses, labels)

@@ -16,7 +16,7 @@ from dbconvert.engine.noise import fit_noise, refuse_misfit
 from dbconvert.engine.package import MODEL, PLAN, RECIPE, Package, open_package
 from dbconvert.engine.paths import settled
 from dbconvert.engine.reading import find_tokenizer, open_examples, stand_in
-from dbconvert.engine.requests import refuse
+from dbconvert.engine.requests import refuse, refuse_full_table
 from dbconvert.engine.split import split
 from dbconvert.errors import UsageError
 from dbconvert.events import Note, Reporter
@@ -78,6 +78,7 @@ def prepare(
     tokenizer = None if missing else find_tokenizer(recipe.data, plan, package.folder / MODEL)
     data = recipe.data
     examples = stand_in(recipe, plan) if missing else open_examples(data, data.train, plan, tokenizer, report)
+    refuse_full_table(plan, recipe, examples)
     steps = steps_of(recipe, len(examples))
     network = build_network(package, plan, recipe, block)
     network.task.kernel = recipe.train.attention

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from dbconvert.data.batches import Data
 from dbconvert.engine.convert import task_of
 from dbconvert.engine.refit import refuse_alone
 from dbconvert.errors import UsageError
@@ -18,6 +19,7 @@ def refuse(plan: Plan, recipe: Recipe, block: int | None) -> None:
     check_block(block, plan, recipe)
     check_table(plan, recipe)
     check_weight(plan, recipe)
+    check_dropout(plan, recipe)
     check_attention(plan, recipe)
     refuse_alone(plan, recipe)
 
@@ -45,6 +47,27 @@ def check_weight(plan: Plan, recipe: Recipe) -> None:
         raise UsageError(
             "train.weight=edm is for noisy targets, and hidden tokens have none",
             hint="leave it at `none`: their losses are weighted by -alpha' / (1 - alpha) already",
+        )
+
+
+def check_dropout(plan: Plan, recipe: Recipe) -> None:
+    """Refuses to leave out classes where the network is told none."""
+    picture = plan.anatomy.picture
+    told = named(str(plan.task)).generative and picture is not None and picture.labels
+    if recipe.train.label_dropout and not told:
+        raise UsageError("train.label_dropout leaves out classes, and this network is told none", hint="leave it out")
+
+
+def refuse_full_table(plan: Plan, recipe: Recipe, examples: Data) -> None:
+    """Raises UsageError where all rows of the network's table are classes of the data, and none can stand for none."""
+    if not recipe.train.label_dropout or plan.target is None:
+        return
+    rows = plan.target.classes
+    if examples.label_counts()[rows - 1 :].any():
+        raise UsageError(
+            f"train.label_dropout needs a row that stands for no class, and the data uses all {rows} rows of the "
+            "network's table of classes",
+            hint=f"give the network's table of classes one row more ({rows + 1})",
         )
 
 

@@ -201,6 +201,10 @@ class Task(ABC):
         """
         return inputs, labels
 
+    def dropped(self, inputs: Inputs, share: float) -> Inputs:
+        """Inputs of training without the class of some examples, a share drawn by chance."""
+        return inputs
+
     # -- a forward pass -----------------------------------------------------------------------------------
 
     def target_shape(self, inputs: Inputs) -> tuple[int, ...]:

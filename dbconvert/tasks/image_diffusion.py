@@ -64,6 +64,11 @@ class ImageDiffusion(Task):
         assert self.anatomy.picture is not None
         return self.anatomy.picture
 
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """C, H, W."""
+        return image_shape(self.anatomy)
+
     # -- parameters ---------------------------------------------------------------------------------------
 
     def register(self, model: nn.Module, *, blocks: int, width: int, seed: int) -> None:
@@ -82,13 +87,22 @@ class ImageDiffusion(Task):
         told = {*self.picture.times, *self.picture.labels}
         return tuple(given.name for given in self.anatomy.inputs if given.name not in told)
 
+    def dropped(self, inputs: Inputs, share: float) -> Inputs:
+        """The class of so large a share of the examples, drawn by chance, becomes the table's last row: none."""
+        names = self.picture.labels if share else ()
+        for name in names:
+            labels = inputs[name]
+            none = (torch.rand(labels.shape) < share).to(labels.device)
+            inputs = {**inputs, name: labels.masked_fill(none, self.target.classes - 1)}
+        return inputs
+
     def arranged(self, inputs: Inputs, labels: Tensor) -> tuple[Inputs, Tensor]:
         """The image is what is told; it stays among the inputs for its shape, and `passage` puts z in its place.
 
         Raises:
             UsageError: it is not of the shape that the network was analysed with.
         """
-        images, wanted = inputs[self.picture.argument], image_shape(self.anatomy)
+        images, wanted = inputs[self.picture.argument], self.image_shape
         if tuple(images.shape[1:]) != wanted:
             raise UsageError(
                 f"the images are {spelled(images.shape[1:])}, and the network takes {spelled(wanted)}",
