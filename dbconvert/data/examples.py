@@ -59,7 +59,7 @@ class Examples(Dataset[Batch]):
         return len(self.dataset)
 
     def __getitems__(self, indices: list[int]) -> Batch:
-        if isinstance(self.dataset, Digits):
+        if isinstance(self.dataset, Digits) and self.size in (None, self.dataset.images.shape[-1]):
             chosen = torch.tensor(indices)
             argument = next(iter(self.columns))
             return {argument: self.dataset.images[chosen], LABEL: self.dataset.labels[chosen]}

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from dbconvert.engine.network import BlockwiseNetwork
 
@@ -13,11 +14,16 @@ CPU = torch.device("cpu")
 
 
 def put(network: BlockwiseNetwork, owner: int | None, device: torch.device) -> None:
-    """Moves the tensors of one block, or of the periphery (None), buffers included."""
+    """Moves one block, or the periphery (None)."""
+    for tensor in tensors_of(network, owner):
+        tensor.data = tensor.data.to(device)
+
+
+def tensors_of(network: BlockwiseNetwork, owner: int | None) -> list[Tensor]:
+    """Parameters and buffers, those that are not saved included."""
     model = network.model
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if network.owner(name) == owner:
-            tensor.data = tensor.data.to(device)
+    everything = (*model.named_parameters(), *model.named_buffers())
+    return [tensor for name, tensor in everything if network.owner(name) == owner]
 
 
 @contextmanager
