@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dbconvert.anatomy import Anatomy, Loop, SideAxes
-from dbconvert.conditioning.modulation import Start
+from dbconvert.conditioning.modulation import Curve, Start
 from dbconvert.diffusion.distributions import LogNormal, NoiseDistribution, Tabulated
 from dbconvert.diffusion.intervals import Intervals, Partition
 from dbconvert.diffusion.masking import Masking, Schedule
@@ -24,6 +24,11 @@ on CUDA and the second elsewhere."""
 Table = Literal["fresh", "own", "none"]
 """Where the clean targets come from: a new unit-norm table, or the network's own token embeddings, normalised; masked
 tokens need none."""
+Entry = Literal["replace", "token", "append", "add"]
+"""Where a noisy label enters: in the place of the class token's own embedding, added to it, as one token more, or added
+to every position."""
+Readout = Literal["token", "pooled"]
+"""What the head reads of the stream: the label's or class token, or what all (other) positions are pooled to."""
 Context = Literal["raw", "features", "estimate"]
 """What a block is told of the one before it: nothing, the stream that left its layers, or what it expects the target to
 be."""
@@ -138,10 +143,13 @@ class Target:
     Args:
         classes: rows of the target table; for images, of the network's own table of classes.
         width: its columns, the width of the stream; for images, their channels.
-        placement: `token` puts the noisy target in the place of one token, `add` adds it to every position; `sequence`
-            gives every position one of its own, behind the clean ones; `mask` puts a learnt vector in a token's place;
-            `state` makes it the state of a looped core; `image` puts the noisy image in the image's place.
-        token: index of that token.
+        placement: `replace` puts the noisy target in the place of one token's embedding, `token` adds it to that token,
+            `append` makes it one token more, `add` adds it to every position; `sequence` gives every position one of
+            its own, behind the clean ones; `mask` puts a learnt vector in a token's place; `state` makes it the state
+            of a looped core; `image` puts the noisy image in the image's place.
+        token: index of the token that the head reads.
+        parameter: of `replace`, the parameter that is the token's embedding.
+        readout: what the head reads, where that is a choice.
         table: where the clean targets come from.
         sides: axes of what the layers receive beside the stream, where the task has to change it.
         apart: whether masks can keep positions of other documents out of sight.
@@ -151,8 +159,10 @@ class Target:
 
     classes: int
     width: int
-    placement: Literal["token", "add", "sequence", "mask", "state", "image"]
+    placement: Entry | Literal["sequence", "mask", "state", "image"]
     token: int | None = None
+    parameter: str | None = None
+    readout: Readout | None = None
     table: Table = "fresh"
     sides: tuple[SideAxes, ...] = ()
     apart: bool = True
@@ -175,6 +185,7 @@ class Plan:
         keys: what its weights files hold: the network's own tensors, or the source's as they were stored, which the
             source turns into the network's.
         context: what blocks are told of their predecessors; `raw` leaves them independent of each other.
+        modulation: what follows the linear that makes shifts, scales and gates.
     """
 
     schema_version: int
@@ -194,6 +205,7 @@ class Plan:
     shapes: dict[str, tuple[int, ...]]
     keys: Literal["network", "source"] = "network"
     context: Context = "raw"
+    modulation: Curve = "linear"
 
     @property
     def identity(self) -> str:

@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 import yaml
 
-from dbconvert.conditioning.modulation import Start
+from dbconvert.conditioning.modulation import Curve, Start
 from dbconvert.errors import UsageError
-from dbconvert.plan import Context, Kernel, NoiseRule, Table
+from dbconvert.plan import Context, Entry, Kernel, NoiseRule, Readout, Table
 from dbconvert.schema import Count, Key, Positive, PositiveFloat, Share, parse, read_yaml, record
 
 Method = Literal["blocks", "end-to-end", "shallow", "truncated-bptt"]
@@ -23,7 +23,13 @@ Weight = Literal["none", "edm"]
 
 @record
 class SplitOptions:
-    """How a source is cut, where the recipe starts from a source and not from a package."""
+    """How a source is cut, where the recipe starts from a source and not from a package.
+
+    Args:
+        entry: where a noisy label enters; None leaves it to what the analysis finds.
+        readout: what the head reads; None is what goes with the entry.
+        modulation: `linear` is DiT's; `silu` puts SiLU behind it, as the paper's code does.
+    """
 
     blocks: Positive | None = None
     layers: tuple[int, ...] | None = None
@@ -32,6 +38,9 @@ class SplitOptions:
     start: Start | None = None
     condition_width: Positive | None = None
     table: Table | None = None
+    entry: Entry | None = None
+    readout: Readout | None = None
+    modulation: Curve = "linear"
     context: Context = "raw"
 
 

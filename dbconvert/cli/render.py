@@ -245,6 +245,8 @@ def noise_table(plan: Plan, noise: NoiseFit) -> Table:
 
 
 def show_split(result: SplitResult) -> None:
+    from dbconvert.engine.package_texts import placement_words
+
     plan, noise = result.plan, result.noise
     stack = escape(plan.anatomy.stack or ITSELF)
     out.print(
@@ -252,6 +254,8 @@ def show_split(result: SplitResult) -> None:
         f"task {plan.task}, start {plan.start}, conditioning {plan.condition_width} wide"
         + (f", context {plan.context}" if plan.context != "raw" else "")
     )
+    for line in filter(None, placement_words(plan)):
+        out.print(escape(line))
     out.print(noise_table(plan, noise))
     scale = "" if noise.rule == "mask" else f"; sigma_data {noise.sigma_data:.4g}"
     out.print(f"noise {noise.rule}: {escape(noise.basis)}{scale}")

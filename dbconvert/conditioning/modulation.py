@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dbconvert.anatomy import Axes
@@ -12,6 +14,13 @@ from dbconvert.errors import DBConvertError
 Start = Literal["original", "zero"]
 """`original`: gates start at 1, the converted layer is the original; `zero`: gates start at 0, a pre-norm layer
 is the identity, as in the paper."""
+
+Curve = Literal["linear", "silu"]
+"""What follows the linear that makes shifts, scales and gates: nothing, as in DiT, or SiLU, as in the paper's code."""
+
+
+def curved(rows: Tensor, curve: Curve) -> Tensor:
+    return F.silu(rows) if curve == "silu" else rows
 
 
 class Modulation(nn.Module):
@@ -25,9 +34,11 @@ class Modulation(nn.Module):
         start: what the gates are while the weights are still zero.
     """
 
-    def __init__(self, width: int, norms: tuple[int, ...], gates: tuple[int, ...], start: Start) -> None:
+    def __init__(
+        self, width: int, norms: tuple[int, ...], gates: tuple[int, ...], start: Start, curve: Curve = "linear"
+    ) -> None:
         super().__init__()
-        self.norms, self.gates = norms, gates
+        self.norms, self.gates, self.curve = norms, gates, curve
         self.gate_offset = 1.0 if start == "original" else 0.0
         self.linear = nn.Linear(width, 2 * sum(norms) + sum(gates))
         nn.init.zeros_(self.linear.weight)
@@ -36,7 +47,7 @@ class Modulation(nn.Module):
     def forward(self, condition: Tensor) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
         """((shift, scale) for each norm site, gate for each gate site)."""
         sizes = [size for features in self.norms for size in (features, features)] + list(self.gates)
-        rows = self.linear(condition).split(sizes, -1)
+        rows = torch.split(curved(self.linear(condition), self.curve), sizes, -1)
         count = 2 * len(self.norms)
         pairs = [(rows[i], rows[i + 1]) for i in range(0, count, 2)]
         return pairs, [self.gate_offset + row for row in rows[count:]]

@@ -49,7 +49,8 @@ def converted(model: nn.Module, plan: Plan, task: Task | None, *, seed: int = 0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         with empty_weights() if is_empty(model) else nullcontext():
-            run = inject(model, plan.anatomy, blocks=len(plan.blocks), width=plan.condition_width, start=plan.start)
+            count, width = len(plan.blocks), plan.condition_width
+            run = inject(model, plan.anatomy, blocks=count, width=width, start=plan.start, curve=plan.modulation)
         if plan.target is not None and plan.target.loop is not None:
             control(model, plan.anatomy, plan.target.loop, run)
         if task is not None:

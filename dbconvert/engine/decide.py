@@ -123,6 +123,7 @@ def decide(
         files={},
         shapes={},
         context=options.context,
+        modulation=options.modulation,
     )
     return plan, fit
 
@@ -139,6 +140,9 @@ def decide_target(opened: Opened, task: type[Task], options: SplitOptions) -> Ta
         raise UsageError(f"{task.name} has no target table `{options.table}`", hint=f"tables: {', '.join(task.tables)}")
     target = replace(target, table=options.table or task.tables[0])
     example = opened.example
+    with one_thread() if opened.large else nullcontext():
+        anatomy, model = (opened.anatomy, None) if example is None else (example.anatomy, example.model)
+        target = task.place(target, anatomy, model, options.entry, options.readout)
     if not task.tried:
         return target
     if example is None:

@@ -217,7 +217,7 @@ class BlockwiseNetwork(nn.Module):
             self.run.entry = listening(hearing, heard, self.plan.anatomy.axes, passage.entry)
         if self.run.loop is not None:
             self.run.loop.memory = self.prelude
-        return changed(self.output(self.call(block, passage.inputs)), passage.result)
+        return changed(self.output(self.call(block, passage)), passage.result)
 
     def delivered(self, expected: Tensor | None, z: Tensor) -> Tensor | None:
         """What the block that has just run tells the next one, see `Arrival.heard`.
@@ -271,10 +271,11 @@ class BlockwiseNetwork(nn.Module):
         seen = self.backpropagate if self.training and torch.is_grad_enabled() else None
         return LoopPass(rounds=rounds, blind=0 if seen is None else max(0, rounds - seen))
 
-    def call(self, block: int, inputs: Inputs) -> Any:
-        if self.periphery != "own":
-            return self.model(**inputs)
-        return torch.func.functional_call(self.model, self.own(block), args=(), kwargs=inputs)
+    def call(self, block: int, passage: Passage) -> Any:
+        instead = {**(self.own(block) if self.periphery == "own" else {}), **passage.instead}
+        if not instead:
+            return self.model(**passage.inputs)
+        return torch.func.functional_call(self.model, instead, args=(), kwargs=passage.inputs)
 
     def own(self, block: int) -> dict[str, Tensor]:
         """A block's own stem and readout, by the network's names."""

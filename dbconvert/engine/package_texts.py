@@ -6,6 +6,7 @@ from dbconvert.engine.decide import listening
 from dbconvert.plan import NoiseFit, Plan
 from dbconvert.recipe import DataOptions, Recipe
 from dbconvert.schema import to_data, to_yaml
+from dbconvert.tasks.label_place import in_words
 from dbconvert.tasks.registry import reasons
 
 EPOCHS = 100
@@ -64,6 +65,7 @@ def package_readme(plan: Plan, noise: NoiseFit) -> str:
         "| --- | --- | --- | --- |",
         *rows,
         "",
+        *placement_words(plan),
         f"Noise rule `{noise.rule}`: {noise.basis}{scale}.",
         "",
         "![noise intervals](noise.png)",
@@ -87,6 +89,14 @@ def package_readme(plan: Plan, noise: NoiseFit) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def placement_words(plan: Plan) -> list[str]:
+    """Where a noisy label enters and what the head reads, and what else is not usual."""
+    words = in_words(plan.target) if plan.target is not None else ""
+    curve = "Shifts, scales and gates are SiLU of a linear." if plan.modulation == "silu" else ""
+    told = [f"{words[0].upper()}{words[1:]}."] if words else []
+    return [line for text in (*told, curve) if text for line in (text, "")]
 
 
 def checkpoint_readme(plan: Plan) -> str:

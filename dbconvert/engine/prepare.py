@@ -198,7 +198,8 @@ def settle_task(plan: Plan, recipe: Recipe) -> Plan:
     refuse_misfit(plan.noise, chosen)
     if chosen.tried:
         raise UsageError(f"task {chosen.name} has to try the network", hint=f"split again with --task {chosen.name}")
-    return replace(plan, task=chosen.name, target=chosen.decide(plan.anatomy))
+    target = chosen.place(chosen.decide(plan.anatomy), plan.anatomy, None, None, None)
+    return replace(plan, task=chosen.name, target=target)
 
 
 # -- data, network, noise ---------------------------------------------------------------------------------------

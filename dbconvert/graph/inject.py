@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dbconvert.anatomy import Anatomy, Around, Axes, GateSite, Layer, NormSite
 from dbconvert.conditioning.embedding import NoiseEmbedding
-from dbconvert.conditioning.modulation import Modulation, Start, gate, modulate
+from dbconvert.conditioning.modulation import Curve, Modulation, Start, gate, modulate
 from dbconvert.errors import DBConvertError, Refused
 from dbconvert.graph.functions import Arguments, Intercepted, Results, uncounted
 from dbconvert.graph.joined import AroundModule, PartModule
@@ -202,12 +202,13 @@ MIXINS = (SiteModule, LayerModule, PartModule, AroundModule, EmbeddingModule, He
 class Conditioning(nn.Module):
     """All parameters that conversion adds: an embedder a block, a modulation a layer, and what a task registers."""
 
-    def __init__(self, anatomy: Anatomy, blocks: int, width: int, start: Start) -> None:
+    def __init__(self, anatomy: Anatomy, blocks: int, width: int, start: Start, curve: Curve = "linear") -> None:
         super().__init__()
+        self.curve = curve
         self.embedder = nn.ModuleDict({str(b): NoiseEmbedding(width) for b in range(blocks)})
         self.modulation = nn.ModuleDict(
             {
-                str(i): Modulation(width, *site_features(layer), start)
+                str(i): Modulation(width, *site_features(layer), start, curve)
                 for i, layer in enumerate(anatomy.layers)
                 if layer.branches
             }
@@ -218,7 +219,9 @@ class Conditioning(nn.Module):
         return value
 
 
-def inject(model: nn.Module, anatomy: Anatomy, *, blocks: int, width: int, start: Start) -> Run:
+def inject(
+    model: nn.Module, anatomy: Anatomy, *, blocks: int, width: int, start: Start, curve: Curve = "linear"
+) -> Run:
     """Puts conditioning into `model`, in place, and returns the handle that steers its forward passes.
 
     Args:
@@ -239,7 +242,7 @@ def inject(model: nn.Module, anatomy: Anatomy, *, blocks: int, width: int, start
         )
     if hasattr(model, PREFIX):
         raise DBConvertError(f"the network has a child named {PREFIX} already", hint="convert the original network")
-    conditioning = Conditioning(anatomy, blocks, width, start)
+    conditioning = Conditioning(anatomy, blocks, width, start, curve)
     model.add_module(PREFIX, conditioning)
     run = Run()
     for index, layer in enumerate(anatomy.layers):

@@ -7,9 +7,9 @@ position has one, and losses have their shape; or images [N, C, H, W], with one 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -19,11 +19,11 @@ from dbconvert.anatomy import Anatomy, Path
 from dbconvert.diffusion.intervals import Intervals
 from dbconvert.diffusion.masking import Masking
 from dbconvert.diffusion.preconditioning import Preconditioning
-from dbconvert.errors import DBConvertError
+from dbconvert.errors import DBConvertError, UsageError
 from dbconvert.graph.inject import PREFIX
 from dbconvert.graph.looped import LoopPass
 from dbconvert.graph.run import Filled, Run
-from dbconvert.plan import Context, Kernel, NoiseRule, Rule, Table, Target
+from dbconvert.plan import Context, Entry, Kernel, NoiseRule, Readout, Rule, Table, Target
 from dbconvert.recipe import Weight, Z
 
 Change = Callable[[Tensor], Tensor]
@@ -64,6 +64,8 @@ class Passage:
     loop: LoopPass | None = None
     result: Change | None = None
     """Changes what the network gives, once it has run."""
+    instead: Mapping[str, Tensor] = field(default_factory=dict)
+    """What stands in the place of parameters of the network, by name."""
 
     def steer(self, run: Run) -> None:
         for name in ("condition", "filled", "embed", "entry", "beside", "attention", "last", "leave", "exit", "loop"):
@@ -170,6 +172,27 @@ class Task(ABC):
         Raises:
             Refused: it does not do what the task needs.
         """
+        return target
+
+    @staticmethod
+    def place(
+        target: Target, anatomy: Anatomy, model: nn.Module | None, entry: Entry | None, readout: Readout | None
+    ) -> Target:
+        """The target with where it enters and what is read, where the task leaves that open.
+
+        Args:
+            anatomy: of `model`.
+            model: unconverted, or its twin; None where nothing can be tried.
+            entry, readout: what was asked for.
+
+        Raises:
+            UsageError: it cannot be had.
+        """
+        if entry is not None or readout is not None:
+            raise UsageError(
+                "split.entry and split.readout say where a label enters, and the task has no choice there",
+                hint="leave them out: they are for task classification",
+            )
         return target
 
     # -- parameters ---------------------------------------------------------------------------------------

@@ -1,4 +1,9 @@
-"""One label an example: y is the label's embedding, which enters as a noisy token or is added to the stream."""
+"""One label an example: y is the label's embedding, which enters as a noisy token or is added to the stream.
+
+Where there is a class token the label enters there: added to its embedding, or (`replace`) in its place, as in the
+reference. A network whose layers take one token more gets it as that, and the head reads it; in others it is added to
+every position, for convolutions a bias a channel.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +15,12 @@ from torch import Tensor, nn
 
 from dbconvert.anatomy import Anatomy
 from dbconvert.conditioning.modulation import fit
-from dbconvert.plan import Rule, Target
+from dbconvert.graph.placing import with_token
+from dbconvert.graph.two_streams import positions_axis
+from dbconvert.plan import Entry, Readout, Rule, Target
 from dbconvert.tasks.base import Change, Corruption, Headline, Inputs, Passage, Task
 from dbconvert.tasks.discrete import denoise_before_head, fresh_table, register_readouts, register_table
+from dbconvert.tasks.label_place import own_token, placed, reading
 
 
 class Classification(Task):
@@ -44,11 +52,14 @@ class Classification(Task):
 
     @staticmethod
     def decide(anatomy: Anatomy) -> Target:
-        head = anatomy.head
-        assert head is not None
-        if head.token is not None and len(anatomy.stream_shape) == 3:
-            return Target(head.outputs, anatomy.width, "token", head.token)
-        return Target(head.outputs, anatomy.width, "add")
+        assert anatomy.head is not None
+        return Target(anatomy.head.outputs, anatomy.width, "add", own_token(anatomy))
+
+    @staticmethod
+    def place(
+        target: Target, anatomy: Anatomy, model: nn.Module | None, entry: Entry | None, readout: Readout | None
+    ) -> Target:
+        return placed(target, anatomy, model, entry, readout)
 
     def register(self, model: nn.Module, *, blocks: int, width: int, seed: int) -> None:
         register_table(model, self.target, seed)
@@ -66,24 +77,34 @@ class Classification(Task):
 
     def passage(self, model: nn.Module, block: int, inputs: Inputs, corruption: Corruption) -> Passage:
         leave = denoise_before_head(model, block, corruption, corruption.condition)
-        return Passage(inputs, corruption.condition, entry=self.entry(corruption), exit=leave)
+        arriving, target = self.arriving(corruption), self.target
+        if target.placement == "replace":
+            assert target.parameter is not None
+            kind = model.get_parameter(target.parameter).dtype
+            instead, entry = {target.parameter: arriving[:, None].to(kind)}, None
+        else:
+            instead, entry = {}, self.entry(arriving)
+        read = reading(target, self.anatomy.axes)
+        return Passage(inputs, corruption.condition, entry=entry, leave=read, exit=leave, instead=instead)
 
-    def entry(self, corruption: Corruption) -> Change:
-        scaled = corruption.z * corruption.scaling.c_in(corruption.sigma)[:, None]
-        axes = self.anatomy.axes
+    def arriving(self, corruption: Corruption) -> Tensor:
+        """c_in z, [N, d]."""
+        return corruption.z * corruption.scaling.c_in(corruption.sigma)[:, None]
+
+    def entry(self, arriving: Tensor) -> Change:
+        axes, placement = self.anatomy.axes, self.target.placement
 
         def enter(stream: Tensor) -> Tensor:
-            arriving = fit(scaled, stream, axes)
-            if self.target.placement == "token":
-                arriving = arriving * self.token_mask(stream)
-            return stream + arriving
+            if placement == "append":
+                return with_token(stream, arriving, axes)
+            added = fit(arriving, stream, axes)
+            return stream + (added * self.token_mask(stream) if placement == "token" else added)
 
         return enter
 
     def token_mask(self, stream: Tensor) -> Tensor:
-        """1 at the target's token, 0 elsewhere, along the axis that is neither batch nor channel."""
-        axes = self.anatomy.axes
-        axis = next(i for i in range(stream.dim()) if i not in (axes.batch, axes.channel + stream.dim()))
+        """1 at the target's token, 0 elsewhere, along the axis of positions."""
+        axis = positions_axis(self.anatomy.axes)
         shape = [1] * stream.dim()
         shape[axis] = stream.shape[axis]
         place = torch.zeros(stream.shape[axis], dtype=stream.dtype, device=stream.device)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dbconvert.conditioning.modulation import Curve, curved
 from dbconvert.plan import Target
 from dbconvert.tasks.base import Change, Corruption, along, conditioning
 
@@ -51,13 +52,21 @@ def zero_linear(inputs: int, outputs: int, *, hollow: bool) -> nn.Linear:
 def denoise_before_head(model: nn.Module, block: int, corruption: Corruption, condition: Tensor) -> Change:
     """What happens to features F before the head: D = c_skip z + c_out F, over sigma_data, modulated.
 
-    Over sigma_data, so that the head sees features of the scale it knows at every noise level.
+    Over sigma_data, so that the head sees features of the scale it knows at every noise level. With `silu` the shift
+    is over sigma_data too, which makes the whole the reference's D (1 + scale) + shift over sigma_data.
 
     Args:
         condition: [N, width] or [N, S, width].
     """
-    read, denoised = modulated(model, block, condition), denoised_features(corruption)
+    unit = corruption.scaling.sigma_data if curve_of(model) == "silu" else 1.0
+    read, denoised = modulated(model, block, condition, unit), denoised_features(corruption)
     return lambda features: read(denoised(features))
+
+
+def curve_of(model: nn.Module) -> Curve:
+    """What follows the linears of a converted network's modulation."""
+    curve: Curve = getattr(conditioning(model), "curve", "linear")
+    return curve
 
 
 def denoised_features(corruption: Corruption) -> Change:
@@ -74,13 +83,16 @@ def denoised_features(corruption: Corruption) -> Change:
     return change
 
 
-def modulated(model: nn.Module, block: int, condition: Tensor) -> Change:
+def modulated(model: nn.Module, block: int, condition: Tensor, unit: float = 1.0) -> Change:
     """What `register_readouts` added: features (1 + scale) + shift before the head.
 
     Args:
         condition: [N, width] or [N, S, width].
+        unit: what the shift is divided by.
     """
-    shift, scale = conditioning(model).get_submodule(f"readout.{block}")(condition).chunk(2, -1)
+    rows = curved(conditioning(model).get_submodule(f"readout.{block}")(condition), curve_of(model))
+    shift, scale = rows.chunk(2, -1)
+    shift = shift / unit if unit != 1.0 else shift
 
     def read(features: Tensor) -> Tensor:
         by, to = scale.to(features.dtype), shift.to(features.dtype)

@@ -23,10 +23,11 @@ def added():
     return model
 
 
-def task_for(name):
+def task_for(name, entry=None, readout=None):
     model, inputs = networks.build(name)
     anatomy = analyse(model, inputs)
-    return Classification(anatomy, Classification.decide(anatomy)), model, inputs
+    target = Classification.place(Classification.decide(anatomy), anatomy, model, entry, readout)
+    return Classification(anatomy, target), model, inputs
 
 
 def corruption(width, sigma=0.7):
@@ -40,7 +41,7 @@ def test_a_class_token_is_where_the_label_enters(name):
     assert (task.target.placement, task.target.token, task.target.classes) == ("token", 0, 5)
     noisy = corruption(networks.WIDTH)
     stream = torch.randn(2, 17, networks.WIDTH)
-    changed = task.entry(noisy)(stream)
+    changed = task.entry(task.arriving(noisy))(stream)
     c_in = 1 / (0.7**2 + 0.2**2) ** 0.5
     assert torch.equal(changed[:, 1:], stream[:, 1:])
     assert torch.allclose(changed[:, 0], stream[:, 0] + c_in * noisy.z, atol=1e-6)
@@ -53,17 +54,18 @@ def test_vectors_are_classified_too():
     task = choose_task(anatomy, None)
     assert task is Classification and anatomy.head.pooled and anatomy.stream_shape == (2, networks.WIDTH)
     noisy = corruption(networks.WIDTH)
-    change = task(anatomy, task.decide(anatomy)).entry(noisy)
+    acting = task(anatomy, task.decide(anatomy))
+    change = acting.entry(acting.arriving(noisy))
     assert torch.allclose(change(torch.zeros(2, networks.WIDTH)), noisy.z / (0.7**2 + 0.2**2) ** 0.5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["vit_mean", "encoder_pre", "encoder_post_seq_first"])
-def test_without_one_it_is_added_everywhere(name):
-    task, _, _ = task_for(name)
-    assert task.target.placement == "add"
+def test_without_one_it_is_added_everywhere_if_asked(name):
+    task, _, _ = task_for(name, entry="add")
+    assert (task.target.placement, task.target.readout) == ("add", "pooled")
     noisy = corruption(networks.WIDTH)
     shape = (5, 2, networks.WIDTH) if name.endswith("seq_first") else (2, 5, networks.WIDTH)
-    change = task.entry(noisy)(torch.zeros(shape))
+    change = task.entry(task.arriving(noisy))(torch.zeros(shape))
     by_example = change.transpose(0, 1) if name.endswith("seq_first") else change
     assert torch.allclose(by_example, by_example[:, :1].expand_as(by_example))
     assert torch.allclose(by_example[:, 0].var(), torch.tensor(1 / (0.7**2 + 0.2**2)) * noisy.z.var(), rtol=1e-4)
