@@ -19,6 +19,8 @@ BACKPROPAGATE = 8
 Z = Literal["noised", "on-policy", "mixed"]
 MIXED = 0.5
 Weight = Literal["none", "edm"]
+Mode = Literal["RGB", "L"]
+"""Colour or grey."""
 
 
 @record
@@ -46,9 +48,14 @@ class SplitOptions:
 
 @record
 class ImageOptions:
-    """How pictures become tensors: resized to `size`, scaled to [0, 1], augmented, then (x - mean) / std."""
+    """How pictures become tensors: resized to `size`, scaled to [0, 1], augmented, then (x - mean) / std.
+
+    Args:
+        mode: what picture files are read as; None reads grey ones with one channel and all others with three.
+    """
 
     size: Positive | None = None
+    mode: Mode | None = None
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
 
@@ -74,6 +81,7 @@ class DataOptions:
             pieces of a part, by documents, or by characters of a text file; without % they count documents.
         input, label: names of the columns; `input: null` takes the network's own argument name, or the only
             column that is not the label.
+        tile: the source is a folder of mosaics of pictures of so many pixels a side (`dbconvert.data.mosaics`).
         flip: mirror half of the training pictures.
         workers: processes that load batches.
         tokenizer: `byte`, `char` (the characters of the training part), or a Transformers folder or hub id.
@@ -97,6 +105,7 @@ class DataOptions:
     input: str | None = None
     label: str = "label"
     image: ImageOptions | None = None
+    tile: Positive | None = None
     flip: bool = False
     randaugment: RandAugment | None = None
     workers: Count = 0

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dbconvert.data.digits import PARTS, Digits
+from dbconvert.data.mosaics import open_mosaic, parts_of
 from dbconvert.data.pydoc import PARTS as TOPIC_PARTS
 from dbconvert.data.pydoc import topic_rows
 from dbconvert.errors import DBConvertError, UsageError
@@ -30,13 +31,15 @@ def open_part(options: DataOptions, part: str) -> Any:
     if source is None:
         raise UsageError(
             "no data is given",
-            hint="add data.source=NAME: digits, a hub id, a folder, parquet, file.py:function",
+            hint="add data.source=NAME: digits, a hub id, a folder, parquet, mosaics, file.py:function",
         )
     if source in BUILT_IN:
         return built_in(source, part)
     if ".py:" in source:
         return from_function(source, part)
     path = Path(source)
+    if options.tile is not None:
+        return from_mosaics(path, part, options)
     if path.exists():
         return from_disk(path, part)
     if source.count("/") == 1 and not source.endswith(".parquet"):
@@ -78,7 +81,18 @@ def from_disk(path: Path, part: str) -> Any:
         return from_library("parquet", {"data_files": {part.partition("[")[0]: str(path)}}, part)
     if any(path.rglob("*.parquet")):
         return from_library(str(path), {}, part)
+    if parts_of(path):
+        raise UsageError(f"{path} holds mosaics", hint="say how large one picture is: data.tile=32")
+    if not any(file.is_file() for file in path.rglob("*")):
+        raise DBConvertError(f"{path} is empty", hint="pictures lie in a folder a class: train/cat/1.png")
     return from_library("imagefolder", {"data_dir": str(path)}, part)
+
+
+def from_mosaics(path: Path, part: str, options: DataOptions) -> Any:
+    if not path.is_dir():
+        raise UsageError(f"{path} is not a folder", hint="data.tile is for a folder of mosaics; leave it out otherwise")
+    assert options.tile is not None
+    return open_mosaic(path, part, options.tile, options.image.mode if options.image else None)
 
 
 def from_library(name: str, options: dict[str, Any], part: str) -> Any:

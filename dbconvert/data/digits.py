@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset
+
+from dbconvert.data.pictures import Pictures
 
 PARTS = {"train": (0, 1197), "validation": (1197, 1497), "test": (1497, 1797)}
 ORDER_SEED = 0
 
 
-class Digits(Dataset[dict[str, Tensor]]):
+class Digits(Pictures):
     """One part: items {image: [1, 8, 8] in [0, 1], label: 0..9}. Parts are slices of one fixed random order."""
 
     def __init__(self, part: str) -> None:
@@ -19,11 +19,5 @@ class Digits(Dataset[dict[str, Tensor]]):
         pixels, labels = load_digits(return_X_y=True)
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(ORDER_SEED))
         chosen = order[slice(*PARTS[part])]
-        self.images = torch.as_tensor(pixels, dtype=torch.float32)[chosen].view(-1, 1, 8, 8) / 16
-        self.labels = torch.as_tensor(labels)[chosen].long()
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"image": self.images[index], "label": self.labels[index]}
+        images = torch.as_tensor(pixels, dtype=torch.float32)[chosen].view(-1, 1, 8, 8) / 16
+        super().__init__(images, torch.as_tensor(labels)[chosen].long())

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from dbconvert.anatomy import Anatomy
-from dbconvert.data.digits import Digits
-from dbconvert.data.images import to_image
-from dbconvert.errors import DBConvertError
-from dbconvert.recipe import DataOptions
+from dbconvert.data.images import to_picture, unit
+from dbconvert.data.pictures import Kept, Pictures
+from dbconvert.errors import DBConvertError, UsageError
+from dbconvert.recipe import DataOptions, ImageOptions
 
 LABEL = "__label__"
 """Key of the labels in a batch; no argument of a network is called this."""
@@ -35,40 +35,81 @@ class Examples(Dataset[Batch]):
     def __init__(self, dataset: Any, options: DataOptions, anatomy: Anatomy, classes: int) -> None:
         if len(dataset) == 0:
             raise DBConvertError(f"data source {options.source} is empty")
-        self.dataset = dataset
-        self.size = options.image.size if options.image else None
+        self.image = options.image or ImageOptions()
+        self.dataset = dataset = dataset.resized(self.image.size) if isinstance(dataset, Pictures) else dataset
         self.classes = classes
-        self.columns = find_columns(dataset[0], options, anatomy, labelled=classes > 0)
         self.label = options.label
+        if isinstance(dataset, Pictures):
+            self.columns = {anatomy.inputs[0].name: "image"}
+            self.refuse_other_labels(dataset.labels)
+        else:
+            self.columns = find_columns(dataset[0], options, anatomy, labelled=classes > 0)
+        stored = hasattr(dataset, "select_columns") and not options.workers  # each worker would keep its own
+        self.kept = Kept(len(dataset)) if stored and len(self.columns) == 1 else None
+        self.first = self[0]
         self.refuse_other_rank(anatomy)
-        if isinstance(dataset, Digits) and classes and classes <= int(dataset.labels.max()):
-            raise self.no_class(int(dataset.labels.argmax()), int(dataset.labels.max()))
+        self.refuse_other_channels()
 
     def refuse_other_rank(self, anatomy: Anatomy) -> None:
         """An example with other axes than the analysed one would be modulated along the wrong ones."""
-        first = self.__getitems__([0])
         for given in anatomy.inputs:
-            if given.name in first and first[given.name].dim() != len(given.shape):
+            if given.name in self.first and self.first[given.name].dim() != len(given.shape) - 1:
                 raise DBConvertError(
-                    f"a batch of column {self.columns[given.name]} has shape {list(first[given.name].shape)}, and the "
-                    f"split saw {given.name} {list(given.shape)}",
+                    f"a batch of column {self.columns[given.name]} has shape {[1, *self.first[given.name].shape]}, and "
+                    f"the split saw {given.name} {list(given.shape)}",
                     hint="bring the data into that form, or split again with an example_inputs() that looks like it",
                 )
+
+    def refuse_other_channels(self) -> None:
+        """Means of three channels would make three channels of one."""
+        for value in (value for value in self.first.values() if value.dim() == 3):
+            for name, numbers in (("mean", self.image.mean), ("std", self.image.std)):
+                if len(numbers) not in (1, len(value)):
+                    raise UsageError(
+                        f"data.image.{name} has {len(numbers)} numbers, and pictures have {len(value)} channels",
+                        hint="give one a channel, or one for all; data.image.mode=RGB reads grey pictures as colour",
+                    )
+
+    def refuse_other_labels(self, labels: Tensor) -> None:
+        wrong = labels >= self.classes if self.classes else torch.zeros(0)
+        for index in wrong.nonzero()[:1].flatten().tolist():
+            raise self.outside(index, int(labels[index]))
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitems__(self, indices: list[int]) -> Batch:
-        if isinstance(self.dataset, Digits) and self.size in (None, self.dataset.images.shape[-1]):
+        if isinstance(self.dataset, Pictures):
             chosen = torch.tensor(indices)
             argument = next(iter(self.columns))
-            return {argument: self.dataset.images[chosen], LABEL: self.dataset.labels[chosen]}
+            return {argument: unit(self.dataset.images[chosen]), LABEL: self.dataset.labels[chosen]}
         return default_collate([self[index] for index in indices])  # type: ignore[no-any-return]
 
     def __getitem__(self, index: int) -> Batch:
+        argument = next(iter(self.columns))
+        kept = None if self.kept is None else self.kept.get(index)
+        if kept is not None:
+            return {argument: unit(kept[0]), LABEL: kept[1]}
         item = self.dataset[index]
-        taken = {argument: to_image(item[column], self.size) for argument, column in self.columns.items()}
-        return {**taken, LABEL: self.read_label(item, index)}
+        if isinstance(self.dataset, Pictures):
+            return {argument: unit(item["image"]), LABEL: item["label"]}
+        read = {a: to_picture(item[column], self.image.size, self.image.mode) for a, column in self.columns.items()}
+        label = self.read_label(item, index)
+        if hasattr(self, "first"):
+            self.refuse_other_shapes(read, index)
+        if self.kept is not None:
+            self.kept.put(index, read[argument], label)
+        return {**{name: unit(value) for name, value in read.items()}, LABEL: label}
+
+    def refuse_other_shapes(self, taken: Batch, index: int) -> None:
+        """Examples of a batch are stacked."""
+        for argument, value in taken.items():
+            if value.shape != self.first[argument].shape:
+                raise DBConvertError(
+                    f"example {index} has {self.columns[argument]} {list(value.shape)}, and example 0 has "
+                    f"{list(self.first[argument].shape)}",
+                    hint="data.image.size=32 resizes pictures, data.image.mode=RGB reads grey ones as colour",
+                )
 
     def read_label(self, item: dict[str, Any], index: int) -> Tensor:
         if not self.classes:
@@ -81,15 +122,15 @@ class Examples(Dataset[Batch]):
                 hint="map the labels to 0..K-1 in a file.py:function",
             ) from None
         if not 0 <= label < self.classes:
-            raise self.no_class(index, label)
+            raise self.outside(index, label)
         return torch.tensor(label)
 
-    def no_class(self, index: int, label: int) -> DBConvertError:
+    def outside(self, index: int, label: int) -> DBConvertError:
         return DBConvertError(f"example {index} has label {label}, and the network has {self.classes} classes")
 
     def label_counts(self) -> Tensor:
         """How often each label occurs, [classes]; from a fixed sample where there are many examples."""
-        if isinstance(self.dataset, Digits):
+        if isinstance(self.dataset, Pictures):
             return self.dataset.labels.bincount(minlength=self.classes).double()
         indices: Any = range(len(self))
         if len(self) > SAMPLED:

@@ -11,24 +11,52 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dbconvert.errors import DBConvertError
-from dbconvert.recipe import DataOptions, ImageOptions, RandAugment
+from dbconvert.recipe import DataOptions, ImageOptions, Mode, RandAugment
 
 Augment = Callable[[Tensor], Tensor]
+DEEP = ("I", "F")
+"""Beginnings of PIL's modes with more than 8 bits a value."""
 
 
-def to_image(value: Any, size: int | None) -> Tensor:
+def to_image(value: Any, size: int | None, mode: Mode | None = None) -> Tensor:
     """A picture as float [C, H, W] in [0, 1], resized to size x size; tensors of other kinds stay as they are."""
+    return unit(to_picture(value, size, mode))
+
+
+def to_picture(value: Any, size: int | None, mode: Mode | None = None) -> Tensor:
+    """The same with a byte a value where the picture has that: uint8, else as it is."""
     if isinstance(value, Tensor):
-        image = value.float() / 255 if value.dtype == torch.uint8 else value
+        image = value
     elif hasattr(value, "convert"):  # a PIL image
-        image = torch.from_numpy(np.array(value if value.mode == "L" else value.convert("RGB"))).float() / 255
-        image = image[None] if image.dim() == 2 else image.permute(2, 0, 1)
+        image = pixels(value, mode)
     else:
         array = np.asarray(value)
-        image = torch.from_numpy(array.astype(np.float32) / 255 if array.dtype == np.uint8 else array)
-    if size is not None and image.shape[-2:] != (size, size):
-        image = F.interpolate(image[None], (size, size), mode="bilinear", antialias=True)[0]
-    return image
+        image = torch.from_numpy(array if array.dtype == np.uint8 else array.astype(np.float32, copy=False))
+    if size is None or image.shape[-2:] == (size, size):
+        return image
+    resized = F.interpolate(image[None].float(), (size, size), mode="bilinear", antialias=True)[0]
+    return resized.round().to(torch.uint8) if image.dtype == torch.uint8 else resized
+
+
+def pixels(picture: Any, mode: Mode | None) -> Tensor:
+    """A PIL image as uint8 [C, H, W]: grey ones with one channel and others with three, or all as `mode` says.
+
+    Raises:
+        DBConvertError: it has more than 8 bits a value, which a conversion would cut off.
+    """
+    if picture.mode.startswith(DEEP):
+        raise DBConvertError(
+            f"a picture has mode {picture.mode}, which is more than 8 bits a value",
+            hint="convert it to 8 bits, or give tensors from a file.py:function",
+        )
+    wanted = mode or ("L" if picture.mode == "L" else "RGB")
+    array = np.array(picture if picture.mode == wanted else picture.convert(wanted))
+    return torch.from_numpy(array[None] if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1)))
+
+
+def unit(images: Tensor) -> Tensor:
+    """Bytes as numbers in [0, 1]; others stay as they are."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
 def normalise(images: Tensor, options: ImageOptions | None) -> Tensor:
@@ -70,7 +98,7 @@ def flip(images: Tensor) -> Tensor:
 
 
 def randaugment(options: RandAugment) -> Augment:
-    """kornia's RandAugment, on the device, a policy drawn for every picture."""
+    """kornia's RandAugment, on the device: a batch draws its operations, every picture the signs of their sizes."""
     try:
         from kornia.augmentation.auto import RandAugment as KorniaRandAugment
     except ImportError:

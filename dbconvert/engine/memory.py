@@ -130,6 +130,6 @@ def failed(error: Exception, inputs: Inputs, network: BlockwiseNetwork) -> DBCon
     return DBConvertError(
         f"the network fails on a batch of the data: {reason}",
         where=f"batch: {given}; the split saw: {seen}",
-        hint="give data of the shape that the network takes (data.image.size resizes pictures), or split again with "
-        "an example_inputs() that looks like the data",
+        hint="give data of the shape that the network takes (data.image.size resizes pictures, data.image.mode=RGB "
+        "reads grey ones as colour), or split again with an example_inputs() that looks like the data",
     )
