@@ -75,3 +75,8 @@ def build_model() -> ViT:
 def vit_cifar100() -> ViT:
     """12 layers for CIFAR-100, as in the DiffusionBlocks paper."""
     return ViT(size=32, patch=4, channels=3, classes=100, depth=12, width=128, heads=4, dropout=0.1)
+
+
+def vit_tiny_imagenet() -> ViT:
+    """12 layers, 768 wide, for the 64 x 64 pictures of Tiny-ImageNet."""
+    return ViT(size=64, patch=8, channels=3, classes=200, depth=12, width=768, heads=12, dropout=0.1)

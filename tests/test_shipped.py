@@ -52,6 +52,27 @@ def test_the_papers_settings_for_cifar100():
     assert (recipe.noise.overlap, recipe.noise.rule, recipe.noise.sigma_data) == (0.05, "edm", 0.5)
     assert recipe.optimizer.schedule == "cosine" and recipe.optimizer.warmup == pytest.approx(10 / 500)
     assert recipe.data.flip and recipe.data.randaugment is not None
+    model = open_source(str(ROOT / "examples" / "vit.py") + ":vit_cifar100").build()
+    assert (model.layers[0].attention.heads, model.patches.kernel_size, model.layers[0].dropout.p) == (4, (4, 4), 0.1)
+    assert recipe.split.entry == "replace" and plan.target.parameter == "cls_token"
+
+
+def test_the_papers_settings_for_tiny_imagenet():
+    """METHOD: 12 layers, width 768, B = 2, 100 epochs, batch 256, 1e-4."""
+    recipe = read_recipe(ROOT / "recipes" / "vit_tiny_imagenet.yaml")
+    model = open_source(str(ROOT / "examples" / "vit.py") + ":vit_tiny_imagenet").build()
+    assert (len(model.layers), model.head.in_features, model.head.out_features) == (12, 768, 200)
+    assert (recipe.split.blocks, recipe.train.epochs, recipe.train.batch) == (2, 100, 256)
+    assert (recipe.optimizer.name, recipe.optimizer.lr, recipe.data.test) == ("adamw", 1e-4, "valid")
+    assert recipe.data.flip and recipe.data.randaugment is not None
+
+
+def test_the_papers_settings_for_noprop():
+    """METHOD: B = 3, gamma 0.1, AdamW 1e-4, 1000 epochs; depth and width are not given."""
+    recipe = read_recipe(ROOT / "recipes" / "noprop_cifar100.yaml")
+    assert (recipe.split.blocks, recipe.noise.overlap, recipe.train.epochs) == (3, 0.1, 1000)
+    assert (recipe.optimizer.name, recipe.optimizer.lr) == ("adamw", 1e-4)
+    assert open_source(str(ROOT / "examples" / "noprop_cnn.py")).build().head.out_features == 100
 
 
 @pytest.mark.parametrize("name", ["build_model", "vit_cifar100"])
