@@ -11,8 +11,8 @@ from dbconvert.recipe import read_recipe
 from dbconvert.sources.resolve import open_source
 
 ROOT = Path(__file__).parents[1]
-LARGE = {"huginn_lm1b", "ar_openwebtext"}
-"""Split as ar_lm1b is, and slowly: with 32 rounds, with 3,072 positions."""
+LARGE = {"huginn_lm1b", "ar_openwebtext", "vit_tiny_imagenet"}
+"""Split as smaller ones are, and slowly: with 32 rounds, with 3,072 positions, with 85 million parameters."""
 RECIPES = [
     pytest.param(path, marks=pytest.mark.slow) if path.stem in LARGE else path
     for path in sorted((ROOT / "recipes").glob("*.yaml"))
