@@ -67,7 +67,7 @@ def normalise(images: Tensor, options: ImageOptions | None) -> Tensor:
     return (images - mean) / std
 
 
-def pixels(images: Tensor, options: ImageOptions | None) -> Tensor:
+def denormalise(images: Tensor, options: ImageOptions | None) -> Tensor:
     """The way back from `normalise`, into [0, 1]."""
     if options is not None:
         mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (options.mean, options.std))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dbconvert.data.batches import derive
-from dbconvert.data.images import pixels
+from dbconvert.data.images import denormalise
 from dbconvert.diffusion.intervals import Intervals
 from dbconvert.diffusion.sampling import Grid
 from dbconvert.diffusion.solvers import Course, Solver, SolverName, solver
@@ -100,7 +100,7 @@ def sample(
     drawn = draw(
         loaded.network, loaded.intervals, count, chosen, sampling, layers=loaded.layers, device=device, report=report
     )
-    images = pixels(drawn, loaded.data.image)
+    images = denormalise(drawn, loaded.data.image)
     digits = max(4, len(str(count - 1)))
     names = [f"{i:0{digits}}.png" for i in range(count)]
     with atomic_folder(Path(out), force=force) as folder:

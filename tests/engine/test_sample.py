@@ -13,7 +13,7 @@ from PIL import Image
 from small_dit import SMALL, write_model
 
 import dbconvert
-from dbconvert.data.images import pixels
+from dbconvert.data.images import denormalise
 from dbconvert.engine.outline import outline
 from dbconvert.engine.placement import tensors_of
 from dbconvert.engine.sample import Sampling, draw, drawing_task, labels_of, sample
@@ -222,7 +222,7 @@ def test_files(checkpoint, tmp_path):
     labels = torch.tensor([7, 1] * 3)
     images = draw(loaded.network, loaded.intervals, 6, labels, Sampling(steps=4, guidance=2.0))
     written = torch.tensor(np.stack(singles)) / 255
-    assert torch.allclose(pixels(images, loaded.data.image)[:, 0], written, atol=0.01)
+    assert torch.allclose(denormalise(images, loaded.data.image)[:, 0], written, atol=0.01)
 
 
 def test_a_network_without_classes(tmp_path):
