@@ -162,6 +162,7 @@ class TrainOptions:
         mixed: the share of `mixed` that is on-policy.
         label_dropout: the share of images that are trained on without their class, which guidance needs (0.1 in the
             paper); the last row of the network's table of classes stands for none.
+        checkpointing: autograd keeps of each layer only what enters it, and runs it again for its backward pass.
         backpropagate: rounds that `truncated-bptt` goes back; 8 by default, or all where there are fewer.
         checkpoint_every: in updates of the whole run; 0 writes none.
     """
@@ -179,6 +180,7 @@ class TrainOptions:
     mixed: Share = MIXED
     label_dropout: Share = 0.0
     precision: Literal["fp32", "bf16"] = "fp32"
+    checkpointing: bool = False
     accumulate: Positive = 1
     clip: PositiveFloat | None = 1.0
     backpropagate: Positive | None = None

@@ -148,8 +148,7 @@ def verdict(found: Estimate) -> Iterator[str]:
         yield from map(advised, found.advice)
         return
     for setting, blocks in found.smallest.items():
-        lacking = " (which train does not offer yet)" if setting.checkpointing else ""
-        yield f"fewest blocks, {setting.words}{lacking}: {'none fits' if blocks is None else blocks}"
+        yield f"fewest blocks, {setting.words}: {'none fits' if blocks is None else blocks}"
     blocks, setting = found.best
     yield f"so the fewest blocks that fit are {blocks}, {setting.words}; the paper's evidence for so many:"
     yield from (f"  {line}" for line in found.evidence)

@@ -186,8 +186,8 @@ def notes(network: BlockwiseNetwork, optimizer: OptimizerName) -> Iterator[str]:
         "gradients of activations on their way back, the batch itself, what the allocator loses to fragmentation"
     )
     yield (
-        "checkpointing runs every layer's forward twice. One update of each block runs the layers of one end-to-end "
-        f"update, and stem and readout as often as there are blocks: {STEP}"
+        "checkpointing (train.checkpointing=true) runs every layer's forward twice. One update of each block runs the "
+        f"layers of one end-to-end update, and stem and readout as often as there are blocks: {STEP}"
     )
     yield "measured as what autograd saves on the kernels of the CPU; those of other devices may save other tensors"
     if network.plan.context != "raw":

@@ -57,7 +57,15 @@ class Baseline:
 SHALLOW = Baseline("shallow control", ("train.method=shallow",), BLOCKS_ONLY)
 ALWAYS = (Baseline("end-to-end", ("train.method=end-to-end",), BLOCKS_ONLY + CUT), SHALLOW)
 """The baselines of every comparison."""
-AGAINST: dict[str, tuple[Baseline, ...]] = {}
+AGAINST: dict[str, tuple[Baseline, ...]] = {
+    "checkpointing": (
+        Baseline(
+            "end-to-end with activation checkpointing",
+            ("train.method=end-to-end", "train.checkpointing=true"),
+            (*BLOCKS_ONLY, *CUT, "train.checkpointing"),
+        ),
+    ),
+}
 """Those that are asked for, by the word for them."""
 
 

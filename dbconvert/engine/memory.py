@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from dbconvert.data.examples import LABEL
 from dbconvert.data.images import normalise
 from dbconvert.engine.cascade import approach
 from dbconvert.engine.jobs import Job
+from dbconvert.engine.layer_kinds import layer_kinds
 from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.engine.units import Unit
 from dbconvert.errors import DBConvertError
@@ -29,7 +32,8 @@ class UnitMemory:
     Args:
         trainable: parameters that its update changes.
         state: bytes of those parameters, their gradients and optimiser state.
-        activations: bytes that autograd keeps for the backward pass at the recipe's batch.
+        activations: bytes that autograd keeps for the backward pass at the recipe's batch; with activation
+            checkpointing what enters the layers, and all of the largest layer, which is run again.
     """
 
     name: str
@@ -86,7 +90,7 @@ def state(unit: Unit, job: Job, options: OptimizerOptions) -> int:
 
 
 def activations(job: Job, block: int, device: torch.device) -> int:
-    """Bytes that autograd saves in one training pass of a block at the recipe's batch."""
+    """Bytes that autograd has saved at the most in one update of a block at the recipe's batch."""
     recipe, network = job.recipe, job.network
     micro = max(1, recipe.train.batch // recipe.train.accumulate)
     indices = next(iter(OrderedBatches(len(job.examples), micro, [block], recipe.seed)))
@@ -111,7 +115,7 @@ def activations(job: Job, block: int, device: torch.device) -> int:
         network.train()
         seed_all(0)
         try:
-            return saved_bytes(loss, network.parameters())
+            return most_saved(job, block, loss)
         except torch.OutOfMemoryError as error:
             raise DBConvertError(
                 f"out of memory in one update at batch {recipe.train.batch}",
@@ -120,6 +124,23 @@ def activations(job: Job, block: int, device: torch.device) -> int:
             ) from error
         except (RuntimeError, ValueError, IndexError, AssertionError) as error:
             raise failed(error, inputs, network) from error
+
+
+def most_saved(job: Job, block: int, loss: Callable[[], Tensor]) -> int:
+    """Of `loss()`; where layers are run again for their backward pass, with any one of them saved as a whole."""
+    network, run = job.network, job.network.run
+    if not run.checkpointed:
+        return saved_bytes(loss, network.parameters())
+    active = job.layers if job.layers is not None else network.plan.layers_of(block)
+    kinds = layer_kinds(network.model, network.plan.anatomy)
+    every, found = run.checkpointed, []
+    try:
+        for whole in {kinds[layer]: layer for layer in active}.values():
+            run.checkpointed = [layer for layer in every if layer != whole]
+            found.append(saved_bytes(loss, network.parameters()))
+    finally:
+        run.checkpointed = every
+    return max(found)
 
 
 def failed(error: Exception, inputs: Inputs, network: BlockwiseNetwork) -> DBConvertError:

@@ -16,7 +16,7 @@ from dbconvert.engine.noise import fit_noise, refuse_misfit
 from dbconvert.engine.package import MODEL, PLAN, RECIPE, Package, open_package
 from dbconvert.engine.paths import settled
 from dbconvert.engine.reading import find_tokenizer, open_examples, stand_in
-from dbconvert.engine.requests import refuse, refuse_full_table
+from dbconvert.engine.requests import refuse, refuse_full_table, refuse_stand_ins
 from dbconvert.engine.split import split
 from dbconvert.errors import UsageError
 from dbconvert.events import Note, Reporter
@@ -82,6 +82,8 @@ def prepare(
     steps = steps_of(recipe, len(examples))
     network = build_network(package, plan, recipe, block)
     network.task.kernel = recipe.train.attention
+    if recipe.train.checkpointing:
+        network.run.checkpointed = range(plan.anatomy.depth)
     noise = get_noise(package, network, None if missing else examples, keep=keep_noise)
     tell(report, plan, noise, recipe)
     held_out = None if rehearsal else data.validation
@@ -215,6 +217,7 @@ def build_network(package: Package, plan: Plan, recipe: Recipe, block: int | Non
         tensors = {**network.tensors(), **tensors}  # the task came later: its own parameters are fresh
     network.load(tensors, where=str(package.folder))
     if recipe.train.periphery == "frozen-target" and recipe.train.method == "blocks":
+        refuse_stand_ins(plan, network, recipe)
         network.give_own_periphery()
     return network
 

@@ -6,6 +6,7 @@ import torch
 
 from dbconvert.data.batches import Data
 from dbconvert.engine.convert import task_of
+from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.engine.refit import refuse_alone
 from dbconvert.errors import UsageError
 from dbconvert.plan import Plan
@@ -88,6 +89,18 @@ def check_z(plan: Plan, recipe: Recipe) -> None:
     known = named(str(plan.task)).zs
     if recipe.train.z not in known:
         raise UsageError(f"task {plan.task} has no train.z `{recipe.train.z}`", hint=f"it has {', '.join(known)}")
+
+
+def refuse_stand_ins(plan: Plan, network: BlockwiseNetwork, recipe: Recipe) -> None:
+    """Refuses to run layers again whose parts are the periphery: blocks with their own would meet the template then."""
+    layers = tuple(layer.path + "." for layer in plan.anatomy.layers)
+    inside = [key for key in network.periphery_tensors() if network.is_template(key) and key.startswith(layers)]
+    if recipe.train.checkpointing and inside:
+        raise UsageError(
+            f"{inside[0]} lies in a layer and belongs to the stem or readout, of which blocks have their own: with "
+            "train.checkpointing they would meet another's in their backward pass",
+            hint="train with train.periphery=shared, or without train.checkpointing",
+        )
 
 
 def check_block(block: int | None, plan: Plan, recipe: Recipe) -> None:

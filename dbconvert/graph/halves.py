@@ -36,19 +36,18 @@ class LastLayer:
         self.clean: tuple[Tensor, Tensor] | None = None
         self.calls = 0
 
-    def __call__(
-        self, call: Callable[..., Any], stream: Path, args: tuple[Any, ...], kwargs: dict[str, Any], condition: Tensor
-    ) -> Any:
+    def __call__(self, call: Callable[..., Any], stream: Path, *args: Any, **kwargs: Any) -> Any:
         """What `call` gives for the noisy positions.
 
         Args:
             call: the layer; it takes the conditioning as its last positional argument.
             stream: the argument that carries the stream [N, 2S, d].
-            condition: [N, 2, width] or [N, 2S, width], the clean half first.
+            args, kwargs: the layer's; the conditioning is [N, 2, width] or [N, 2S, width], the clean half first.
 
         Raises:
             DBConvertError: the layer does not attend exactly once where keys and values can be met.
         """
+        *args, condition = args  # type: ignore[assignment]
         clean, noisy = look_up(args, kwargs, stream).chunk(2, self.streams.sequence)
         for_clean, for_noisy = condition.chunk(2, 1)
         args, kwargs = self.beside(stream, args, kwargs)

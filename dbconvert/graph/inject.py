@@ -20,6 +20,7 @@ from dbconvert.errors import DBConvertError, Refused
 from dbconvert.graph.functions import Arguments, Intercepted, Results, uncounted
 from dbconvert.graph.joined import AroundModule, PartModule
 from dbconvert.graph.looped import LOOPED
+from dbconvert.graph.recompute import recomputed
 from dbconvert.graph.run import Filled, Run, Volatile
 from dbconvert.graph.values import imitate, item, look_up, put_in, replaced
 
@@ -142,16 +143,23 @@ class LayerModule(nn.Module):
             args, kwargs = put_in(args, kwargs, self.db_layer.stream_in, stream)
         if not run.runs(self.db_index):
             out = imitate(self.db_layer, look_up(args, kwargs, self.db_layer.stream_in))
-        elif run.last is not None and run.condition is not None and self.ends and not self.recomputes:
-            out = run.last(super().__call__, self.db_layer.stream_in, args, kwargs, run.condition)
         else:
-            args, kwargs = run.given(self.db_layer.stream_in, args, kwargs)
-            out = super().__call__(*args, run.condition, **kwargs)
+            out = self.executed(args, kwargs)
         if not self.db_last:
             return out
         if run.keep:
             run.leaving = item(out, self.db_layer.stream_out)
         return run.left(out, self.db_layer.stream_out)
+
+    def executed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        run, stream, call = self.db_run, self.db_layer.stream_in, super().__call__
+        if run.last is not None and run.condition is not None and self.ends and not self.recomputes:
+            call = partial(run.last, call, stream)
+        else:
+            args, kwargs = run.given(stream, args, kwargs)
+        if not run.recomputes(self.db_index):
+            return call(*args, run.condition, **kwargs)
+        return recomputed(self, call, look_up(args, kwargs, stream), (*args, run.condition), kwargs)
 
     @property
     def ends(self) -> bool:

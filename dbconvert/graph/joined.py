@@ -8,6 +8,7 @@ layers and modules without weights change nothing about which one is meant.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from dbconvert.anatomy import BranchPart
 from dbconvert.graph.ops import ADDITIONS
+from dbconvert.graph.recompute import recomputed
 from dbconvert.graph.tape import called
 from dbconvert.graph.values import imitate, item, look_up, put_in
 
@@ -47,13 +49,18 @@ class PartModule(nn.Module):
             if self.db_position == 0:
                 self.db_layer_sites.fill(run.condition, run.filled)
             args, kwargs = run.given(part.stream_in, args, kwargs)
-            with run.attending((self.db_index, self.db_position)):
-                out = super().__call__(*args, **kwargs)
+            call = partial(self.executed, super().__call__)
+            again = run.recomputes(self.db_index)
+            out = recomputed(self, call, stream, args, kwargs) if again else call(*args, **kwargs)
         else:
             out = imitate(part, stream.view_as(stream))
         branch = item(out, part.stream_out)
         run.waiting = (branch, self)
         return out
+
+    def executed(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with self.db_run.attending((self.db_index, self.db_position)):
+            return call(*args, **kwargs)
 
 
 class AroundModule(nn.Module):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dbconvert.anatomy import Path
@@ -42,8 +43,8 @@ class Run(Volatile):
         entry: changes the stream as it enters the stack.
         beside: changes a tensor that an active layer receives beside the stream, by the argument's path.
         attention: what active layers attend in, by a key that tells them (and their parts) apart.
-        last: runs the last of the active layers: it is given the layer's call, where its stream is, its arguments and
-            the conditioning.
+        last: runs the last of the active layers: it is given the layer's call and where its stream is, and called as
+            the layer is, with the conditioning as the last positional argument.
         leave: changes the stream as it leaves the stack.
         exit: changes what enters the head.
         hold: takes what enters the head, which then gives nothing: a loss may read it in pieces.
@@ -51,7 +52,11 @@ class Run(Volatile):
         keep: whether to keep the stream that leaves the last layer, as `leaving`.
         entered, waiting: of layers whose additions are written around them: the changed stream, and the branch that
             is to be added next.
+        checkpointed: layers of which autograd keeps what enters them, and which run again for the backward pass; of
+            all passes.
     """
+
+    checkpointed: Collection[int] = ()
 
     active: range | None = None
     condition: Tensor | None = None
@@ -60,7 +65,7 @@ class Run(Volatile):
     entry: Callable[[Tensor], Tensor] | None = None
     beside: Callable[[Path, Tensor], Tensor] | None = None
     attention: Callable[[object], AbstractContextManager[Any]] | None = None
-    last: Callable[[Callable[..., Any], Path, tuple[Any, ...], dict[str, Any], Tensor], Any] | None = None
+    last: Callable[..., Any] | None = None
     leave: Callable[[Tensor], Tensor] | None = None
     exit: Callable[[Tensor], Tensor] | None = None
     hold: list[Tensor] | None = None
@@ -77,6 +82,10 @@ class Run(Volatile):
     def runs(self, layer: int) -> bool:
         """Whether a layer is to run, and not to hand its stream on."""
         return self.active is None or layer in self.active
+
+    def recomputes(self, layer: int) -> bool:
+        """Whether a layer is to run again for its backward pass."""
+        return layer in self.checkpointed and torch.is_grad_enabled()
 
     def attending(self, key: object) -> AbstractContextManager[Any]:
         return nullcontext() if self.attention is None else self.attention(key)

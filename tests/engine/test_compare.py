@@ -63,6 +63,10 @@ def test_baselines_are_trained_once_for_all_that_does_not_matter_to_them(recipe)
         ("end-to-end", 0),
         ("shallow control, split.blocks=3", 0),  # of one block it is end-to-end training
     ]
+    assert names(recipe, "split.blocks=2,3", against=["checkpointing"])[4:] == [
+        ("shallow control, split.blocks=3", 0),
+        ("end-to-end with activation checkpointing", 0),
+    ]
     assert names(recipe, "optimizer.lr=0.1,0.2", "noise.rule=auto,edm")[4:] == [
         ("end-to-end, optimizer.lr=0.1", 0),
         ("end-to-end, optimizer.lr=0.2", 0),

@@ -80,4 +80,4 @@ def test_a_layer_that_attends_twice_is_told():
         return stream
 
     with pytest.raises(Exception, match="attend exactly once"):
-        LastLayer(streams)(call, (0,), (torch.randn(2, 2 * LENGTH, 4),), {}, torch.randn(2, 2, WIDTH))
+        LastLayer(streams)(call, (0,), torch.randn(2, 2 * LENGTH, 4), torch.randn(2, 2, WIDTH))
