@@ -25,6 +25,8 @@ BLOCKS_ONLY = (
     "split.condition_width",
     "split.table",
     "split.context",
+    "split.entry",
+    "split.readout",
     "noise.partition",
     "noise.overlap",
     "noise.refit",
