@@ -27,6 +27,7 @@ BLOCKS_ONLY = (
     "split.context",
     "split.entry",
     "split.readout",
+    "split.modulation",
     "noise.partition",
     "noise.overlap",
     "noise.refit",
