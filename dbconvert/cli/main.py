@@ -16,7 +16,7 @@ from dbconvert.cli.failures import complain, unexpected
 from dbconvert.cli.generate import generate
 from dbconvert.cli.sample import sample
 from dbconvert.cli.sizes import whole_numbers
-from dbconvert.errors import DBConvertError, Refused
+from dbconvert.errors import DBConvertError
 
 COLLECT = (100_000, 50, 50)
 """When Python looks for cyclic garbage. Its usual 700 new objects start it hundreds of times while torch and
@@ -69,22 +69,17 @@ def inspect(
     from dbconvert.cli import render
     from dbconvert.engine.opening import inspect as run
 
-    try:
-        with render.progress() as report:
-            anatomy = run(
-                source,
-                stack=stack,
-                weights=weights,
-                seed=seed,
-                trust=trust_remote_code,
-                drop_extra=drop_extra,
-                prove=prove,
-                report=report,
-            )
-    except Refused as refusal:
-        if as_json:
-            render.emit(render.refusal_json(refusal))
-        raise
+    with render.refusals(as_json=as_json), render.progress() as report:
+        anatomy = run(
+            source,
+            stack=stack,
+            weights=weights,
+            seed=seed,
+            trust=trust_remote_code,
+            drop_extra=drop_extra,
+            prove=prove,
+            report=report,
+        )
     render.emit(render.anatomy_json(anatomy)) if as_json else render.show_anatomy(anatomy)
 
 
@@ -157,28 +152,23 @@ def split(
         "schedule": schedule,
         "power": power,
     }
-    try:
-        with render.progress() as report:
-            result = run(
-                source,
-                out=out,
-                options=parse(SplitOptions, options, file="the command line"),
-                noise=parse(NoiseRule, levels, file="the command line"),
-                task=task,
-                data=None if data is None else parse(DataOptions, corpus, file="the command line"),
-                weights=weights,
-                seed=seed,
-                trust=trust_remote_code,
-                drop_extra=drop_extra,
-                force=force,
-                dry_run=dry_run,
-                prove=prove,
-                report=report,
-            )
-    except Refused as refusal:
-        if as_json:
-            render.emit(render.refusal_json(refusal))
-        raise
+    with render.refusals(as_json=as_json), render.progress() as report:
+        result = run(
+            source,
+            out=out,
+            options=parse(SplitOptions, options, file="the command line"),
+            noise=parse(NoiseRule, levels, file="the command line"),
+            task=task,
+            data=None if data is None else parse(DataOptions, corpus, file="the command line"),
+            weights=weights,
+            seed=seed,
+            trust=trust_remote_code,
+            drop_extra=drop_extra,
+            force=force,
+            dry_run=dry_run,
+            prove=prove,
+            report=report,
+        )
     render.emit(render.split_json(result)) if as_json else render.show_split(result)
 
 
@@ -215,21 +205,16 @@ def estimate(
         "context": context,
     }
     request = parse(Request, options, file="the command line")
-    try:
-        with render.progress() as report:
-            found = run(
-                source,
-                request=request,
-                stack=stack,
-                seed=seed,
-                trust=trust_remote_code,
-                drop_extra=drop_extra,
-                report=report,
-            )
-    except Refused as refusal:
-        if as_json:
-            render.emit(render.refusal_json(refusal))
-        raise
+    with render.refusals(as_json=as_json), render.progress() as report:
+        found = run(
+            source,
+            request=request,
+            stack=stack,
+            seed=seed,
+            trust=trust_remote_code,
+            drop_extra=drop_extra,
+            report=report,
+        )
     if as_json:
         render.emit(render_estimate.estimate_json(found))
     else:

@@ -122,6 +122,17 @@ def anatomy_json(anatomy: Anatomy) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def refusals(*, as_json: bool) -> Iterator[None]:
+    """Prints a refusal as JSON too, where that was asked for."""
+    try:
+        yield
+    except Refused as refusal:
+        if as_json:
+            emit(refusal_json(refusal))
+        raise
+
+
 def refusal_json(refusal: Refused) -> dict[str, Any]:
     facts = refusal.facts
     return {

@@ -17,7 +17,7 @@ from dbconvert.anatomy import Anatomy, Picture
 from dbconvert.errors import UsageError
 from dbconvert.plan import Rule, Table, Target
 from dbconvert.recipe import Weight
-from dbconvert.tasks.base import Corruption, Inputs, Passage, Task, along, conditioning
+from dbconvert.tasks.base import Corruption, Headline, Inputs, Passage, Task, along, conditioning
 
 
 class ImageDiffusion(Task):
@@ -32,6 +32,7 @@ class ImageDiffusion(Task):
     denoiser: ClassVar[bool] = True
     generative: ClassVar[bool] = True
     weight: ClassVar[Weight] = "edm"
+    headlines: ClassVar[tuple[Headline, ...]] = (Headline("weighted loss", "loss", "loss"),)
 
     # -- deciding -----------------------------------------------------------------------------------------
 
