@@ -13,6 +13,7 @@ from dbconvert.conditioning.modulation import Curve, Start
 from dbconvert.diffusion.distributions import LogNormal, NoiseDistribution, Tabulated
 from dbconvert.diffusion.intervals import Intervals, Partition
 from dbconvert.diffusion.masking import Masking, Schedule
+from dbconvert.diffusion.predictions import Prediction
 from dbconvert.errors import DBConvertError, UsageError
 from dbconvert.schema import PositiveFloat, Share, identity, parse, read_json, record
 
@@ -155,6 +156,7 @@ class Target:
         apart: whether masks can keep positions of other documents out of sight.
         halves: whether a block's last layer can run on its noisy half alone, of the clean one taking keys and values.
         loop: how a looped core is run once.
+        prediction: of images, what the network predicts.
     """
 
     classes: int
@@ -168,6 +170,7 @@ class Target:
     apart: bool = True
     halves: bool = False
     loop: Loop | None = None
+    prediction: Prediction = Prediction()
 
 
 @record

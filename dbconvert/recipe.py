@@ -9,6 +9,7 @@ from typing import Any, Literal
 import yaml
 
 from dbconvert.conditioning.modulation import Curve, Start
+from dbconvert.diffusion.predictions import Predicted, Times
 from dbconvert.errors import UsageError
 from dbconvert.plan import Context, Entry, Kernel, NoiseRule, Readout, Table
 from dbconvert.schema import Count, Key, Positive, PositiveFloat, Share, parse, read_yaml, record
@@ -31,6 +32,9 @@ class SplitOptions:
         entry: where a noisy label enters; None leaves it to what the analysis finds.
         readout: what the head reads; None is what goes with the entry.
         modulation: `linear` is DiT's; `silu` puts SiLU behind it, as the paper's code does.
+        prediction: what a network of images predicts: EDM's F, epsilon, v or a flow; `edm` by default, or what a
+            pretrained diffusers folder says.
+        times: the schedule that it was trained with.
     """
 
     blocks: Positive | None = None
@@ -44,6 +48,8 @@ class SplitOptions:
     readout: Readout | None = None
     modulation: Curve = "linear"
     context: Context = "raw"
+    prediction: Predicted | None = None
+    times: Times | None = None
 
 
 @record

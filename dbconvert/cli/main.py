@@ -98,6 +98,7 @@ def split(
     length: Annotated[int | None, typer.Option(help="Tokens an example.")] = None,
     table: Annotated[str | None, typer.Option(help="Target table: own embeddings or fresh.")] = None,
     context: CONTEXT = "raw",
+    prediction: Annotated[str | None, typer.Option(help="Of images: edm, epsilon, v or flow.")] = None,
     weights: WEIGHTS = None,
     noise: Annotated[str | None, typer.Option(help="auto, edm or mask; the task's own by default.")] = None,
     p_mean: Annotated[float | None, typer.Option(help="Mean of ln sigma (edm).")] = None,
@@ -138,6 +139,7 @@ def split(
         "condition_width": condition_width,
         "table": table,
         "context": context,
+        "prediction": prediction,
     }
     corpus = {"source": data, "tokenizer": tokenizer, "length": length}
     levels = {

@@ -11,6 +11,7 @@ from dbconvert.anatomy import Anatomy
 from dbconvert.conditioning.modulation import Start, condition_width
 from dbconvert.engine.noise import UNIFORM, fit_noise, preview_noise, refuse_misfit
 from dbconvert.engine.opening import Opened
+from dbconvert.engine.predicting import decide_prediction, taken_for, within_range
 from dbconvert.engine.refit import refuse_refit
 from dbconvert.engine.twin import one_thread
 from dbconvert.errors import Refused, UsageError
@@ -94,6 +95,7 @@ def decide(
     rule = replace(noise, rule=noise.rule or (task.rule if task is not None else "edm"))
     if task is not None:
         refuse_misfit(rule, task)
+    rule = within_range(rule, target)
     refuse_refit(rule)
     if rule.rule == "auto" and target is not None:
         fit = preview_noise(rule, len(blocks), target)
@@ -138,7 +140,8 @@ def decide_target(opened: Opened, task: type[Task], options: SplitOptions) -> Ta
     target = task.decide(opened.anatomy)
     if options.table is not None and options.table not in task.tables:
         raise UsageError(f"{task.name} has no target table `{options.table}`", hint=f"tables: {', '.join(task.tables)}")
-    target = replace(target, table=options.table or task.tables[0])
+    prediction = decide_prediction(opened, task, options)
+    target = replace(target, table=options.table or task.tables[0], prediction=prediction)
     example = opened.example
     with one_thread() if opened.large else nullcontext():
         anatomy, model = (opened.anatomy, None) if example is None else (example.anatomy, example.model)
@@ -183,6 +186,9 @@ def cautions(plan: Plan) -> list[str]:
         found.append(f"no task fits this network ({reasons(plan.anatomy)}): it can be split, but not trained")
     if plan.pretrained:
         found.append("pure block-wise training makes a pretrained network forget: its ordinary loss gets worse")
+    taken = taken_for(plan)
+    if taken is not None:
+        found.append(taken)
     if plan.anatomy.verdict == "restricted":
         found.append(f"only {plan.anatomy.stack} is cut; the rest belongs to the periphery, which every block trains")
     if plan.context != "raw":

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dbconvert.anatomy import Adapter
+from dbconvert.diffusion.predictions import Prediction
 from dbconvert.plan import SourceRef
 from dbconvert.weights import Trained
 
@@ -53,6 +54,10 @@ class Source(ABC):
 
     def adapter(self) -> Adapter | None:
         """What the source says of its layers itself; nothing by default."""
+        return None
+
+    def prediction(self) -> Prediction | None:
+        """What a denoiser of images was trained to predict, where the source tells; nothing by default."""
         return None
 
     @abstractmethod

@@ -3,7 +3,7 @@
 D = c_skip z + c_out F(c_in z, c_noise, class) with EDM's preconditioning (Karras et al. 2022, eq. 7): every block runs
 its own layers on the stem's view of c_in z, and the readout after them. The loss is w(sigma) |D - y|^2, mean over
 pixels. The network's own time argument is given c_noise; where its layers bring no conditioning of their own, they get
-the injected one too.
+the injected one too. Networks that predict epsilon, v or a flow get the scalings and the time of their own schedule.
 """
 
 from __future__ import annotations
@@ -120,13 +120,13 @@ class ImageDiffusion(Task):
         return labels
 
     def passage(self, model: nn.Module, block: int, inputs: Inputs, corruption: Corruption) -> Passage:
-        scaling, z = corruption.scaling, corruption.z
-        sigma = along(corruption.sigma, z)
-        fed = {**inputs, self.picture.argument: scaling.c_in(sigma) * z}
-        fed.update(dict.fromkeys(self.picture.times, scaling.c_noise(corruption.sigma)))
+        z, prediction = corruption.z, self.target.prediction
+        by = prediction.scalings(along(corruption.sigma, z), corruption.scaling)
+        fed = {**inputs, self.picture.argument: by.into * z}
+        fed.update(dict.fromkeys(self.picture.times, prediction.time(corruption.sigma)))
 
         def denoised(output: Tensor) -> Tensor:
-            return scaling.c_skip(sigma) * z + scaling.c_out(sigma) * output[:, : z.shape[1]]
+            return by.skip * z + by.out * output[:, : z.shape[1]]
 
         return Passage(fed, corruption.condition, result=denoised)
 
