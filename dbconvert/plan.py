@@ -40,15 +40,15 @@ class SourceRef:
     """Where a network comes from.
 
     Args:
-        kind: `model_file` or `transformers`.
+        kind: `model_file`, or the library whose configuration it is.
         name: the function, class or module in the file, or the architecture's class.
         location: what the user gave; for people only.
         files: the files that make it up, relative to their folder, the main one first.
         sha256: of their names and contents, or of the configuration.
-        config: a Transformers configuration, which makes the source travel with the plan.
+        config: that configuration, which makes the source travel with the plan.
     """
 
-    kind: Literal["model_file", "transformers"]
+    kind: Literal["model_file", "transformers", "diffusers"]
     name: str
     location: str
     files: tuple[str, ...]

@@ -20,6 +20,8 @@ NAMES = (
     "model.safetensors" + INDEX_SUFFIX,
     "pytorch_model.bin",
     "pytorch_model.bin" + INDEX_SUFFIX,
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.safetensors" + INDEX_SUFFIX,
 )
 """Files that hold a network's weights, the one to read first."""
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")

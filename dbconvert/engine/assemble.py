@@ -129,7 +129,7 @@ def write_folder(
             hint=f"put the package back, or write -o {CHECKPOINT} alone",
         )
     with atomic_folder(folder, force=force) as temporary:
-        if plan.source.kind == "transformers":
+        if plan.source.kind != "model_file":
             shutil.copytree(model, temporary, dirs_exist_ok=True)
         elif metadata:
             shutil.copytree(model, source_folder(temporary / CHECKPOINT))

@@ -25,9 +25,9 @@ def decide_prediction(opened: Opened, task: type[Task], options: SplitOptions) -
     asked = options.prediction is not None or options.times is not None
     if asked and not task.generative:
         raise UsageError(f"split.prediction and split.times are for images, and the task is {task.name}")
-    told = opened.source.prediction()
-    trained = told if opened.pretrained else None
-    kind = options.prediction or (trained.kind if trained else "edm")
+    settled = options.prediction is not None and options.times is not None
+    told = None if settled or not task.generative or not opened.pretrained else opened.source.prediction()
+    kind = options.prediction or (told.kind if told else "edm")
     if kind == "edm" and options.times is not None:
         raise UsageError(
             "split.times is the schedule of a network that predicts epsilon, v or a flow",

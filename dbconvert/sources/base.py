@@ -94,3 +94,22 @@ class Source(ABC):
     @abstractmethod
     def telling(self, unknown: set[str]) -> set[str]:
         """Those of the unknown keys that say that a weights file belongs to another network."""
+
+
+class PlainKeys(Source):
+    """A source whose weights are stored under the network's own keys."""
+
+    def homes(self, keys: Iterable[str]) -> dict[str, str]:
+        return {key: key for key in keys}
+
+    def to_network(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(tensors)
+
+    def to_stored(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(tensors)
+
+    def needed(self, missing: set[str]) -> set[str]:
+        return missing
+
+    def telling(self, unknown: set[str]) -> set[str]:
+        return unknown

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +17,7 @@ from dbconvert.anatomy import Adapter
 from dbconvert.errors import DBConvertError, UsageError
 from dbconvert.graph.fake import build_up_to, empty_weights
 from dbconvert.plan import SourceRef
-from dbconvert.sources.base import Source
+from dbconvert.sources.base import PlainKeys, Source
 from dbconvert.sources.examples import guess_inputs, run_quietly
 from dbconvert.sources.python_files import (
     explained,
@@ -32,7 +32,7 @@ from dbconvert.weights import Trained
 DEFAULT_NAME = "build_model"
 
 
-class ModelFile(Source):
+class ModelFile(PlainKeys):
     """A module, a class or a function without required arguments, in a Python file.
 
     An `example_inputs()` beside it is used when present: a tensor, a tuple in the order of forward's arguments,
@@ -124,25 +124,8 @@ class ModelFile(Source):
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self.path.parent / name, target)
 
-    # -- weights: they are stored under the network's own keys ----------------------------------------------
-
     def trained(self, *, fetch: bool) -> Trained | None:
         return None
-
-    def homes(self, keys: Iterable[str]) -> dict[str, str]:
-        return {key: key for key in keys}
-
-    def to_network(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return dict(tensors)
-
-    def to_stored(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return dict(tensors)
-
-    def needed(self, missing: set[str]) -> set[str]:
-        return missing
-
-    def telling(self, unknown: set[str]) -> set[str]:
-        return unknown
 
 
 def by_argument_name(model: nn.Module, values: tuple[Any, ...], path: Path) -> dict[str, Any]:

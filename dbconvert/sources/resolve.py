@@ -8,6 +8,7 @@ from pathlib import Path
 from dbconvert.errors import DBConvertError, UsageError
 from dbconvert.plan import SourceRef
 from dbconvert.sources.base import Source
+from dbconvert.sources.diffusers_source import DiffusersSource, is_diffusers
 from dbconvert.sources.model_file import ModelFile
 from dbconvert.sources.python_files import sha256_files
 from dbconvert.sources.transformers_config import code_identity, read_settings
@@ -18,7 +19,7 @@ HUB_ID = re.compile(r"^\w[\w.-]*/[\w.-]+$")
 
 
 def open_source(text: str, *, trust: bool = False) -> Source:
-    """`model.py`, `model.py:name`, a folder with config.json, or a hub id.
+    """`model.py`, `model.py:name`, a folder of Transformers or diffusers, or a hub id of Transformers.
 
     Args:
         trust: run the code that a Transformers folder or repository brings along.
@@ -34,9 +35,11 @@ def open_source(text: str, *, trust: bool = False) -> Source:
     if text.endswith(".py"):
         return ModelFile(path)
     if path.is_dir():
+        if is_diffusers(path):
+            return DiffusersSource.open(path)
         if (path / "config.json").is_file():
             return TransformersSource.open(text, trust=trust)
-        raise UsageError(f"{text} holds no config.json", hint="give a model.py, or a Transformers folder")
+        raise UsageError(f"{text} holds no config.json", hint="give a model.py, or a Transformers or diffusers folder")
     if path.exists():
         raise UsageError(f"{text} is not a source", hint="give a model.py, a Transformers folder or a hub id")
     if HUB_ID.match(text):
@@ -47,12 +50,14 @@ def open_source(text: str, *, trust: bool = False) -> Source:
 def reopen_source(ref: SourceRef, folders: list[Path]) -> Source:
     """The source that a plan names, from the first of `folders` that holds exactly its files.
 
-    A Transformers source is rebuilt from the plan itself. Code is only ever run from a file whose content matches
-    the plan's SHA-256.
+    A Transformers or diffusers source is rebuilt from the plan itself. Code is only ever run from a file whose content
+    matches the plan's SHA-256.
 
     Raises:
         DBConvertError: no folder holds the files, or their content has changed.
     """
+    if ref.kind == "diffusers":
+        return DiffusersSource.from_plan(ref)
     if ref.kind == "transformers" and not has_code(ref):
         return TransformersSource.from_plan(ref)
     changed = []
