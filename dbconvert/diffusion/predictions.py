@@ -42,6 +42,12 @@ class Times:
     beta_end: PositiveFloat = 0.02
     scale: PositiveFloat = 1.0
 
+    def in_words(self, kind: Predicted) -> str:
+        if kind == "flow":
+            return f"times up to {self.scale:g}"
+        ends = "" if self.betas == "cosine" else f" from {self.beta_start:g} to {self.beta_end:g}"
+        return f"{self.steps} times, betas {self.betas}{ends}"
+
     def log_sigmas(self) -> Tensor:
         """ln sigma of every time, ascending, [steps], float64."""
         if self.betas == "cosine":

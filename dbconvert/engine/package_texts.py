@@ -6,6 +6,7 @@ from dbconvert.engine.decide import listening
 from dbconvert.plan import NoiseFit, Plan
 from dbconvert.recipe import DataOptions, Recipe
 from dbconvert.schema import to_data, to_yaml
+from dbconvert.tasks.image_diffusion import picture_in_words
 from dbconvert.tasks.label_place import in_words
 from dbconvert.tasks.registry import reasons
 
@@ -92,8 +93,8 @@ def package_readme(plan: Plan, noise: NoiseFit) -> str:
 
 
 def placement_words(plan: Plan) -> list[str]:
-    """Where a noisy label enters and what the head reads, and what else is not usual."""
-    words = in_words(plan.target) if plan.target is not None else ""
+    """Where what is noisy enters and what is read or predicted, and what else is not usual."""
+    words = "" if plan.target is None else in_words(plan.target) or picture_in_words(plan.anatomy, plan.target)
     curve = "Shifts, scales and gates are SiLU of a linear." if plan.modulation == "silu" else ""
     told = [f"{words[0].upper()}{words[1:]}."] if words else []
     return [line for text in (*told, curve) if text for line in (text, "")]

@@ -107,7 +107,7 @@ class ImageDiffusion(Task):
         if tuple(images.shape[1:]) != wanted:
             raise UsageError(
                 f"the images are {spelled(images.shape[1:])}, and the network takes {spelled(wanted)}",
-                hint="data.image.size resizes them; channels have to be those of the network",
+                hint="data.image.size resizes them, data.image.mode=RGB reads grey ones as colour",
             )
         return {**inputs, **dict.fromkeys(self.picture.labels, labels)}, images
 
@@ -161,6 +161,17 @@ def image_shape(anatomy: Anatomy) -> tuple[int, ...]:
     assert anatomy.picture is not None
     name = anatomy.picture.argument
     return next(given.shape[1:] for given in anatomy.inputs if given.name == name)
+
+
+def picture_in_words(anatomy: Anatomy, target: Target) -> str:
+    """What the network takes as what, and what it is taken to predict."""
+    if target.placement != "image" or anatomy.picture is None:
+        return ""
+    picture, predicted = anatomy.picture, target.prediction.kind
+    time = f"the time is {picture.times[0]}" if picture.times else "no input is the time"
+    label = f"the class is {picture.labels[0]}, of {picture.classes} rows" if picture.labels else "none is the class"
+    schedule = "" if predicted == "edm" else f" by {target.prediction.times.in_words(predicted)}"
+    return f"the noisy image enters as {picture.argument}, {time}, {label}; the network predicts {predicted}{schedule}"
 
 
 def spelled(shape: tuple[int, ...]) -> str:

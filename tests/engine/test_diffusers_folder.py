@@ -54,6 +54,7 @@ def test_the_scheduler_tells_what_it_predicts(package):
     plan = open_package(package).plan
     assert plan.source.kind == "diffusers" and plan.pretrained and plan.start == "original"
     assert plan.target.prediction == Prediction("v", Times())
+    assert "predicts v by 1000 times, betas linear from 0.0001 to 0.02." in (package / "README.md").read_text()
     low, high = plan.target.prediction.range()
     assert plan.preview.boundaries[0] == pytest.approx(low) and plan.preview.boundaries[-1] == 80.0 < high
 

@@ -10,7 +10,7 @@ from dbconvert.anatomy import Picture
 from dbconvert.errors import UsageError
 from dbconvert.graph.analysis import analyse
 from dbconvert.plan import NoiseRule
-from dbconvert.tasks.image_diffusion import ImageDiffusion
+from dbconvert.tasks.image_diffusion import ImageDiffusion, picture_in_words
 from dbconvert.tasks.registry import accepting, choose_task
 from tests.acceptance import diffusers_rows
 
@@ -48,6 +48,8 @@ def test_image_time_and_class_are_found():
     anatomy = analyse(small_dit(), inputs())
     assert anatomy.picture == Picture("images", (), 1, ("time",), ("label",), 11)
     assert [task.name for task in accepting(anatomy)] == ["image_diffusion"]
+    told = picture_in_words(anatomy, ImageDiffusion.decide(anatomy))
+    assert told.startswith("the noisy image enters as images, the time is time, the class is label, of 11 rows;")
 
 
 @pytest.mark.skipif(not diffusers_rows.ROWS, reason="diffusers is not installed")
