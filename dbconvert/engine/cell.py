@@ -132,7 +132,7 @@ def work_figures(plan: Plan, recipe: Recipe, info: RunInfo) -> dict[str, float |
     return {
         "layers": layers,
         "updates": info.updates,
-        "evaluations": None if task.bounded else evaluations,
+        "evaluations": None if task.bounded or task.generative else evaluations,
     }
 
 

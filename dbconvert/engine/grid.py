@@ -24,6 +24,9 @@ BLOCKS_ONLY = (
     "split.start",
     "split.condition_width",
     "split.table",
+    "split.entry",
+    "split.readout",
+    "split.modulation",
     "split.context",
     "split.entry",
     "split.readout",
@@ -34,13 +37,11 @@ BLOCKS_ONLY = (
     "train.order",
     "train.steps_per_turn",
     "train.periphery",
-    "train.weight",
     "train.z",
     "train.mixed",
     "eval.steps",
-    "eval.sigmas",
 )
-NOISE = ("noise.", "eval.draws")
+NOISE = ("noise.", "train.weight", "eval.draws", "eval.sigmas")
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ def lay_out(request: Request, versions: Mapping[str, str]) -> list[Planned]:
     if part is None:
         raise UsageError("which part of the data?", hint="name it with --part")
     asked = [baseline for word in request.against for baseline in AGAINST[word]]
-    idle = () if base_sees_noise(base) else NOISE
+    idle = () if baselines_denoise(base) else NOISE
     found: dict[str, Planned] = {}
     for seed in range(base.seed, base.seed + request.seeds):
         for combination in combinations(request.varied):
@@ -197,12 +198,12 @@ def is_end_to_end(baseline: Baseline, recipe: Recipe) -> bool:
     return baseline is SHALLOW and recipe.split.blocks == 1 and not looped
 
 
-def base_sees_noise(recipe: Recipe) -> bool:
-    """Whether noise levels matter to baselines: not where targets are discrete, which they predict from x alone."""
+def baselines_denoise(recipe: Recipe) -> bool:
+    """Whether noise levels matter to baselines: not where they predict the target from x alone."""
     task = recipe.task
     if task is None and recipe.package is not None:
         task = read_plan(Path(recipe.package) / PLAN).task
-    return task is None or named(task).rule != "auto"
+    return task is None or named(task).denoiser
 
 
 def plan_cell(

@@ -83,6 +83,11 @@ def test_noise_matters_to_baselines_that_are_shown_it():
         "shallow control, noise.schedule=linear",
         "shallow control, noise.schedule=cosine",
     ]
+    images = str(EXAMPLES.parent / "recipes" / "dit_digits.yaml")
+    assert [name for name, _ in names(images, "train.weight=none,edm", "noise.partition=uniform")[2:4]] == [
+        "end-to-end, train.weight=none",
+        "end-to-end, train.weight=edm",
+    ]
 
 
 def test_one_core_that_runs_again_and_again_has_a_shallow_control():
