@@ -126,7 +126,7 @@ def work_figures(plan: Plan, recipe: Recipe, info: RunInfo) -> dict[str, float |
     task, blocks, rounds = task_of(plan), len(plan.blocks), plan.anatomy.calls
     largest = max(len(plan.layers_of(block)) for block in range(blocks))
     layers = {"blocks": largest, "shallow": len(plan.layers_of(0))}.get(info.method, plan.anatomy.depth * rounds)
-    evaluations: int | None = 1
+    evaluations: int | None = task.target.classes if info.method == "forward-forward" else 1
     if info.method == "blocks":
         evaluations = recipe.eval.steps or task.evaluations or blocks + 1
     return {

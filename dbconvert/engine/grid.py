@@ -62,6 +62,13 @@ SHALLOW = Baseline("shallow control", ("train.method=shallow",), BLOCKS_ONLY)
 ALWAYS = (Baseline("end-to-end", ("train.method=end-to-end",), BLOCKS_ONLY + CUT), SHALLOW)
 """The baselines of every comparison."""
 AGAINST: dict[str, tuple[Baseline, ...]] = {
+    "forward-forward": (
+        Baseline(
+            "Forward-Forward",
+            ("train.method=forward-forward",),
+            tuple(key for key in (*BLOCKS_ONLY, *CUT) if key not in ("split.entry", "split.readout")),
+        ),
+    ),
     "checkpointing": (
         Baseline(
             "end-to-end with activation checkpointing",

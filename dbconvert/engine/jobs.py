@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dbconvert.data.batches import Data
 from dbconvert.diffusion.intervals import Intervals
+from dbconvert.engine.forward_forward import scores
 from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.engine.units import Unit
 from dbconvert.errors import UsageError
@@ -62,11 +63,14 @@ def make_job(
 ) -> Job:
     blocks = len(network.plan.blocks)
     layers = baseline_layers(network.plan, recipe)
-    set_rounds(network, recipe)
+    set_baseline(network, recipe)
     if layers is not None:
         pace = blocks if recipe.train.method == "shallow" else 1
         steps = steps * pace
-        units = {BASELINE: Unit("network", baseline_parameters(network, layers), recipe.optimizer, steps, pace)}
+        parameters = baseline_parameters(network, layers)
+        if recipe.train.method == "forward-forward":
+            parameters = without_readout(network.plan, parameters)
+        units = {BASELINE: Unit("network", parameters, recipe.optimizer, steps, pace)}
         periphery = None
     else:
         units = {
@@ -85,14 +89,17 @@ def baseline_layers(plan: Plan, recipe: Recipe) -> range | None:
     return plan.layers_of(0) if recipe.train.method == "shallow" else range(plan.anatomy.depth)
 
 
-def set_rounds(network: BlockwiseNetwork, recipe: Recipe) -> None:
-    """How a baseline runs a looped core: the shallow control once, truncated backpropagation through its last rounds.
+def set_baseline(network: BlockwiseNetwork, recipe: Recipe) -> None:
+    """What a baseline does otherwise: Forward-Forward predicts by goodness, the shallow control runs a looped core
+    once, truncated backpropagation goes back through its last rounds.
 
     Raises:
         UsageError: there is no such core, or it has fewer rounds than asked for.
     """
     train, anatomy = recipe.train, network.plan.anatomy
     looped = network.plan.target is not None and network.plan.target.loop is not None
+    if train.method == "forward-forward":
+        network.predict = scores
     if train.method == "shallow" and looped:
         network.rounds = 1
     if train.method != "truncated-bptt":
@@ -119,6 +126,12 @@ def baseline_parameters(network: BlockwiseNetwork, layers: range) -> dict[str, n
         for key, value in trainable(originals).items()
         if anatomy.layer_of(key) is None or anatomy.layer_of(key) in layers
     }
+
+
+def without_readout(plan: Plan, parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Those of stem and layers: no layer learns from what comes after it."""
+    after = tuple(name + "." for name in plan.anatomy.readout.modules if name and name not in plan.anatomy.stem.modules)
+    return {key: value for key, value in parameters.items() if not key.startswith(after)}
 
 
 def trainable(tensors: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:

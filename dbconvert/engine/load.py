@@ -20,7 +20,7 @@ from dbconvert.engine import kept_tokenizer
 from dbconvert.engine.assemble import CHECKPOINT, DATA_KEY, DROPOUT_KEY, source_folder
 from dbconvert.engine.convert import single_block, whole_network, with_own_peripheries
 from dbconvert.engine.infer import Begin, ends, sample
-from dbconvert.engine.jobs import baseline_layers, set_rounds
+from dbconvert.engine.jobs import baseline_layers, set_baseline
 from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.engine.package import (
     MODEL,
@@ -192,7 +192,7 @@ def load_run(folder: Path, extra: list[Path]) -> Loaded:
     if info.method != "blocks":
         tensors, _ = load_checkpoint(folder / WEIGHTS / NETWORK_FILE)
         network = filled(plan, source, noise, tensors, folder)
-        set_rounds(network, recipe)
+        set_baseline(network, recipe)
         layers = baseline_layers(plan, recipe)
         return Loaded(network, noise, recipe.data, layers, described, places, source.longest(), dropout)
     tensors = {}

@@ -22,6 +22,7 @@ from dbconvert.data.images import augmentation, normalise
 from dbconvert.diffusion.intervals import stratified
 from dbconvert.diffusion.preconditioning import Preconditioning
 from dbconvert.engine.cascade import approach
+from dbconvert.engine.forward_forward import learn
 from dbconvert.engine.jobs import Job
 from dbconvert.engine.metrics import Metrics, Scorer
 from dbconvert.engine.refit import keep, points, refitted, told
@@ -174,12 +175,22 @@ class Loop:
         losses = []
         for part, chosen in enumerate(torch.arange(len(labels)).chunk(parts)):
             here = {name: value[chosen] for name, value in inputs.items()}
+            if self.recipe.train.method == "forward-forward":
+                losses.append(self.learn_alone(here, labels[chosen], len(labels)))
+                continue
             with self.accelerator.no_sync(self.model) if part + 1 < parts else nullcontext():
                 loss, level = self.losses(block, here, labels[chosen], sigma[chosen])
                 weights = along(self.weight(level), loss) * task.counted(labels[chosen])
                 self.accelerator.backward((loss * weights).sum() / total)
             losses.append(loss.detach())
         return torch.cat(losses)
+
+    def learn_alone(self, inputs: Inputs, labels: Tensor, total: int) -> Tensor:
+        """Forward-Forward on a part of a batch of `total`: every layer goes backward by itself."""
+        with self.accelerator.autocast():
+            return learn(
+                self.job.network, inputs, labels, lambda losses: self.accelerator.backward(losses.sum() / total)
+            )
 
     def losses(self, block: int, inputs: Inputs, labels: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """Unweighted losses, of the labels' shape, and the levels that they belong to."""

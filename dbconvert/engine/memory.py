@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from dbconvert.data.batches import OrderedBatches, seed_all
 from dbconvert.data.examples import LABEL
 from dbconvert.data.images import normalise
 from dbconvert.engine.cascade import approach
+from dbconvert.engine.forward_forward import lone_loss
 from dbconvert.engine.jobs import Job
 from dbconvert.engine.layer_kinds import layer_kinds
 from dbconvert.engine.network import BlockwiseNetwork
@@ -115,6 +117,8 @@ def activations(job: Job, block: int, device: torch.device) -> int:
         network.train()
         seed_all(0)
         try:
+            if recipe.train.method == "forward-forward":
+                return most_saved_alone(network, inputs, labels)
             return most_saved(job, block, loss)
         except torch.OutOfMemoryError as error:
             raise DBConvertError(
@@ -141,6 +145,15 @@ def most_saved(job: Job, block: int, loss: Callable[[], Tensor]) -> int:
     finally:
         run.checkpointed = every
     return max(found)
+
+
+def most_saved_alone(network: BlockwiseNetwork, inputs: Inputs, labels: Tensor) -> int:
+    """Where every layer goes backward before the next one runs: of the first with the stem, or of any other."""
+    kinds = layer_kinds(network.model, network.plan.anatomy)
+    layers = {0, *{kind: layer for layer, kind in enumerate(kinds)}.values()}
+    return max(
+        saved_bytes(partial(lone_loss, network, inputs, labels, layer), network.parameters()) for layer in layers
+    )
 
 
 def failed(error: Exception, inputs: Inputs, network: BlockwiseNetwork) -> DBConvertError:

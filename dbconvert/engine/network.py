@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -49,6 +49,7 @@ class BlockwiseNetwork(nn.Module):
     Attributes:
         rounds: how often a looped core runs unconditioned; None as often as the network says itself.
         backpropagate: how many rounds, the last ones, a training pass of it has gradients through; None all.
+        predict: what a baseline predicts by, where that is not its output.
         prelude: what the modules before a looped core gave, while that is kept.
     """
 
@@ -71,6 +72,7 @@ class BlockwiseNetwork(nn.Module):
         self.sigma_data = plan.preview.sigma_data
         self.rounds: int | None = None
         self.backpropagate: int | None = None
+        self.predict: Callable[[BlockwiseNetwork, Inputs], Tensor] | None = None
         self.prelude: Memory | None = None
 
     @property
@@ -244,6 +246,8 @@ class BlockwiseNetwork(nn.Module):
 
     def plain(self, inputs: Inputs, layers: range | None = None) -> Tensor:
         """What the unconditioned network predicts: all layers, or only some of them."""
+        if self.predict is not None:
+            return self.predict(self, inputs)
         return self.task.plain(self.output(self.model_output(inputs, layers)))
 
     def model_output(

@@ -22,6 +22,7 @@ def refuse(plan: Plan, recipe: Recipe, block: int | None) -> None:
     check_weight(plan, recipe)
     check_dropout(plan, recipe)
     check_attention(plan, recipe)
+    check_forward_forward(plan, recipe)
     refuse_alone(plan, recipe)
 
 
@@ -81,6 +82,29 @@ def check_attention(plan: Plan, recipe: Recipe) -> None:
     if recipe.train.attention == "flex" and (recipe.train.cpu or not torch.cuda.is_available()):
         raise UsageError(
             "FlexAttention has no backward pass on CPU", hint="leave train.attention at `auto`, which is `sdpa` there"
+        )
+
+
+def check_forward_forward(plan: Plan, recipe: Recipe) -> None:
+    """Refuses layers that learn alone where there is no label to tell them, or no layer to hold on to."""
+    if recipe.train.method != "forward-forward":
+        return
+    if named(str(plan.task)).text or named(str(plan.task)).denoiser:
+        raise UsageError(
+            f"train.method=forward-forward is for one label an example, and the task is {plan.task}",
+            hint="use train.method=end-to-end",
+        )
+    if any(layer.around is not None for layer in plan.anatomy.layers):
+        raise UsageError(
+            "train.method=forward-forward needs layers that are modules, and here their additions are written around "
+            "them",
+            hint="use train.method=end-to-end",
+        )
+    if recipe.train.checkpointing:
+        raise UsageError(
+            "train.checkpointing has no use in train.method=forward-forward: every layer's activations go before the "
+            "next one runs",
+            hint="leave it out",
         )
 
 

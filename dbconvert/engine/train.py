@@ -92,6 +92,8 @@ def train(
         origin = resumed(origin, folder, overrides, block)
     recipe = origin.recipe
     accelerator = make_accelerator(recipe, folder)
+    if recipe.train.method == "forward-forward" and accelerator.num_processes > 1:
+        raise UsageError("train.method=forward-forward runs in one process only", hint="start it without accelerate")
     report = report if accelerator.is_main_process else silent
     prepared = prepare(origin, folder, block, report, keep_noise=block is not None)
     job, package, noise = prepared.job, prepared.package, prepared.noise
