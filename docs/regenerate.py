@@ -22,6 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from classification_tables import classification_parts
 from context_tables import context_parts
 from families import family_parts
 from masked_tables import masked_parts
@@ -33,7 +34,15 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results.json"
 SIZE = ROOT / "docs" / "size.json"
 COPYING = ROOT / "docs" / "copying.json"
-PAGES = ("README.md", "docs/training.md", "docs/size.md", "docs/families.md", "docs/will-it-convert.md", "docs/text.md")
+PAGES = (
+    "README.md",
+    "docs/training.md",
+    "docs/size.md",
+    "docs/families.md",
+    "docs/will-it-convert.md",
+    "docs/text.md",
+    "docs/images_classification.md",
+)
 SEEDS = (0, 1, 2)
 VARIANTS = {
     "shared": ["train.periphery=shared"],
@@ -118,6 +127,7 @@ def parts(results: dict[str, Any]) -> dict[str, str]:
         **size_parts(json.loads(SIZE.read_text())),
         **family_parts(),
         **refusal_parts(),
+        **classification_parts(),
         **text_parts(),
         **masked_parts(),
         **context_parts(),
