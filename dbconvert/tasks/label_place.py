@@ -29,7 +29,7 @@ def placed(
     Raises:
         UsageError: what was asked for cannot be had; the message says why.
     """
-    reading = readout or "token"
+    reading = readout or ("pooled" if target.token is None else "token")
     if entry is None:
         entry = found_entry(target, anatomy, model, reading)
     else:
@@ -40,8 +40,7 @@ def placed(
             hint="leave it out: the head reads what the network pools",
         )
     parameter = class_token(target, anatomy, model) if entry == "replace" else None
-    own: Readout = "pooled" if entry == "add" and target.token is None else "token"
-    return replace(target, placement=entry, parameter=parameter, readout=readout or own)
+    return replace(target, placement=entry, parameter=parameter, readout=reading)
 
 
 def found_entry(target: Target, anatomy: Anatomy, model: nn.Module | None, readout: Readout) -> Entry:
@@ -110,5 +109,6 @@ def in_words(target: Target) -> str:
         "add": "the noisy label is added at every position",
     }[target.placement]
     own = "the token of the label" if target.placement == "append" else f"token {target.token}"
-    reads = own if target.readout == "token" else "what all positions are pooled to"
+    others = " other" if target.placement == "append" else ""
+    reads = own if target.readout == "token" else f"what all{others} positions are pooled to"
     return f"{enters}; the head reads {reads}"

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 
 import dbconvert
-from dbconvert.errors import DBConvertError
+from dbconvert.errors import DBConvertError, Refused
 from dbconvert.plan import read_plan
 from dbconvert.recipe import DataOptions, ImageOptions, SplitOptions
 
@@ -39,7 +40,7 @@ def losses(run):
     [
         ("noprop_cnn.py:noprop_digits", "add", "pooled", "layers"),
         ("resnet.py", "add", "pooled", "stages.1"),
-        (POOLED, "append", "token", "layers"),
+        (POOLED, "append", "pooled", "layers"),
     ],
 )
 def test_split_train_assemble_eval(source, entry, readout, stack, tmp_path):
@@ -69,6 +70,30 @@ def test_a_stage_of_one_block_alone_and_the_controls(source, tmp_path):
     for method in ("end-to-end", "shallow"):
         run = dbconvert.train("package", overrides=[*few, f"train.method={method}"], out=method)
         assert 0 <= run.metrics["accuracy"] <= 1
+
+
+def test_a_stage_of_a_transformers_resnet(tmp_path):
+    """An activation stands on its stream: it begins as the original network."""
+    config = transformers.ResNetConfig(
+        num_channels=1,
+        embedding_size=8,
+        hidden_sizes=[8, 16],
+        depths=[1, 3],
+        layer_type="basic",
+        num_labels=10,
+        architectures=["ResNetForImageClassification"],
+    )
+    config.save_pretrained(tmp_path / "resnet")
+    with pytest.raises(Refused, match="dimensions change") as caught:
+        dbconvert.inspect(str(tmp_path / "resnet"))
+    assert "--stack resnet.encoder.stages.1.layers (2 layers)" in caught.value.hint
+    options = SplitOptions(blocks=2, stack="resnet.encoder.stages.1.layers")
+    plan = dbconvert.split(str(tmp_path / "resnet"), out="package", options=options, data=DIGITS).plan
+    assert (plan.start, plan.target.placement, plan.anatomy.verdict) == ("original", "add", "restricted")
+    few = [*QUICK, "train.steps=2", "train.batch=8", "data.image.size=32", "data.test=test", "data.validation=null"]
+    run = dbconvert.train("package", overrides=few, out="run").folder
+    assembled = dbconvert.assemble([str(run)], out="folder")
+    assert dbconvert.load(str(assembled))(torch.rand(2, 1, 32, 32)).shape == (2, 10)
 
 
 @pytest.fixture(scope="module")

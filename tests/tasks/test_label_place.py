@@ -66,9 +66,9 @@ def target_of(name, entry=None, readout=None):
         ("vit", "token", "token", 0),
         ("hf_vit", "token", "token", 0),
         ("two_tokens", "token", "token", 1),
-        ("vit_mean", "append", "token", None),
-        ("encoder_post_seq_first", "append", "token", None),
-        ("scaled", "append", "token", None),
+        ("vit_mean", "append", "pooled", None),
+        ("encoder_post_seq_first", "append", "pooled", None),
+        ("scaled", "append", "pooled", None),
         ("mixer", "add", "pooled", None),  # as many tokens as its weights have rows
         ("perceptron", "add", "pooled", None),  # tokens never see each other
         ("all_depths", "add", "pooled", None),  # its readout adds streams of all lengths
@@ -89,6 +89,7 @@ def test_the_analysis_chooses(name, placement, readout, token):
         ("vit_mean", "token", None, "reads no single token"),
         ("two_tokens", "replace", None, r"token 1 is not one parameter of shape \[1, 1, 32\]"),
         ("repeated", "replace", None, "not one parameter"),
+        ("perceptron", "append", "token", "in layers.0 tokens do not see each other"),
         ("mixer", "append", None, "layers.0 fails on one token more: "),
         ("perceptron", "append", None, "in layers.0 tokens do not see each other"),
         ("conv", "append", None, r"no positions: it is \[2, 32, 4, 4\]"),
@@ -160,7 +161,7 @@ def passes(name, entry, readout):
         ("vit", "append", None),
         ("vit", "append", "pooled"),
         ("vit", "add", None),
-        ("vit_mean", "append", None),
+        ("vit_mean", "append", "token"),
         ("vit_mean", "append", "pooled"),
         ("encoder_pre_seq_first", "append", None),
         ("conv", "add", None),
@@ -194,7 +195,7 @@ def test_replacing_leaves_nothing_of_the_class_token_but_its_position():
 
 def test_an_appended_token_is_what_the_head_reads():
     """The stream that leaves the layers is that token, at every position."""
-    call, _, model, _ = passes("vit_mean", "append", None)
+    call, _, model, _ = passes("vit_mean", "append", "token")
     seen = []
     model.norm.register_forward_hook(lambda _, args, out: seen.append(args[0]))
     call(torch.randn(2, networks.WIDTH))
