@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from dbconvert.anatomy import Anatomy
-from dbconvert.data.images import to_picture, unit
+from dbconvert.data.images import resized, to_picture, unit
 from dbconvert.data.pictures import Kept, Pictures
 from dbconvert.errors import DBConvertError, UsageError
 from dbconvert.recipe import DataOptions, ImageOptions
@@ -81,18 +81,19 @@ class Examples(Dataset[Batch]):
     def __getitems__(self, indices: list[int]) -> Batch:
         if isinstance(self.dataset, Pictures):
             chosen = torch.tensor(indices)
-            argument = next(iter(self.columns))
-            return {argument: unit(self.dataset.images[chosen]), LABEL: self.dataset.labels[chosen]}
+            images, size = self.dataset.images[chosen], self.image.size
+            images = images if size is None else resized(images, size)
+            return {next(iter(self.columns)): unit(images), LABEL: self.dataset.labels[chosen]}
         return default_collate([self[index] for index in indices])  # type: ignore[no-any-return]
 
     def __getitem__(self, index: int) -> Batch:
         argument = next(iter(self.columns))
+        if isinstance(self.dataset, Pictures):
+            return {name: value[0] for name, value in self.__getitems__([index]).items()}
         kept = None if self.kept is None else self.kept.get(index)
         if kept is not None:
             return {argument: unit(kept[0]), LABEL: kept[1]}
         item = self.dataset[index]
-        if isinstance(self.dataset, Pictures):
-            return {argument: unit(item["image"]), LABEL: item["label"]}
         read = {a: to_picture(item[column], self.image.size, self.image.mode) for a, column in self.columns.items()}
         label = self.read_label(item, index)
         if hasattr(self, "first"):

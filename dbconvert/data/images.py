@@ -32,10 +32,15 @@ def to_picture(value: Any, size: int | None, mode: Mode | None = None) -> Tensor
     else:
         array = np.asarray(value)
         image = torch.from_numpy(array if array.dtype == np.uint8 else array.astype(np.float32, copy=False))
-    if size is None or image.shape[-2:] == (size, size):
-        return image
-    resized = F.interpolate(image[None].float(), (size, size), mode="bilinear", antialias=True)[0]
-    return resized.round().to(torch.uint8) if image.dtype == torch.uint8 else resized
+    return image if size is None else resized(image[None], size)[0]
+
+
+def resized(images: Tensor, size: int) -> Tensor:
+    """[N, C, H, W] -> [N, C, size, size]; bytes become bytes."""
+    if images.shape[-2:] == (size, size):
+        return images
+    found = F.interpolate(images.float(), (size, size), mode="bilinear", antialias=True)
+    return found.round().to(torch.uint8) if images.dtype == torch.uint8 else found
 
 
 def pixels(picture: Any, mode: Mode | None) -> Tensor:

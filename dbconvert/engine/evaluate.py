@@ -10,8 +10,10 @@ import torch
 
 from dbconvert.data.batches import Data
 from dbconvert.data.datasets import BUILT_IN
+from dbconvert.data.examples import LABEL
 from dbconvert.engine.generated import generated
 from dbconvert.engine.load import Loaded, load
+from dbconvert.engine.memory import failed
 from dbconvert.engine.metrics import Metrics, Scorer
 from dbconvert.engine.reading import find_tokenizer, open_examples
 from dbconvert.errors import UsageError
@@ -89,4 +91,17 @@ def with_overrides(
 def figures(loaded: Loaded, examples: Data, data: DataOptions, options: EvalOptions, seed: int) -> Metrics:
     device = next(loaded.network.parameters()).device
     scorer = Scorer(loaded.network, loaded.intervals, options, data.image, device, seed)
-    return scorer.score(examples, loaded.layers)
+    try:
+        return scorer.score(examples, loaded.layers)
+    except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+        refuse_other_shapes(error, loaded, examples)
+        raise
+
+
+def refuse_other_shapes(error: Exception, loaded: Loaded, examples: Data) -> None:
+    """Raises what is wrong with the data, if the network was split on other shapes."""
+    network = loaded.network
+    first = {name: value for name, value in examples.__getitems__([0]).items() if name != LABEL}
+    seen = {given.name: given.shape[1:] for given in network.plan.anatomy.inputs}
+    if any(tuple(value.shape[1:]) != seen[name] for name, value in first.items() if name in seen):
+        raise failed(error, first, network) from error

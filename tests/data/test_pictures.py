@@ -54,6 +54,16 @@ def test_a_mosaic_is_read_row_by_row(tmp_path, anatomy):
     assert examples_of(options, anatomy, "train[50%:]").dataset.labels.tolist() == [3, 4, 0]
 
 
+def test_tiles_and_digits_are_resized_too(tmp_path, anatomy):
+    save_mosaic(tmp_path / "toy")
+    options = DataOptions(source=str(tmp_path / "toy"), tile=TILE, image=ImageOptions(size=8))
+    examples = examples_of(options, anatomy)
+    assert examples.__getitems__([0, 3])["x"].shape == (2, 3, 8, 8) and examples[1]["x"].shape == (3, 8, 8)
+    given = DataOptions(source="digits", image=ImageOptions(size=12))
+    digits = Examples(open_part(given, "train"), given, anatomy, classes=10)
+    assert digits.__getitems__([0, 3])["x"].shape == (2, 1, 12, 12)
+
+
 def test_a_grey_mosaic_can_be_read_as_colour(tmp_path):
     save_mosaic(tmp_path / "toy", shown=tiles(1))
     options = DataOptions(source=str(tmp_path / "toy"), tile=TILE)

@@ -153,6 +153,13 @@ def test_its_augmented_run_resumes_to_the_bit(recipe_run, tmp_path, monkeypatch)
     assert resumed.metrics == straight.metrics
 
 
+def test_evaluating_on_pictures_of_another_size(recipe_run):
+    _, _, run = recipe_run
+    with pytest.raises(DBConvertError, match="fails on a batch of the data") as caught:
+        dbconvert.evaluate(str(run.folder), overrides=["data.image.size=40"])
+    assert "[1, 3, 40, 40]" in caught.value.where and "[2, 3, 32, 32]" in caught.value.where
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
