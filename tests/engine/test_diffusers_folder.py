@@ -13,8 +13,8 @@ from dbconvert.checkpoint import load_tensors
 from dbconvert.diffusion.predictions import Prediction, Times
 from dbconvert.engine.package import open_package
 from dbconvert.engine.prepare import build_network, read_origin
-from dbconvert.engine.sample import Sampling, sample
-from dbconvert.errors import DBConvertError
+from dbconvert.engine.sample import Sampling, draw, sample
+from dbconvert.errors import DBConvertError, UsageError
 from dbconvert.recipe import SplitOptions
 from dbconvert.sources.diffusers_source import DiffusersSource, told_by
 from dbconvert.sources.resolve import open_source
@@ -150,3 +150,34 @@ def test_a_pipeline_without_a_denoiser():
     Path("empty/model_index.json").write_text("{}")
     with pytest.raises(DBConvertError, match="has no transformer or unet"):
         dbconvert.inspect("empty")
+
+
+TEXTS = """
+import torch
+
+def pairs(part):
+    generator = torch.Generator().manual_seed(0)
+    make = lambda *shape: torch.randn(shape, generator=generator)
+    return [{"hidden_states": make(4, 8, 8), "encoder_hidden_states": make(6, 16)} for _ in range(8)]
+"""
+
+
+def test_other_inputs_come_from_the_data(tmp_path):
+    """PixArt is told a text, no class: its columns are read, and from Python it draws."""
+    from diffusers import PixArtTransformer2DModel
+
+    torch.manual_seed(0)
+    PixArtTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=3, sample_size=8,
+        patch_size=4, caption_channels=16, cross_attention_dim=16, norm_num_groups=4, use_additional_conditions=False,
+    ).save_pretrained(tmp_path / "pixart")  # fmt: skip
+    (tmp_path / "pairs.py").write_text(TEXTS)
+    package = dbconvert.split(str(tmp_path / "pixart"), options=SplitOptions(blocks=3)).package
+    overrides = [*QUICK, "train.batch=4", "train.steps=2", f"data.source={tmp_path / 'pairs.py'}:pairs"]
+    loaded = dbconvert.load(dbconvert.train(str(package), overrides=overrides, out="r").folder)
+    more = {"encoder_hidden_states": torch.randn(3, 6, 16)}
+    images = draw(loaded.network, loaded.intervals, 3, None, Sampling(steps=4, batch=2), more=more)
+    other = draw(loaded.network, loaded.intervals, 3, None, Sampling(steps=4), more=more)
+    assert images.shape == (3, 4, 8, 8) and torch.allclose(images, other, atol=1e-4)
+    with pytest.raises(UsageError, match="also takes encoder_hidden_states"):
+        sample("r", out="s")

@@ -122,6 +122,16 @@ def test_a_killed_run_goes_on_to_the_bit(package, tmp_path):
         assert file.read_bytes() == (resumed.folder / "weights" / file.name).read_bytes()
 
 
+@pytest.mark.parametrize("extra", [["train.precision=bf16"], ["train.accumulate=2"], ["train.checkpointing=true"]])
+def test_options_train(package, extra, tmp_path):
+    overrides = [*QUICK, "train.steps=1", "train.label_dropout=0.3"]
+    losses = []
+    for name, more in (("plain", []), ("other", extra)):
+        folder = dbconvert.train(str(package), overrides=[*overrides, *more], out=str(tmp_path / name)).folder
+        losses.append([json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()[:3]])
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)  # accumulation draws other noise for its parts
+
+
 def test_blocks_train_alone_with_stems_of_their_own(package, tmp_path):
     alone = [*QUICK, "train.steps=2", "train.periphery=frozen-target"]
     runs = [
