@@ -32,7 +32,7 @@ app = typer.Typer(
 )
 
 SOURCE = Annotated[
-    str, typer.Argument(help="model.py, model.py:name, a folder with a Transformers config.json, or a hub id")
+    str, typer.Argument(help="model.py, model.py:name, a folder of Transformers or diffusers, or a hub id")
 ]
 STACK = Annotated[
     str | None,

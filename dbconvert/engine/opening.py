@@ -97,7 +97,7 @@ def inspect(
     """What the analysis sees of a network, proved by numbers.
 
     Args:
-        source: `model.py`, `model.py:name`, a folder with a Transformers config.json, or a hub id.
+        source: `model.py`, `model.py:name`, a folder of Transformers or diffusers, or a hub id.
         stack: path of the layers' container, when there are several.
         weights: a file of trained weights.
         seed: of the random initialisation where there are none.
