@@ -30,6 +30,7 @@ HOMES = {
     "safetensors": {"checkpoint"},
     "datasets": {"data"},
     "sklearn": {"data"},
+    "scipy": {"diffusion"},
     "kornia": {"data"},
     "filelock": {"data"},
     "pydantic": {"schema"},

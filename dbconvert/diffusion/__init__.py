@@ -1,1 +1,1 @@
-"""The mathematics of noise: distributions, intervals, preconditioning, sampling. Needs torch only."""
+"""The mathematics of noise: distributions, intervals, preconditioning, sampling. Needs torch and scipy only."""
