@@ -211,14 +211,16 @@ class EvalOptions:
 
 @record
 class SampleOptions(EvalOptions):
-    """What `dbconvert eval` can be asked of networks of text beside: samples, and how good they are as text.
+    """What `dbconvert eval` can be asked beside: samples, and how good they are as text or as images.
 
     Args:
-        samples: how many; each continues the beginning of an example of the data.
+        samples: how many; of text, each continues the beginning of an example of the data.
         prompt, tokens: lengths of that beginning and of what follows, in tokens; half an example each by default.
         temperature, top_p: as `dbconvert generate` takes them.
         teacher: a causal language model that reads samples and data, a Transformers folder or hub id.
         mauve: a Transformers model whose features MAUVE compares, likewise.
+        features: the network by whose features images are compared, see `dbconvert.engine.features`.
+        guidance: of images by their classes, as `dbconvert sample` takes it; `steps` are 50 for images by default.
     """
 
     samples: Count = 0
@@ -228,6 +230,8 @@ class SampleOptions(EvalOptions):
     top_p: float = 1.0
     teacher: str | None = None
     mauve: str | None = None
+    features: str | None = None
+    guidance: float = 1.0
 
 
 @record

@@ -25,6 +25,7 @@ HOMES = {
     "wandb": {"engine"},
     "matplotlib": {"engine"},
     "mauve": {"engine"},
+    "torch_fidelity": {"engine"},
     "transformers": {"sources"},
     "huggingface_hub": {"sources"},
     "safetensors": {"checkpoint"},

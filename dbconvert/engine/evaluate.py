@@ -12,6 +12,7 @@ from dbconvert.data.batches import Data
 from dbconvert.data.datasets import BUILT_IN
 from dbconvert.data.examples import LABEL
 from dbconvert.engine.generated import generated
+from dbconvert.engine.likeness import likeness
 from dbconvert.engine.load import Loaded, load
 from dbconvert.engine.memory import failed
 from dbconvert.engine.metrics import Metrics, Scorer
@@ -60,10 +61,13 @@ def evaluate(
     plan = loaded.network.plan
     tokenizer = loaded.tokenizer if data.tokenizer is None else find_tokenizer(data, plan, None)
     examples = open_examples(data, part, plan, tokenizer, report)
-    loaded.network.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    written = generated(loaded, examples, tokenizer, options, seed, report)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    draws = loaded.network.task.generative
+    made = likeness(loaded, examples, data, options, seed, device, report) if draws else {}
+    loaded.network.to(device)
+    made = made if draws else generated(loaded, examples, tokenizer, options, seed, report)
     report(Stage("evaluating"))
-    metrics = {**figures(loaded, examples, data, options, seed), **written}
+    metrics = {**figures(loaded, examples, data, options, seed), **made}
     return Evaluation(str(data.source), part, len(examples), metrics)
 
 

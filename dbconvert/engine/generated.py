@@ -20,7 +20,8 @@ from dbconvert.recipe import SampleOptions
 from dbconvert.sources.readers import Reader, open_reader
 from dbconvert.tasks.masked_lm import MaskedLM
 
-OF_SAMPLES = ("prompt", "tokens", "temperature", "top_p", "teacher", "mauve")
+OF_TEXT = ("prompt", "tokens", "temperature", "top_p", "teacher", "mauve")
+OF_IMAGES = ("features", "guidance")
 
 
 def generated(
@@ -69,14 +70,23 @@ def generated(
 
 def refuse(loaded: Loaded, options: SampleOptions) -> None:
     """Raises UsageError for options that contradict each other, or the network."""
-    default = SampleOptions()
-    given = [name for name in OF_SAMPLES if getattr(options, name) != getattr(default, name)]
-    if given and not options.samples:
-        raise UsageError(f"eval.{given[0]} is about samples, and none are asked for", hint="add eval.samples=100")
+    refuse_strangers(options, OF_TEXT, OF_IMAGES)
     if options.temperature < 0 or not 0 < options.top_p <= 1:
         raise UsageError("eval.temperature must not be negative, and eval.top_p lies in (0, 1]")
     if options.samples and options.top_p < 1 and isinstance(loaded.network.decided_task, MaskedLM):
         raise UsageError("top-p is for networks that write one token at a time", hint="use eval.temperature")
+
+
+def refuse_strangers(options: SampleOptions, known: tuple[str, ...], others: tuple[str, ...]) -> None:
+    """Raises UsageError for options about samples of another kind, or about samples where none are asked for."""
+    default = SampleOptions()
+    changed = {name for name in (*known, *others) if getattr(options, name) != getattr(default, name)}
+    for name in others:
+        if name in changed:
+            raise UsageError(f"eval.{name} does not apply to this network", hint="leave it out")
+    for name in known:
+        if name in changed and not options.samples:
+            raise UsageError(f"eval.{name} is about samples, and none are asked for", hint="add eval.samples=100")
 
 
 def texts_of(samples: Samples, tokenizer: Tokenizer) -> tuple[list[str], list[str], list[str]]:

@@ -44,6 +44,7 @@ from dbconvert.schema import parse, read_json
 from dbconvert.sources.base import Source
 from dbconvert.sources.resolve import HUB_ID, has_code, reopen_source
 from dbconvert.sources.transformers_files import COMPANIONS, CONFIG, SAFETENSORS, fetch
+from dbconvert.tasks.base import Inputs
 
 SAMPLE = "dbconvert sample, or dbconvert.engine.sample.draw"
 EVERYTHING = (CONFIG, "*.py", "model.source/*", *COMPANIONS, *SAFETENSORS)
@@ -104,9 +105,14 @@ class Loaded:
         name = self.network.plan.anatomy.inputs[0].name
         named = dict(inputs) if isinstance(inputs, Mapping) else {name: inputs}
         ready = {k: normalise(v, self.data.image) if v.dim() == 4 else v for k, v in named.items()}
+        return self.predict(ready, steps=steps, begin=begin)
+
+    @torch.no_grad()
+    def predict(self, inputs: Inputs, *, steps: int | None = None, begin: Begin = "zero") -> Tensor:
+        """The same for arguments by name, with pictures as they were in training."""
         if self.layers is not None:
-            return self.network.plain(ready, self.layers)
-        return ends(sample(self.network, self.intervals, ready, steps=steps, begin=begin))[1]
+            return self.network.plain(inputs, self.layers)
+        return ends(sample(self.network, self.intervals, inputs, steps=steps, begin=begin))[1]
 
 
 def load(path: str | Path, source: str | Path | None = None, *, trust: bool = False) -> Loaded:

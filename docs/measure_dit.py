@@ -1,0 +1,105 @@
+"""Measures how like the digits the images of a small DiT are, and writes it to docs/dit.json.
+
+    python docs/measure_dit.py            # what dit.json lacks; remove it to measure everything again
+    python docs/measure_dit.py 1          # of one seed, so that several can run at once
+    python docs/measure_dit.py --check    # 5 updates a block of every row and few samples, which are shown and not kept
+
+Every row trains recipes/dit_digits.yaml in another form and draws SAMPLES images, classes in turn, from the sampler's
+seed 0; their Frechet distances are those to the training and to the test part of the digits. Features of both are what
+enters the head of the digits ViT (recipes/vit_digits.yaml) after end-to-end training with seed 0, so that the numbers
+compare with each other and with nothing else. The row `the training part itself` says what data of the same kind get.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rows import keep, read
+
+import dbconvert
+from dbconvert.data.digits import Digits
+from dbconvert.data.images import pixels
+from dbconvert.diffusion.frechet import frechet_distance
+from dbconvert.engine.features import FeatureNetwork, moments_of, open_features
+from dbconvert.engine.load import load
+from dbconvert.engine.sample import Sampling, draw, drawing_task, labels_of
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs" / "dit.json"
+SEEDS = ("0", "1")
+ITSELF = "the training part itself"
+ROWS = {
+    "B = 3, equal-mass intervals": ["noise.partition=equal-mass"],
+    "B = 3, intervals uniform in log sigma": ["noise.partition=uniform"],
+    "end-to-end": ["train.method=end-to-end"],
+    "shallow control": ["train.method=shallow"],
+}
+SAMPLES, BATCH = 1000, 250
+FEATURES = "vit_digits, end-to-end, seed 0"
+
+
+def main() -> int:
+    check = "--check" in sys.argv
+    seeds = [argument for argument in sys.argv[1:] if argument != "--check"] or list(SEEDS)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        features = feature_network(Path(folder), check)
+        real = {part: moments_of(features, [Digits(part).images]) for part in ("train", "test")}
+        if check:
+            sys.stdout.write(f"{ITSELF}: {frechet_distance(real['train'], real['test'])}\n")
+        else:
+            keep(RESULTS, ITSELF, "0", {"test": frechet_distance(real["train"], real["test"]), "features": FEATURES})
+        for seed in seeds[:1] if check else seeds:
+            for name, form in ROWS.items():
+                if check:
+                    row = measured([*form, "train.steps=5"], seed, Path(folder), features, real, 20)
+                    sys.stdout.write(f"{name}: {json.dumps(row)}\n")
+                elif seed not in read(RESULTS)["rows"].get(name, {}):
+                    sys.stderr.write(f"{name}, seed {seed}\n")
+                    keep(RESULTS, name, seed, measured(form, seed, Path(folder), features, real, SAMPLES))
+    return 0
+
+
+def feature_network(folder: Path, check: bool) -> FeatureNetwork:
+    out = str(folder / "features")
+    overrides = ["train.method=end-to-end", "seed=0", "data.validation=null", "log.every=1000"]
+    dbconvert.train(recipe("vit_digits"), overrides=[*overrides, *["train.steps=5"] * check], out=out)
+    return open_features(out)
+
+
+def measured(
+    form: list[str], seed: str, folder: Path, features: FeatureNetwork, real: dict[str, Any], samples: int
+) -> dict[str, Any]:
+    """One run: the distances of its samples, and the seconds of one core that training and sampling took."""
+    out = str(folder / f"run-{time.monotonic_ns()}")
+    begun = time.process_time()
+    overrides = [f"seed={seed}", "data.validation=null", "log.every=1000", *form]
+    result = dbconvert.train(recipe("dit_digits"), overrides=overrides, out=out)
+    trained = time.process_time()
+    loaded, sampling = load(out), Sampling(batch=BATCH)
+    labels = labels_of(drawing_task(loaded, out), None, samples, loaded.label_dropout, sampling.guidance)
+    drawn = draw(loaded.network, loaded.intervals, samples, labels, sampling, layers=loaded.layers)
+    done = time.process_time()
+    made = moments_of(features, torch.split(pixels(drawn, loaded.data.image), BATCH))
+    return {
+        **{part: frechet_distance(made, moments) for part, moments in real.items()},
+        "samples": samples,
+        "steps": sampling.steps,
+        "activations": max(unit.activations for unit in result.memory.units),
+        "seconds_training": round(trained - begun),
+        "seconds_sampling": round(done - trained),
+    }
+
+
+def recipe(name: str) -> str:
+    return str(ROOT / "recipes" / f"{name}.yaml")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
