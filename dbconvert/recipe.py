@@ -54,14 +54,17 @@ class SplitOptions:
 
 @record
 class ImageOptions:
-    """How pictures become tensors: resized to `size`, scaled to [0, 1], augmented, then (x - mean) / std.
+    """How pictures become tensors: cut out if `crop`, resized to `size`, scaled to [0, 1], augmented, then
+    (x - mean) / std.
 
     Args:
         mode: what picture files are read as; None reads grey ones with one channel and all others with three.
+        crop: only the largest square in the middle of a picture.
     """
 
     size: Positive | None = None
     mode: Mode | None = None
+    crop: bool = False
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
 
@@ -72,6 +75,25 @@ class RandAugment:
 
     operations: Positive = 2
     magnitude: Count = 9
+
+
+@record
+class LatentOptions:
+    """Pictures as the latents of a VAE: encoded once, kept on disk, and drawn anew from their posterior every epoch.
+
+    Args:
+        vae: of diffusers, an AutoencoderKL: a folder or a hub id, of which `revision` may name one.
+        scale: latents are multiplied by it; by default the VAE's own scaling_factor.
+        cache: the folder to keep latents in, of one VAE and one size of pictures; by default one for each in the cache
+            of `data.cache`.
+        batch: pictures that are encoded, or decoded, together.
+    """
+
+    vae: str
+    revision: str | None = None
+    scale: PositiveFloat | None = None
+    cache: str | None = None
+    batch: Positive = 16
 
 
 @record
@@ -89,6 +111,7 @@ class DataOptions:
             column that is not the label.
         tile: the source is a folder of mosaics of pictures of so many pixels a side (`dbconvert.data.mosaics`).
         flip: mirror half of the training pictures.
+        latents: encode pictures by a VAE first. `image.mean` and `image.std` are not used then: the VAE has a range.
         workers: processes that load batches.
         tokenizer: `byte`, `char` (the characters of the training part), or a Transformers folder or hub id.
         text: name of the column that holds the text.
@@ -114,6 +137,7 @@ class DataOptions:
     tile: Positive | None = None
     flip: bool = False
     randaugment: RandAugment | None = None
+    latents: LatentOptions | None = None
     workers: Count = 0
     tokenizer: str | None = None
     text: str = "text"

@@ -27,6 +27,7 @@ HOMES = {
     "mauve": {"engine"},
     "torch_fidelity": {"engine"},
     "transformers": {"sources"},
+    "diffusers": {"sources"},
     "huggingface_hub": {"sources"},
     "safetensors": {"checkpoint"},
     "datasets": {"data"},

@@ -23,6 +23,9 @@ def sample(
     model: Annotated[
         str | None, typer.Option(help="The network's model.py, where it is not beside the checkpoint.")
     ] = None,
+    vae: Annotated[
+        str | None, typer.Option(help="What decodes latents, a folder or a hub id; the run's own by default.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what is there, if dbconvert wrote it.")] = False,
 ) -> None:
     """Draw images; every step runs one block, and no other has to be on the device."""
@@ -36,6 +39,14 @@ def sample(
     chosen = None if classes is None else whole_numbers(classes, "--classes")
     with render.progress() as report:
         folder = run(
-            target, out=out, count=count, classes=chosen, sampling=sampling, model=model, force=force, report=report
+            target,
+            out=out,
+            count=count,
+            classes=chosen,
+            sampling=sampling,
+            model=model,
+            vae=vae,
+            force=force,
+            report=report,
         )
     render.say(f"wrote {count} images to {folder}/, all of them in grid.png")

@@ -35,8 +35,10 @@ class Examples(Dataset[Batch]):
     def __init__(self, dataset: Any, options: DataOptions, anatomy: Anatomy, classes: int) -> None:
         if len(dataset) == 0:
             raise DBConvertError(f"data source {options.source} is empty")
-        self.image = options.image or ImageOptions()
-        self.dataset = dataset = dataset.resized(self.image.size) if isinstance(dataset, Pictures) else dataset
+        self.image = image = options.image or ImageOptions()
+        if isinstance(dataset, Pictures):
+            dataset = dataset.resized(image.size, crop=image.crop)
+        self.dataset = dataset
         self.classes = classes
         self.label = options.label
         if isinstance(dataset, Pictures):
@@ -94,7 +96,8 @@ class Examples(Dataset[Batch]):
         if kept is not None:
             return {argument: unit(kept[0]), LABEL: kept[1]}
         item = self.dataset[index]
-        read = {a: to_picture(item[column], self.image.size, self.image.mode) for a, column in self.columns.items()}
+        size, mode, crop = self.image.size, self.image.mode, self.image.crop
+        read = {a: to_picture(item[column], size, mode, crop=crop) for a, column in self.columns.items()}
         label = self.read_label(item, index)
         if hasattr(self, "first"):
             self.refuse_other_shapes(read, index)

@@ -10,20 +10,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dbconvert.data.pictures import middle
 from dbconvert.errors import DBConvertError
 from dbconvert.recipe import DataOptions, ImageOptions, Mode, RandAugment
 
 Augment = Callable[[Tensor], Tensor]
+PICTURES, POSTERIOR = 4, 6
+"""Axes of a batch of pictures, and of one of posteriors of latents."""
 DEEP = ("I", "F")
 """Beginnings of PIL's modes with more than 8 bits a value."""
 
 
-def to_image(value: Any, size: int | None, mode: Mode | None = None) -> Tensor:
-    """A picture as float [C, H, W] in [0, 1], resized to size x size; tensors of other kinds stay as they are."""
-    return unit(to_picture(value, size, mode))
+def to_image(value: Any, size: int | None, mode: Mode | None = None, *, crop: bool = False) -> Tensor:
+    """A picture as float [C, H, W] in [0, 1], resized to size x size; tensors of other kinds stay as they are.
+
+    Args:
+        crop: only the largest square in its middle.
+    """
+    return unit(to_picture(value, size, mode, crop=crop))
 
 
-def to_picture(value: Any, size: int | None, mode: Mode | None = None) -> Tensor:
+def to_picture(value: Any, size: int | None, mode: Mode | None = None, *, crop: bool = False) -> Tensor:
     """The same with a byte a value where the picture has that: uint8, else as it is."""
     if isinstance(value, Tensor):
         image = value
@@ -32,6 +39,7 @@ def to_picture(value: Any, size: int | None, mode: Mode | None = None) -> Tensor
     else:
         array = np.asarray(value)
         image = torch.from_numpy(array if array.dtype == np.uint8 else array.astype(np.float32, copy=False))
+    image = middle(image) if crop and image.dim() == 3 else image
     return image if size is None else resized(image[None], size)[0]
 
 
@@ -70,6 +78,22 @@ def normalise(images: Tensor, options: ImageOptions | None) -> Tensor:
         return images
     mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (options.mean, options.std))
     return (images - mean) / std
+
+
+def entering(value: Tensor, options: ImageOptions | None, augment: Augment | None = None) -> Tensor:
+    """What a batch holds, as the network takes it: pictures augmented and normalised, posteriors of latents drawn."""
+    if value.dim() == POSTERIOR:
+        return drawn(value)
+    if value.dim() != PICTURES:
+        return value
+    return normalise(value if augment is None else augment(value), options)
+
+
+def drawn(posteriors: Tensor) -> Tensor:
+    """Latents [N, C, H, W] drawn from posteriors [N, V, 2, C, H, W], of one of the V views of a picture each."""
+    views = torch.randint(posteriors.shape[1], (len(posteriors),), device=posteriors.device)
+    mean, std = posteriors[torch.arange(len(posteriors), device=posteriors.device), views].unbind(1)
+    return mean + std * torch.randn_like(mean)
 
 
 def denormalise(images: Tensor, options: ImageOptions | None) -> Tensor:

@@ -22,8 +22,10 @@ class Pictures(Dataset[dict[str, Tensor]]):
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         self.images, self.labels = images, labels
 
-    def resized(self, size: int | None) -> Pictures:
-        """The same, size x size."""
+    def resized(self, size: int | None, *, crop: bool = False) -> Pictures:
+        """The same, size x size; `crop` takes the squares in the middle first."""
+        if crop:
+            return Pictures(middle(self.images), self.labels).resized(size)
         if size is None or self.images.shape[-2:] == (size, size):
             return self
         images = F.interpolate(self.images.float(), (size, size), mode="bilinear", antialias=True)
@@ -34,6 +36,14 @@ class Pictures(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {"image": self.images[index], "label": self.labels[index]}
+
+
+def middle(images: Tensor) -> Tensor:
+    """The largest squares in the middle of images [..., H, W]."""
+    height, width = images.shape[-2:]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return images[..., top : top + side, left : left + side]
 
 
 class Kept:

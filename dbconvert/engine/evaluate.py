@@ -86,8 +86,12 @@ def with_overrides(
     asked = "source" in given.get("data", {})
     if checkpoint and not asked and data.source not in BUILT_IN:
         raise UsageError(f"the checkpoint was trained on {data.source}", hint="give the data with data.source=...")
+    if checkpoint and data.latents is not None and "latents" not in given.get("data", {}):
+        hint = "give it with data.latents.vae=..."
+        raise UsageError(f"the checkpoint was trained on latents of {data.latents.vae}", hint=hint)
     place = "the command line"
-    known = replace(data, tokenizer=None, cache=None)
+    latents = replace(data.latents, cache=None) if checkpoint and data.latents is not None else data.latents
+    known = replace(data, tokenizer=None, cache=None, latents=latents)
     merged = parse(DataOptions, merge(to_data(known), given.get("data", {})), file=place)
     return merged, parse(SampleOptions, given.get("eval", {}), file=place)
 

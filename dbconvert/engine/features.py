@@ -1,6 +1,4 @@
-"""Features of pictures, of any network: what two sets of pictures are compared by. They come in batches, and their
-moments are kept for every network and every data.
-"""
+"""Features of pictures, of any network, by which two sets of pictures are compared; the moments of data are kept."""
 
 from __future__ import annotations
 

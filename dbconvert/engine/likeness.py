@@ -6,9 +6,10 @@ import torch
 
 from dbconvert.data.batches import Data, in_order
 from dbconvert.data.content import content_digest
-from dbconvert.data.images import pixels
+from dbconvert.data.latents import Latents
 from dbconvert.data.token_cache import cache_folder
 from dbconvert.diffusion.frechet import Moments, frechet_distance
+from dbconvert.engine.decode import opened_vae, pictures
 from dbconvert.engine.features import FeatureNetwork, kept_moments, moments_of, open_features
 from dbconvert.engine.generated import OF_IMAGES, OF_TEXT, refuse_strangers
 from dbconvert.engine.load import Loaded
@@ -52,11 +53,13 @@ def likeness(
     sampling = Sampling(
         steps=options.steps or Sampling().steps, guidance=options.guidance, batch=options.batch, seed=seed
     )
+    vae = opened_vae(data, "the network", task.target.width)
     report(Stage("reading the feature network"))
     network = open_features(options.features, device)
     report(Stage("features of the data"))
-    real_pictures = (batch[task.picture.argument].clamp(0, 1) for batch in in_order(examples, options.batch))
-    real = kept_moments(network, content_digest(examples), cache_folder(data) / FOLDER, real_pictures)
+    seen = examples.pictures if isinstance(examples, Latents) else examples
+    real_pictures = (batch[task.picture.argument].clamp(0, 1) for batch in in_order(seen, options.batch))
+    real = kept_moments(network, content_digest(seen), cache_folder(data) / FOLDER, real_pictures)
     drawn = draw(
         loaded.network,
         loaded.intervals,
@@ -68,7 +71,7 @@ def likeness(
         report=report,
     )
     report(Stage("features of the samples"))
-    made = moments_of(network, (pixels(batch, data.image) for batch in torch.split(drawn, options.batch)))
+    made = moments_of(network, pictures(drawn, data, vae, options.batch))
     return {"frechet": compared(made, real, network, report)}
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dbconvert.checkpoint import INDEX_SUFFIX, load_checkpoint, locate_checkpoint
-from dbconvert.data.images import normalise
+from dbconvert.data.images import entering
 from dbconvert.data.tokenizer_opening import from_description
 from dbconvert.data.tokenizers import Description, Tokenizer
 from dbconvert.diffusion.intervals import Intervals
@@ -104,7 +104,7 @@ class Loaded:
             raise UsageError("the network draws images and predicts nothing of those it is given", hint=SAMPLE)
         name = self.network.plan.anatomy.inputs[0].name
         named = dict(inputs) if isinstance(inputs, Mapping) else {name: inputs}
-        ready = {k: normalise(v, self.data.image) if v.dim() == 4 else v for k, v in named.items()}
+        ready = {k: entering(v, self.data.image) for k, v in named.items()}
         return self.predict(ready, steps=steps, begin=begin)
 
     @torch.no_grad()

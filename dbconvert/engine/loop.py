@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dbconvert.data.batches import OrderedBatches, block_order, derive, load_batches, seed_all
 from dbconvert.data.examples import LABEL, Batch
-from dbconvert.data.images import augmentation, normalise
+from dbconvert.data.images import augmentation, entering
 from dbconvert.diffusion.intervals import stratified
 from dbconvert.diffusion.preconditioning import Preconditioning
 from dbconvert.engine.cascade import approach
@@ -153,10 +153,8 @@ class Loop:
         moved = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
         labels = moved.pop(LABEL)
         image = self.recipe.data.image
-        pictures = {name: value for name, value in moved.items() if value.dim() == 4}
-        for name, value in pictures.items():
-            moved[name] = normalise(self.augment(value), image)
-        return self.job.network.task.arranged(moved, labels)
+        ready = {name: entering(value, image, self.augment) for name, value in moved.items()}
+        return self.job.network.task.arranged(ready, labels)
 
     def draw_sigma(self, block: int, labels: Tensor) -> Tensor:
         """A level for every example, [N], or for every label, as the plan says."""

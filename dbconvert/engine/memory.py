@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dbconvert.data.batches import OrderedBatches, seed_all
 from dbconvert.data.examples import LABEL
-from dbconvert.data.images import normalise
+from dbconvert.data.images import entering
 from dbconvert.engine.cascade import approach
 from dbconvert.engine.forward_forward import lone_loss
 from dbconvert.engine.jobs import Job
@@ -98,7 +98,7 @@ def activations(job: Job, block: int, device: torch.device) -> int:
     indices = next(iter(OrderedBatches(len(job.examples), micro, [block], recipe.seed)))
     batch = {name: value.to(device) for name, value in job.examples.__getitems__(indices).items()}
     labels = batch.pop(LABEL)
-    ready = {k: normalise(v, recipe.data.image) if v.dim() == 4 else v for k, v in batch.items()}
+    ready = {k: entering(v, recipe.data.image) for k, v in batch.items()}
     inputs, labels = network.task.arranged(ready, labels)
 
     def loss() -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dbconvert.data.batches import Data, derive, in_order
 from dbconvert.data.examples import LABEL
-from dbconvert.data.images import normalise
+from dbconvert.data.images import entering
 from dbconvert.data.sequences import Sequences
 from dbconvert.diffusion.intervals import Intervals
 from dbconvert.engine.bound import Bound
@@ -177,13 +177,10 @@ class Scorer:
     def batches(self, examples: Data) -> Iterator[tuple[Inputs, Tensor]]:
         for loaded in in_order(examples, self.at_once(examples)):
             labels = loaded.pop(LABEL).to(self.device)
-            ready = {name: self.ready(value.to(self.device)) for name, value in loaded.items()}
+            ready = {name: entering(value.to(self.device), self.image) for name, value in loaded.items()}
             yield self.network.task.arranged(ready, labels)
 
     def at_once(self, examples: Data) -> int:
         """Examples a batch: as many as the options say, or as their scores leave room for."""
         scores = examples.__getitems__([0])[LABEL].numel() * self.network.task.target.classes
         return max(1, min(self.options.batch, LARGEST_SCORES // max(1, scores)))
-
-    def ready(self, value: Tensor) -> Tensor:
-        return normalise(value, self.image) if value.dim() == 4 else value

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from dbconvert.engine.memory import MemoryReport, measure
-from dbconvert.engine.prepare import Origin, prepare, read_origin
+from dbconvert.engine.prepare import Origin, prepare, read_origin, unread
 from dbconvert.events import Note, Reporter, silent
 from dbconvert.plan import NoiseFit, Plan
 from dbconvert.recipe import Method, Recipe
@@ -49,6 +49,8 @@ def outline(
     train = origin.recipe.train
     if origin.recipe.data.source is None:
         report(Note("no data is given (data.source): measured on inputs of the shape that the split saw"))
+    elif unread(origin.recipe):
+        report(Note("latents are not encoded for this: measured on inputs of the shape that the split saw"))
     with tempfile.TemporaryDirectory() as folder:
         prepared = prepare(origin, Path(folder), block, report, rehearsal=True)
         memory = measure(prepared.job, CPU)
@@ -71,4 +73,4 @@ def length(recipe: Recipe, steps: int) -> str:
     updates = f"{steps} updates a block"
     if recipe.train.epochs is None:
         return updates
-    return f"{recipe.train.epochs} epochs" + (" a block" if recipe.data.source is None else f", {updates}")
+    return f"{recipe.train.epochs} epochs" + (" a block" if unread(recipe) else f", {updates}")

@@ -21,12 +21,13 @@ from dbconvert.engine.split import split
 from dbconvert.errors import UsageError
 from dbconvert.events import Note, Reporter
 from dbconvert.plan import NoiseFit, Plan
-from dbconvert.recipe import Recipe, keys, parse_overrides, read_recipe
+from dbconvert.recipe import LatentOptions, Recipe, keys, parse_overrides, read_recipe
 from dbconvert.shipped import shipped
 from dbconvert.tasks.registry import choose_task, reasons
 
 PATHS = (("source",), ("package",), ("weights",), ("data", "source"), ("data", "tokenizer"))
 CACHE = ("data", "cache")
+LATENTS = ("data", "latents", "cache")
 PACKAGE = "package"
 
 
@@ -74,10 +75,12 @@ def prepare(
     package = get_package(recipe, folder, report)
     plan = settle_task(package.plan, recipe)
     refuse(plan, recipe, block)
-    missing = rehearsal and recipe.data.source is None
+    missing = rehearsal and unread(recipe)
     tokenizer = None if missing else find_tokenizer(recipe.data, plan, package.folder / MODEL)
     data = recipe.data
-    examples = stand_in(recipe, plan) if missing else open_examples(data, data.train, plan, tokenizer, report)
+    examples = (
+        stand_in(recipe, plan) if missing else open_examples(data, data.train, plan, tokenizer, report, training=True)
+    )
     refuse_full_table(plan, recipe, examples)
     steps = steps_of(recipe, len(examples))
     network = build_network(package, plan, recipe, block)
@@ -90,6 +93,11 @@ def prepare(
     validation = None if held_out is None else open_examples(data, held_out, plan, tokenizer, report)
     job = make_job(network, noise, recipe, steps, examples, validation, folder)
     return Prepared(job, package, plan, noise, tokenizer)
+
+
+def unread(recipe: Recipe) -> bool:
+    """Whether a rehearsal reads no data: there is none, or it would have to be encoded first."""
+    return recipe.data.source is None or recipe.data.latents is not None
 
 
 def tell(report: Reporter, plan: Plan, noise: NoiseFit, recipe: Recipe) -> None:
@@ -147,8 +155,14 @@ def with_absolute_paths(recipe: Recipe, folder: Path, on_command_line: set[tuple
 
     source, package, weights, data, tokenizer = (settled(lookup(recipe, key), base(key)) for key in PATHS)
     cache = recipe.data.cache and str((base(CACHE) / recipe.data.cache).resolve())  # need not exist yet
-    read = replace(recipe.data, source=data, tokenizer=tokenizer, cache=cache)
+    latents = recipe.data.latents and with_paths(recipe.data.latents, base(("data", "latents", "vae")), base(LATENTS))
+    read = replace(recipe.data, source=data, tokenizer=tokenizer, cache=cache, latents=latents)
     return replace(recipe, source=source, package=package, weights=weights, data=read)
+
+
+def with_paths(latents: LatentOptions, vae: Path, cache: Path) -> LatentOptions:
+    kept = latents.cache and str((cache / latents.cache).resolve())
+    return replace(latents, vae=str(settled(latents.vae, vae)), cache=kept)
 
 
 def lookup(recipe: Recipe, key: tuple[str, ...]) -> str | None:

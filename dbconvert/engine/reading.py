@@ -12,12 +12,13 @@ from dbconvert.anatomy import Anatomy
 from dbconvert.data.batches import Data
 from dbconvert.data.datasets import open_part
 from dbconvert.data.examples import LABEL, Examples
+from dbconvert.data.latents import open_latents
 from dbconvert.data.sequences import Blank, Sequences
 from dbconvert.data.tokenizer_opening import open_tokenizer
 from dbconvert.data.tokenizers import Tokenizer
 from dbconvert.data.tokens import open_text
 from dbconvert.engine.convert import task_of
-from dbconvert.errors import DBConvertError
+from dbconvert.errors import DBConvertError, UsageError
 from dbconvert.events import Reporter, silent
 from dbconvert.plan import Plan
 from dbconvert.recipe import DataOptions, Recipe
@@ -38,18 +39,37 @@ def find_tokenizer(data: DataOptions, plan: Plan, model: Path | None) -> Tokeniz
 
 
 def open_examples(
-    data: DataOptions, part: str, plan: Plan, tokenizer: Tokenizer | None, report: Reporter = silent
+    data: DataOptions,
+    part: str,
+    plan: Plan,
+    tokenizer: Tokenizer | None,
+    report: Reporter = silent,
+    *,
+    training: bool = False,
 ) -> Data:
     """One part of the data as the plan's task reads it.
+
+    Args:
+        training: it will be trained on; latents are drawn anew then.
 
     Raises:
         UsageError, DBConvertError: there is no such part, it cannot be read, or it does not fit the network.
     """
     assert plan.target is not None
     if tokenizer is None:
-        return Examples(open_part(data, part), data, as_read(plan), plan.target.classes)
+        pictures = Examples(open_part(data, part), data, as_read(plan), plan.target.classes)
+        if data.latents is None:
+            return pictures
+        return open_latents(pictures, latent_argument(plan), data, training=training, report=report)
     text, aside = open_text(data, part, tokenizer, report), named(str(plan.task)).aside
     return Sequences(text, token_argument(plan), plan.target.classes, aside=aside)
+
+
+def latent_argument(plan: Plan) -> str:
+    """Raises UsageError for networks that draw no images, whose pictures are not encoded."""
+    if plan.anatomy.picture is None or not named(str(plan.task)).generative:
+        raise UsageError("data.latents is for networks that draw images", hint="leave it out")
+    return plan.anatomy.picture.argument
 
 
 def as_read(plan: Plan) -> Anatomy:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from dbconvert.data.batches import derive
-from dbconvert.data.images import denormalise
 from dbconvert.diffusion.intervals import Intervals
 from dbconvert.diffusion.sampling import Grid
 from dbconvert.diffusion.solvers import Course, Solver, SolverName, solver
+from dbconvert.engine.decode import opened_vae, pictures, with_vae
 from dbconvert.engine.load import Loaded, load
 from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.engine.placement import CPU, on_device
@@ -73,6 +73,7 @@ def sample(
     classes: tuple[int, ...] | None = None,
     sampling: Sampling = Sampling(),  # noqa: B008
     model: str | None = None,
+    vae: str | None = None,
     force: bool = False,
     report: Reporter = silent,
 ) -> Path:
@@ -83,6 +84,7 @@ def sample(
         out: the folder; whole or not there at all.
         classes: which, in turn; all that the network was trained on by default.
         model: the network's Python file, where it does not lie beside the checkpoint.
+        vae: that decodes latents, a folder or a hub id; by default the one of the run.
         force: replace a folder of samples that is already there.
 
     Raises:
@@ -93,14 +95,16 @@ def sample(
     report(Stage("loading"))
     loaded = load(target, model)
     task = drawing_task(loaded, target)
-    if task.target.width not in PNG_CHANNELS:
+    data = with_vae(loaded.data, target, vae)
+    decoder = opened_vae(data, target, task.target.width)
+    if decoder is None and task.target.width not in PNG_CHANNELS:
         raise UsageError(f"{target} makes {task.target.width} channels, and a PNG has 1 or 3")
     chosen = labels_of(task, classes, count, loaded.label_dropout, sampling.guidance)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     drawn = draw(
         loaded.network, loaded.intervals, count, chosen, sampling, layers=loaded.layers, device=device, report=report
     )
-    images = denormalise(drawn, loaded.data.image)
+    images = torch.cat(list(pictures(drawn, data, decoder, sampling.batch)))
     digits = max(4, len(str(count - 1)))
     names = [f"{i:0{digits}}.png" for i in range(count)]
     with atomic_folder(Path(out), force=force) as folder:
