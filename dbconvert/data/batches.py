@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -99,7 +99,7 @@ class OrderedBatches(Sampler[list[int]]):
         return permutation
 
 
-def load_batches(examples: Data, sampler: Sampler[list[int]], workers: int) -> DataLoader[Batch]:
+def load_batches(examples: Data, sampler: Iterable[list[int]], workers: int) -> DataLoader[Batch]:
     """A loader of whole batches; pinned where there is a device to copy to."""
     options: dict[str, Any] = {"persistent_workers": True} if workers else {}
     return DataLoader(

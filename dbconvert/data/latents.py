@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dbconvert.checkpoint import save_tensors
+from dbconvert.data.batches import load_batches
 from dbconvert.data.content import content_digest
 from dbconvert.data.examples import LABEL, Batch, Examples
 from dbconvert.data.token_cache import cache_folder, locked
@@ -146,7 +147,7 @@ def open_latents(
     for folder in folders:
         mirrored = folder is not folders[0]
         with locked(folder / "encoding"):
-            encode_missing(folder, pictures, vae, options.batch, mirrored=mirrored, report=report)
+            encode_missing(folder, pictures, vae, data, mirrored=mirrored, report=report)
     scale = vae.scale if options.scale is None else options.scale
     return Latents(pictures, argument, folders, draw=training, scale=scale, shift=vae.shift)
 
@@ -241,38 +242,36 @@ def is_whole(file: Path) -> bool:
 
 
 def encode_missing(
-    folder: Path, pictures: Examples, vae: Vae, batch: int, *, mirrored: bool, report: Reporter = silent
+    folder: Path, pictures: Examples, vae: Vae, data: DataOptions, *, mirrored: bool, report: Reporter = silent
 ) -> None:
-    """Encodes the shards that are missing, one after the other; each is written whole or not at all."""
-    count = len(pictures)
-    missing = missing_shards(folder, count)
+    """Encodes the shards that are missing, one after the other; each is written whole or not at all.
+
+    Raises:
+        DBConvertError: pictures have several sizes or cannot be encoded, or the disk is full.
+    """
+    assert data.latents is not None
+    missing, at_once = missing_shards(folder, len(pictures)), data.latents.batch
     if not missing:
         return
     report(Stage("encoding mirrored pictures" if mirrored else "encoding pictures", len(missing)))
-    for shard in missing:
-        indices = range(shard * SHARD, min(count, (shard + 1) * SHARD))
-        parts = [
-            encoded(pictures, indices[at : at + batch], vae, mirrored=mirrored) for at in range(0, len(indices), batch)
-        ]
-        tensors = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-        save_tensors(shard_file(folder, shard), tensors)
+    shards = [range(shard * SHARD, min(len(pictures), (shard + 1) * SHARD)) for shard in missing]
+    batches = [[list(indices[at : at + at_once]) for at in range(0, len(indices), at_once)] for indices in shards]
+    loaded = iter(load_batches(pictures, [batch for each in batches for batch in each], data.workers))
+    for shard, each in zip(missing, batches, strict=True):
+        parts = [encoded(next(loaded), indices, vae, mirrored=mirrored) for indices in each]
+        save_tensors(shard_file(folder, shard), {key: torch.cat([part[key] for part in parts]) for key in parts[0]})
         report(Advance(1))
 
 
-def encoded(pictures: Examples, indices: range, vae: Vae, *, mirrored: bool) -> dict[str, Tensor]:
-    """Raises DBConvertError for pictures of several sizes or not in [0, 1], or latents that 16 bits do not hold."""
-    try:
-        read = dict(pictures.__getitems__(list(indices)))
-    except RuntimeError as error:
-        raise DBConvertError("pictures of several sizes", why=str(error), hint="set data.image.size") from None
-    labels = read.pop(LABEL)
-    (given,) = read.values()
+def encoded(batch: Batch, indices: list[int], vae: Vae, *, mirrored: bool) -> dict[str, Tensor]:
+    """Raises DBConvertError for pictures that are not in [0, 1], or latents that 16 bits do not hold."""
+    (given,) = (value for name, value in batch.items() if name != LABEL)
     if given.min() < 0 or given.max() > 1:
         raise DBConvertError(
             f"pictures {indices[0]} to {indices[-1]} are not in [0, 1]", hint="a VAE takes bytes, or numbers in [0, 1]"
         )
     mean, std = vae.encode(given.flip(-1) if mirrored else given)
-    kept = {MEAN: mean.to(KEPT), STD: std.to(KEPT), LABELS: labels}
+    kept = {MEAN: mean.to(KEPT), STD: std.to(KEPT), LABELS: batch[LABEL]}
     if not all(kept[key].isfinite().all() for key in (MEAN, STD)):
         raise DBConvertError(f"the latents of pictures {indices[0]} to {indices[-1]} are not finite in 16 bits")
     return kept

@@ -24,9 +24,11 @@ class Takes:
     inputs = (Input("image", (2, 4, 4, 4), "float32"),)
 
 
-def pictures(part="train", image=None):
+def pictures(part="train", image=None, images=None):
+    """A part of the digits, or images of one's own."""
     options = DataOptions(source="digits", image=image)
-    return Examples(open_part(options, part), options, Takes, 10)
+    rows = None if images is None else [{"image": value, "label": 0} for value in images]
+    return Examples(rows or open_part(options, part), options, Takes, 10)
 
 
 def options(vae, **more):
@@ -169,9 +171,6 @@ def test_a_cache_of_another_vae_is_refused(encoded, tmp_path):
 def test_a_cache_of_another_crop_is_refused(image, message, vae, encoded):
     before = unchanged(encoded[0])
     made = pictures(image=image)
-    if image.size:  # the digits come at their own size
-        made.dataset = [{"image": torch.zeros(1, 16, 16), "label": 0}]
-        made.columns = {"image": "image"}
     with pytest.raises(UsageError, match=message):
         open_latents(made, "image", options(vae, cache=str(encoded[0]), image=image), training=False)
     assert unchanged(encoded[0]) == before
@@ -202,16 +201,13 @@ def test_what_does_not_apply_to_latents_is_refused(more, message, vae):
     [
         ([torch.zeros(3, 8, 8)], "takes 1 channels, and the pictures have 3"),
         ([torch.zeros(1, 9, 9)], "multiple of 2"),
-        ([torch.zeros(1, 8, 8), torch.zeros(1, 4, 4)], "several sizes"),
+        ([torch.zeros(1, 8, 8), torch.zeros(1, 4, 4)], "and example 0 has"),
         ([torch.full((1, 8, 8), 7.0)], r"not in \[0, 1\]"),
     ],
 )
 def test_pictures_that_a_vae_does_not_take_are_refused(images, message, vae, tmp_path):
-    made = pictures()
-    made.dataset = [{"image": image, "label": 0} for image in images]
     with pytest.raises(DBConvertError, match=message):
-        made.columns = {"image": "image"}
-        open_latents(made, "image", options(vae, cache=str(tmp_path / "new")), training=False)
+        open_latents(pictures(images=images), "image", options(vae, cache=str(tmp_path / "new")), training=False)
     assert not files(tmp_path)
 
 
