@@ -24,6 +24,7 @@ from typing import Any
 
 from classification_tables import classification_parts
 from context_tables import context_parts
+from dit_tables import dit_parts
 from families import family_parts
 from masked_tables import masked_parts
 from recurrent_tables import recurrent_parts
@@ -41,7 +42,11 @@ PAGES = (
     "docs/families.md",
     "docs/will-it-convert.md",
     "docs/text.md",
+<<<<<<< HEAD
     "docs/images_classification.md",
+=======
+    "docs/images_frechet.md",
+>>>>>>> 758467c (docs: Frechet distance and latents)
 )
 SEEDS = (0, 1, 2)
 VARIANTS = {
@@ -132,6 +137,7 @@ def parts(results: dict[str, Any]) -> dict[str, str]:
         **masked_parts(),
         **context_parts(),
         **recurrent_parts(),
+        **dit_parts(),
     }
 
 
