@@ -145,9 +145,9 @@ def open_latents(
     folders = [root / content, *([root / f"{content}-mirrored"] if training and data.flip else [])]
     announce(folders, len(pictures), vae, shape, report)
     for folder in folders:
-        mirrored = folder is not folders[0]
-        with locked(folder / "encoding"):
-            encode_missing(folder, pictures, vae, data, mirrored=mirrored, report=report)
+        if missing_shards(folder, len(pictures)):
+            with locked(folder / "encoding"):
+                encode_missing(folder, pictures, vae, data, mirrored=folder is not folders[0], report=report)
     scale = vae.scale if options.scale is None else options.scale
     return Latents(pictures, argument, folders, draw=training, scale=scale, shift=vae.shift)
 

@@ -12,6 +12,7 @@ import dbconvert
 from dbconvert.checkpoint import load_checkpoint
 from dbconvert.engine.load import load
 from dbconvert.engine.outline import outline
+from dbconvert.engine.prepare import read_origin
 from dbconvert.engine.sample import Sampling, draw
 from dbconvert.errors import UsageError
 from dbconvert.sources.vae import open_vae
@@ -95,6 +96,22 @@ def test_eval_measures_on_latents_and_compares_pictures(place, run, checkpoint):
         str(checkpoint), overrides=[*asked, *source, f"data.latents.vae={place / 'vae'}"]
     ).metrics
     assert of_checkpoint == pytest.approx(metrics)
+
+
+def test_paths_start_at_the_recipe(place):
+    text = "source: dit.py\ntask: image_diffusion\ndata: {source: digits, latents: {vae: vae, cache: kept}}\n"
+    (place / "relative.yaml").write_text(text)
+    latents = read_origin(str(place / "relative.yaml"), []).recipe.data.latents
+    assert (latents.vae, latents.cache) == (str(place / "vae"), str(place / "kept"))
+    hub = read_origin(str(place / "relative.yaml"), ["data.latents.vae=some/vae"]).recipe.data.latents
+    assert hub.vae == "some/vae"
+
+
+def test_processes_read_latents_too(place, run):
+    cache = f"data.latents.cache={place / 'latents'}"
+    other = dbconvert.train("dit_digits", overrides=given(place, cache, "data.workers=2"), out="other").folder
+    (one, two) = (load_checkpoint(folder / "weights" / "block-0.safetensors")[0] for folder in (run, other))
+    assert all(torch.equal(one[key], two[key]) for key in one)
 
 
 def test_a_dry_run_encodes_nothing(place, tmp_path):
