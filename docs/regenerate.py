@@ -42,11 +42,8 @@ PAGES = (
     "docs/families.md",
     "docs/will-it-convert.md",
     "docs/text.md",
-<<<<<<< HEAD
     "docs/images_classification.md",
-=======
     "docs/images_frechet.md",
->>>>>>> 758467c (docs: Frechet distance and latents)
 )
 SEEDS = (0, 1, 2)
 VARIANTS = {
