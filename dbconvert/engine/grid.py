@@ -24,9 +24,6 @@ BLOCKS_ONLY = (
     "split.start",
     "split.condition_width",
     "split.table",
-    "split.entry",
-    "split.readout",
-    "split.modulation",
     "split.context",
     "split.entry",
     "split.readout",
@@ -41,6 +38,8 @@ BLOCKS_ONLY = (
     "train.mixed",
     "eval.steps",
 )
+ONE_BLOCK = ("noise.partition", "noise.overlap", "split.context", "train.order", "train.steps_per_turn")
+"""What changes nothing where one block holds all layers and all levels."""
 NOISE = ("noise.", "train.weight", "eval.draws", "eval.sigmas")
 
 
@@ -180,6 +179,9 @@ def lay_out(request: Request, versions: Mapping[str, str]) -> list[Planned]:
     for seed in range(base.seed, base.seed + request.seeds):
         for combination in combinations(request.varied):
             planned = plan_cell(request, None, combination, seed, part, versions)
+            if planned.recipe.split.blocks == 1:
+                told = {k: v for k, v in combination.items() if k not in ONE_BLOCK}
+                planned = plan_cell(request, None, told, seed, part, versions)
             found.setdefault(planned.cell.identity, planned)
         for baseline in (*ALWAYS, *asked):
             heeded = {k: v for k, v in request.varied.items() if not ignored(k, (*baseline.ignores, *idle))}

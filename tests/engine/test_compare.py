@@ -56,9 +56,8 @@ def names(target, *vary, seeds=1, overrides=(), against=()):
 
 def test_baselines_are_trained_once_for_all_that_does_not_matter_to_them(recipe):
     assert names(recipe, "noise.partition=equal-mass,uniform", "split.blocks=1,3") == [
-        ("noise.partition=equal-mass, split.blocks=1", 0),
+        ("split.blocks=1", 0),  # which has nothing to partition
         ("noise.partition=equal-mass, split.blocks=3", 0),
-        ("noise.partition=uniform, split.blocks=1", 0),
         ("noise.partition=uniform, split.blocks=3", 0),
         ("end-to-end", 0),
         ("shallow control, split.blocks=3", 0),  # of one block it is end-to-end training
@@ -66,6 +65,12 @@ def test_baselines_are_trained_once_for_all_that_does_not_matter_to_them(recipe)
     assert names(recipe, "split.blocks=2,3", against=["checkpointing"])[4:] == [
         ("shallow control, split.blocks=3", 0),
         ("end-to-end with activation checkpointing", 0),
+    ]
+    assert names(recipe, "split.entry=token,add", "noise.rule=auto,edm", against=["forward-forward"])[4:] == [
+        ("end-to-end", 0),
+        ("shallow control", 0),
+        ("Forward-Forward, split.entry=token", 0),
+        ("Forward-Forward, split.entry=add", 0),
     ]
     assert names(recipe, "optimizer.lr=0.1,0.2", "noise.rule=auto,edm")[4:] == [
         ("end-to-end, optimizer.lr=0.1", 0),
