@@ -85,15 +85,18 @@ class Rehearsal:
     def __exit__(self, *_: object) -> None:
         self.open.close()
 
-    def kept(self, layers: range | None, *, checkpointing: bool = False) -> int:
+    def kept(self, layers: range | None, *, checkpointing: bool = False, whole: int | None = None) -> int:
         """Bytes that autograd keeps when `layers` run conditioned; None runs all of them unconditioned, as end-to-end.
+
+        Args:
+            whole: the layer that is not checkpointed, as the one that is run again.
 
         Raises:
             DBConvertError: the network fails on inputs of this size.
         """
         model = self.network.model
         active = layers if layers is not None else range(self.network.plan.anatomy.depth)
-        paths = [self.network.plan.anatomy.layers[i].path for i in active]
+        paths = [self.network.plan.anatomy.layers[i].path for i in active if i != whole]
         marked = only_inputs_kept([model.get_submodule(path) for path in paths]) if checkpointing else nullcontext()
         with torch.random.fork_rng(devices=[]), marked:
             inputs = self.inputs()
