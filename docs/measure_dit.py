@@ -24,7 +24,7 @@ from rows import keep, read
 
 import dbconvert
 from dbconvert.data.digits import Digits
-from dbconvert.data.images import pixels
+from dbconvert.data.images import denormalise
 from dbconvert.diffusion.frechet import frechet_distance
 from dbconvert.engine.features import FeatureNetwork, moments_of, open_features
 from dbconvert.engine.load import load
@@ -86,7 +86,7 @@ def measured(
     labels = labels_of(drawing_task(loaded, out), None, samples, loaded.label_dropout, sampling.guidance)
     drawn = draw(loaded.network, loaded.intervals, samples, labels, sampling, layers=loaded.layers)
     done = time.process_time()
-    made = moments_of(features, torch.split(pixels(drawn, loaded.data.image), BATCH))
+    made = moments_of(features, torch.split(denormalise(drawn, loaded.data.image), BATCH))
     return {
         **{part: frechet_distance(made, moments) for part, moments in real.items()},
         "samples": samples,
