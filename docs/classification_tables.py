@@ -1,4 +1,4 @@
-"""The tables of image classification, from what measure_digits.py, measure_cifar.py and measure_cifar_cuda.py wrote."""
+"""The tables of image classification: what `dbconvert compare`, measure_cifar.py and measure_cifar_cuda.py wrote."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-DIGITS, CIFAR, CUDA = (Path(__file__).with_name(name) for name in ("digits.json", "cifar.json", "cifar_cuda.json"))
+DIGITS = Path(__file__).parent / "digits" / "table.md"
+"""As `dbconvert compare` wrote it; docs/images.md has the command."""
+CIFAR, CUDA = (Path(__file__).with_name(name) for name in ("cifar.json", "cifar_cuda.json"))
 MISSING = "Not measured yet: `python docs/{script}`."
 PAPER = {"end-to-end": 60.25, "3 blocks": 59.30}
 """Accuracy in %, of arXiv 2506.14202, after 500 epochs."""
@@ -14,7 +16,7 @@ PAPER = {"end-to-end": 60.25, "3 blocks": 59.30}
 
 def classification_parts() -> dict[str, str]:
     return {
-        "digits-vit": part(DIGITS, digits, "measure_digits.py"),
+        "digits-vit": DIGITS.read_text().rstrip() if DIGITS.exists() else "Not measured yet.",
         "cifar": part(CIFAR, cifar, "measure_cifar.py MOSAICS"),
         "cifar-cuda": part(CUDA, cuda, "measure_cifar_cuda.py MOSAICS"),
     }
@@ -31,21 +33,6 @@ def libraries(found: dict[str, Any]) -> str:
 def percent(values: list[float | None]) -> str:
     known = [f"{100 * value:.1f}" for value in values if value is not None]
     return f"{' / '.join(known)} %" if known else "-"
-
-
-def digits(found: dict[str, Any]) -> str:
-    seeds = " / ".join(next(iter(found["rows"].values())))
-    lines = [
-        f"| network | accuracy from z = 0, seeds {seeds} | from one draw | over 8 draws | activations | state in use |",
-        "| --- " * 6 + "|",
-    ]
-    for name, by_seed in found["rows"].items():
-        rows = list(by_seed.values())
-        zero = [one["metrics"].get("accuracy_zero", one["metrics"].get("accuracy")) for one in rows]
-        drawn, average = ([one["metrics"].get(key) for one in rows] for key in ("accuracy_draw", "accuracy_average"))
-        held = [f"{rows[0][key] / 1e6:.1f} MB" for key in ("activations", "state")]
-        lines.append(f"| {name} | {percent(zero)} | {percent(drawn)} | {percent(average)} | {' | '.join(held)} |")
-    return "\n".join([*lines, "", f"Measured with `python docs/measure_digits.py`; {libraries(found)}."])
 
 
 def cifar(found: dict[str, Any]) -> str:
