@@ -40,7 +40,7 @@ def main() -> int:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         found = measured(given, Path(folder))
-    found["versions"] = {name: version(name) for name in ("dbconvert", "torch", "kornia")}
+    found["versions"] = {name: version(name) for name in ("dbconvert", "torch")}
     found["machine"] = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
     text = json.dumps(found, indent=1) + "\n"
     sys.stdout.write(text) if given.show else RESULTS.write_text(text)

@@ -84,7 +84,7 @@ def arguments() -> argparse.Namespace:
 def measured(given: argparse.Namespace, path: Path) -> int:
     begun = time.monotonic()
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"speed": {}, "rows": {}}
-    results["versions"] = {name: version(name) for name in ("dbconvert", "torch", "kornia")}
+    results["versions"] = {name: version(name) for name in ("dbconvert", "torch")}
     results["device"] = "CPU" if given.smoke else torch.cuda.get_device_name()
 
     def left() -> float:

@@ -33,7 +33,6 @@ HOMES = {
     "datasets": {"data"},
     "sklearn": {"data"},
     "scipy": {"diffusion"},
-    "kornia": {"data"},
     "filelock": {"data"},
     "pydantic": {"schema"},
     "yaml": {"schema", "recipe", "engine"},

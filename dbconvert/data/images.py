@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dbconvert.data.pictures import middle
-from dbconvert.errors import DBConvertError
-from dbconvert.recipe import DataOptions, ImageOptions, Mode, RandAugment
+from dbconvert.data.randaugment import LARGEST, randaugment
+from dbconvert.errors import DBConvertError, UsageError
+from dbconvert.recipe import DataOptions, ImageOptions, Mode
 
 Augment = Callable[[Tensor], Tensor]
 PICTURES, POSTERIOR = 4, 6
@@ -109,8 +110,11 @@ def augmentation(options: DataOptions) -> Augment:
     steps: list[Augment] = []
     if options.flip:
         steps.append(flip)
-    if options.randaugment is not None:
-        steps.append(randaugment(options.randaugment))
+    policy = options.randaugment
+    if policy is not None and policy.magnitude > LARGEST:
+        raise UsageError(f"data.randaugment.magnitude is {policy.magnitude}, and {LARGEST} is the largest")
+    if policy is not None:
+        steps.append(lambda images: randaugment(images, policy.operations, policy.magnitude))
 
     def augment(images: Tensor) -> Tensor:
         for step in steps:
@@ -124,18 +128,3 @@ def flip(images: Tensor) -> Tensor:
     """Mirrors half of the pictures."""
     mirrored = torch.rand(len(images), device=images.device) < 0.5
     return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
-
-
-def randaugment(options: RandAugment) -> Augment:
-    """kornia's RandAugment, on the device: a batch draws its operations, every picture the signs of their sizes."""
-    try:
-        from kornia.augmentation.auto import RandAugment as KorniaRandAugment
-    except ImportError:
-        raise DBConvertError("data.randaugment needs kornia", hint="pip install 'dbconvert[augment]'") from None
-    policy = KorniaRandAugment(n=options.operations, m=options.magnitude)
-
-    def augment(images: Tensor) -> Tensor:
-        out: Tensor = policy(images)
-        return out
-
-    return augment

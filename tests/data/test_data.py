@@ -82,6 +82,8 @@ def test_augmentation_is_random_but_seeded():
     torch.manual_seed(1)
     assert torch.equal(first, augment(pictures)) and first.shape == pictures.shape
     assert not torch.equal(first, pictures)
+    with pytest.raises(UsageError, match="31, and 30 is the largest"):
+        augmentation(DataOptions(randaugment=RandAugment(magnitude=31)))
 
 
 def save_class_folders(folder):
