@@ -67,10 +67,8 @@ def file_of(folder: Path, name: str) -> Path:
 
 def read(file: Path, mode: Mode | None) -> Tensor:
     """uint8 [C, H, W]."""
-    try:
-        from PIL import Image
-    except ImportError:
-        raise DBConvertError("mosaics need pillow", hint="pip install 'dbconvert[data]'") from None
+    from PIL import Image
+
     allowed = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = None  # it is as large as it has to be
     try:
