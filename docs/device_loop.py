@@ -1,8 +1,8 @@
 """A training loop whose pictures lie on the device, as bytes: cut out, augmented and normalised there, and its forward
 and backward pass replayed as a CUDA graph.
 
-It is dbconvert's own loop otherwise: order, random numbers, states and results are those of `dbconvert train`, but for
-what augmentation draws on a device.
+It is dbconvert's own loop otherwise: order of examples, levels of noise, states and evaluation are those of
+`dbconvert train`, and a run that was stopped goes on as it would have.
 """
 
 from __future__ import annotations
@@ -101,6 +101,8 @@ class DeviceLoop(Loop):
             return super().backward(block, inputs, labels, sigma)
         if block not in self.graphs:
             self.graphs[block] = Captured(self, block, inputs, labels, sigma)
+        # passes before the capture have drawn numbers too, and would be others after a resume
+        seed_all(derive(self.recipe.seed, "pass", block, self.job.units[block].done))
         return self.graphs[block](inputs, labels, sigma)
 
     @property
