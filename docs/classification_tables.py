@@ -1,4 +1,4 @@
-"""The tables of image classification: what `dbconvert compare`, measure_cifar.py and measure_cifar_cuda.py wrote."""
+"""The tables of classification in docs/images.md, from `dbconvert compare` and the scripts that measure CIFAR-100."""
 
 from __future__ import annotations
 

@@ -1,25 +1,43 @@
-"""The table of Frechet distances in docs/images_frechet.md, from what measure_dit.py wrote."""
+"""The tables of image diffusion in docs/images.md, from what measure_dit.py and measure_sampling.py wrote."""
 
 from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-DIT = Path(__file__).with_name("dit.json")
+DIT, SAMPLING = (Path(__file__).with_name(name) for name in ("dit.json", "sampling.json"))
 ITSELF = "the training part itself"
 
 
 def dit_parts() -> dict[str, str]:
-    if not DIT.exists():
-        return {"dit-frechet": "Not measured yet: `python docs/measure_dit.py`."}
-    found = json.loads(DIT.read_text())
+    return {
+        "dit-frechet": part(DIT, distances, "measure_dit.py"),
+        "dit-sampling": part(SAMPLING, steps, "measure_sampling.py"),
+    }
+
+
+def part(path: Path, told: Callable[[dict[str, Any]], str], script: str) -> str:
+    return told(json.loads(path.read_text())) if path.exists() else f"Not measured yet: `python docs/{script}`."
+
+
+def distances(found: dict[str, Any]) -> str:
     libraries = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     rows = {name: by_seed for name, by_seed in found["rows"].items() if name != ITSELF}
     features = found["rows"][ITSELF]["0"]["features"]
     told = f"Measured with `python docs/measure_dit.py`, features of {features}; {libraries}."
-    return {"dit-frechet": f"{table(rows, found['rows'][ITSELF]['0'])}\n\n{told}"}
+    return f"{table(rows, found['rows'][ITSELF]['0'])}\n\n{told}"
+
+
+def steps(found: dict[str, Any]) -> str:
+    seconds = ", ".join(f"{name} {1000 * taken:.1f} ms" for name, taken in found["seconds"].items())
+    return (
+        f"A DiT of {found['layers']} layers, {found['width']} wide, in {found['blocks']} blocks, {found['batch']} "
+        f"images of 32 x 32, in turns, medians: {seconds}; a step in blocks is {found['times_faster']:.2f} times as "
+        f"fast (`python docs/measure_sampling.py`, {found['machine']})."
+    )
 
 
 def table(rows: dict[str, Any], itself: dict[str, float]) -> str:

@@ -42,8 +42,7 @@ PAGES = (
     "docs/families.md",
     "docs/will-it-convert.md",
     "docs/text.md",
-    "docs/images_classification.md",
-    "docs/images_frechet.md",
+    "docs/images.md",
 )
 SEEDS = (0, 1, 2)
 VARIANTS = {
