@@ -235,7 +235,7 @@ class EvalOptions:
 
 @record
 class SampleOptions(EvalOptions):
-    """What `dbconvert eval` can be asked beside: samples, and how good they are as text or as images.
+    """What `dbconvert eval` and `compare` can be asked beside: samples, and how good they are as text or as images.
 
     Args:
         samples: how many; of text, each continues the beginning of an example of the data.
@@ -280,7 +280,7 @@ class Recipe:
     data: DataOptions = DataOptions()
     optimizer: OptimizerOptions = OptimizerOptions()
     train: TrainOptions = TrainOptions()
-    eval: EvalOptions = EvalOptions()
+    eval: SampleOptions = SampleOptions()
     log: LogOptions = LogOptions()
     seed: int = 0
 

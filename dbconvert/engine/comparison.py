@@ -99,8 +99,9 @@ class Comparison:
 
     @property
     def qualities(self) -> tuple[Quality, ...]:
-        """Of the rows together: what any of them is compared by."""
-        return tuple(dict.fromkeys(quality for row in self.rows for quality in row.qualities))
+        """Of the rows together: what any of them is compared by, and any tells."""
+        told = {title for row in self.rows for title, value in row.quality.items() if value is not None}
+        return tuple(dict.fromkeys(one for row in self.rows for one in row.qualities if one.title in told))
 
     def by_name(self) -> dict[str, list[Row]]:
         """The rows of all seeds, the grid before the baselines."""

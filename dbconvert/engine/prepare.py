@@ -27,6 +27,8 @@ from dbconvert.tasks.registry import choose_task, reasons
 
 PATHS = (("source",), ("package",), ("weights",), ("data", "source"), ("data", "tokenizer"))
 CACHE = ("data", "cache")
+JUDGES = ("features", "teacher", "mauve")
+"""Networks that samples are judged by."""
 LATENTS = ("data", "latents", "cache")
 PACKAGE = "package"
 
@@ -157,7 +159,9 @@ def with_absolute_paths(recipe: Recipe, folder: Path, on_command_line: set[tuple
     cache = recipe.data.cache and str((base(CACHE) / recipe.data.cache).resolve())  # need not exist yet
     latents = recipe.data.latents and with_paths(recipe.data.latents, base(("data", "latents", "vae")), base(LATENTS))
     read = replace(recipe.data, source=data, tokenizer=tokenizer, cache=cache, latents=latents)
-    return replace(recipe, source=source, package=package, weights=weights, data=read)
+    judges: dict[str, Any] = {name: settled(getattr(recipe.eval, name), base(("eval", name))) for name in JUDGES}
+    told = replace(recipe.eval, **judges)
+    return replace(recipe, source=source, package=package, weights=weights, data=read, eval=told)
 
 
 def with_paths(latents: LatentOptions, vae: Path, cache: Path) -> LatentOptions:

@@ -32,7 +32,10 @@ class ImageDiffusion(Task):
     denoiser: ClassVar[bool] = True
     generative: ClassVar[bool] = True
     weight: ClassVar[Weight] = "edm"
-    headlines: ClassVar[tuple[Headline, ...]] = (Headline("weighted loss", "loss", "loss"),)
+    headlines: ClassVar[tuple[Headline, ...]] = (
+        Headline("Frechet distance", "frechet", "frechet"),
+        Headline("weighted loss", "loss", "loss"),
+    )
 
     # -- deciding -----------------------------------------------------------------------------------------
 

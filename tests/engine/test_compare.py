@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import small_dit
 from engine.conftest import EXAMPLES
 
 from dbconvert.cli.main import guarded
@@ -197,6 +198,17 @@ def test_a_comparison(recipe, tmp_path, here):
     again = compare(recipe, **asked)
     assert here == ["split.blocks=9-seed0", "shallow-control-split.blocks=9-seed0"]
     assert again.rows[0] == found.rows[0] and again.failed == found.failed
+
+
+@pytest.mark.usefixtures("here", "quick_splits")
+def test_images_are_compared_by_their_distance_to_the_data(tmp_path):
+    (tmp_path / "flat.py").write_text("from torch import nn\n\n\ndef build_model():\n    return nn.Flatten()\n")
+    asked = ["eval.features=flat.py", "eval.samples=70", "eval.steps=2", "eval.sigmas=0"]
+    few = [f"source={small_dit.write_model(tmp_path / 'dit')}", "train.steps=1", "train.batch=8", "split.blocks=2"]
+    found = compare("dit_digits", overrides=[*asked, *few], part="validation", out=str(tmp_path / "out"))
+    assert [row.status for row in found.rows] == ["done"] * 3
+    assert all(row.quality["Frechet distance"] == row.metrics["frechet"] > 0 for row in found.rows)
+    assert found.table()[0][1:3] == ["Frechet distance", "weighted loss"]
 
 
 @pytest.mark.usefixtures("quick_splits")
