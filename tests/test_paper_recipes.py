@@ -189,14 +189,3 @@ def test_a_recipe_runs_at_full_size_on_a_cpu(name, form, place, tmp_path):
     commands.dbconvert("train", recipe_of(name), *given, "log.every=1", "-o", "run")
     lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 3 * PAPER[name].blocks and lines[-1]["memory_mb"] < 6000
-
-
-def test_dit_on_cifar10():
-    """DiT-S/2: 12 layers, B = 3, 100 epochs, batch 512, 1e-4; a tenth of the labels dropped."""
-    recipe = read_recipe(ROOT / "recipes" / "dit_cifar10.yaml")
-    source = open_source(str(ROOT / "examples" / "dit_cifar10.py"))
-    model = source.build()
-    assert (len(model.layers), model.patch, model.head.in_features) == (12, 2, 384)
-    assert sum(p.numel() for p in model.parameters()) == pytest.approx(33e6, rel=0.02)  # DiT's table 1
-    assert (recipe.split.blocks, recipe.train.epochs, recipe.train.batch) == (3, 100, 512)
-    assert (recipe.optimizer.lr, recipe.train.label_dropout, recipe.noise.rule) == (1e-4, 0.1, None)
