@@ -14,7 +14,9 @@ from dbconvert.errors import UsageError
 from dbconvert.plan import Context, Entry, Kernel, NoiseRule, Readout, Table
 from dbconvert.schema import Count, Key, Positive, PositiveFloat, Share, parse, read_yaml, record
 
-Method = Literal["blocks", "end-to-end", "shallow", "truncated-bptt", "forward-forward"]
+LABELLED = ("forward-forward", "noprop-dt")
+"""Methods for one label an example, in one process."""
+Method = Literal["blocks", "end-to-end", "shallow", "truncated-bptt", "forward-forward", "noprop-dt"]
 BACKPROPAGATE = 8
 """Rounds that `truncated-bptt` goes back by default, as the paper's baseline does."""
 Z = Literal["noised", "on-policy", "mixed"]
@@ -178,7 +180,8 @@ class TrainOptions:
         method: `blocks`, or a baseline on the same network: `end-to-end`, or `shallow`, which trains only the
             first block's layers, end-to-end, for B times the steps, a looped core once; or `truncated-bptt`, which
             trains a looped core end-to-end with gradients through its last rounds only; or `forward-forward`, in which
-            every layer learns alone to tell right labels from wrong ones.
+            every layer learns alone to tell right labels from wrong ones; or `noprop-dt`, in which every block learns
+            alone to denoise the label at one level.
         steps: updates a block; or `epochs` over the training data a block. An override of one displaces the other.
         batch: examples an update, over all processes.
         order: which block is next: `random`, or `rotate`, `steps_per_turn` at a time.

@@ -104,7 +104,7 @@ def headlines(plan: Plan, info: RunInfo, evaluation: Evaluation) -> tuple[tuple[
     """The figures by which the plan's task compares networks, as the evaluation of this one told them."""
     found: dict[str, float | None] = {}
     for headline in task_of(plan).headlines:
-        name = headline.blocks if info.method == "blocks" else headline.plain
+        name = headline.blocks if info.method in ("blocks", "noprop-dt") else headline.plain
         found[headline.title] = None if name is None else evaluation.metrics.get(name)
     qualities = tuple(Quality(one.title, one.blocks.startswith("accuracy")) for one in task_of(plan).headlines)
     return qualities, found
@@ -112,12 +112,12 @@ def headlines(plan: Plan, info: RunInfo, evaluation: Evaluation) -> tuple[tuple[
 
 def memory_figures(memory: MemoryReport, info: RunInfo) -> dict[str, float | None]:
     """Of an update, and of the whole run; a baseline holds what it trains, and nothing of the blocks."""
-    unit, blocks = memory.largest, info.method == "blocks"
+    blocks = info.method == "blocks"
     return {
         "activations": max(one.activations for one in memory.units),
         "state": max(one.state for one in memory.units),
-        "held": memory.resident_state if blocks else unit.state,
-        "parameters": memory.resident_parameters if blocks else unit.trainable,
+        "held": memory.resident_state if blocks else sum(one.state for one in memory.units),
+        "parameters": memory.resident_parameters if blocks else sum(one.trainable for one in memory.units),
     }
 
 
@@ -125,8 +125,10 @@ def work_figures(plan: Plan, recipe: Recipe, info: RunInfo) -> dict[str, float |
     """Layers that run in an update (the most, over blocks), updates, and network evaluations of a prediction."""
     task, blocks, rounds = task_of(plan), len(plan.blocks), plan.anatomy.calls
     largest = max(len(plan.layers_of(block)) for block in range(blocks))
-    layers = {"blocks": largest, "shallow": len(plan.layers_of(0))}.get(info.method, plan.anatomy.depth * rounds)
-    evaluations: int | None = task.target.classes if info.method == "forward-forward" else 1
+    parts = {"blocks": largest, "noprop-dt": largest, "shallow": len(plan.layers_of(0))}
+    layers = parts.get(info.method, plan.anatomy.depth * rounds)
+    own = {"forward-forward": task.target.classes, "noprop-dt": blocks}
+    evaluations: int | None = own.get(info.method, 1)
     if info.method == "blocks":
         evaluations = recipe.eval.steps or task.evaluations or blocks + 1
     return {

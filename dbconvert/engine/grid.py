@@ -50,24 +50,28 @@ class Baseline:
     Args:
         overrides: that make it of any recipe.
         ignores: keys of a recipe that change nothing about it, or their beginnings, with a dot at the end.
+        heeds: keys that change something about it, whatever they do to other baselines.
     """
 
     name: str
     overrides: tuple[str, ...]
     ignores: tuple[str, ...]
+    heeds: tuple[str, ...] = ()
 
 
 SHALLOW = Baseline("shallow control", ("train.method=shallow",), BLOCKS_ONLY)
 ALWAYS = (Baseline("end-to-end", ("train.method=end-to-end",), BLOCKS_ONLY + CUT), SHALLOW)
 """The baselines of every comparison."""
+LABEL_PLACE = ("split.entry", "split.readout")
 AGAINST: dict[str, tuple[Baseline, ...]] = {
     "forward-forward": (
         Baseline(
             "Forward-Forward",
             ("train.method=forward-forward",),
-            tuple(key for key in (*BLOCKS_ONLY, *CUT) if key not in ("split.entry", "split.readout")),
+            tuple(key for key in (*BLOCKS_ONLY, *CUT) if key not in LABEL_PLACE),
         ),
     ),
+    "noprop-dt": (Baseline("NoProp-DT", ("train.method=noprop-dt",), BLOCKS_ONLY, (*LABEL_PLACE, "eval.draws")),),
     "checkpointing": (
         Baseline(
             "end-to-end with activation checkpointing",
@@ -184,7 +188,8 @@ def lay_out(request: Request, versions: Mapping[str, str]) -> list[Planned]:
                 planned = plan_cell(request, None, told, seed, part, versions)
             found.setdefault(planned.cell.identity, planned)
         for baseline in (*ALWAYS, *asked):
-            heeded = {k: v for k, v in request.varied.items() if not ignored(k, (*baseline.ignores, *idle))}
+            idles = (*baseline.ignores, *idle)
+            heeded = {k: v for k, v in request.varied.items() if k in baseline.heeds or not ignored(k, idles)}
             for combination in combinations(heeded):
                 planned = plan_cell(request, baseline, combination, seed, part, versions)
                 if not is_end_to_end(baseline, planned.recipe):

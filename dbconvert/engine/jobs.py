@@ -12,6 +12,7 @@ from dbconvert.data.batches import Data
 from dbconvert.diffusion.intervals import Intervals
 from dbconvert.engine.forward_forward import scores
 from dbconvert.engine.network import BlockwiseNetwork
+from dbconvert.engine.noprop import learning, predict, walk
 from dbconvert.engine.units import Unit
 from dbconvert.errors import UsageError
 from dbconvert.plan import NoiseFit, Plan
@@ -28,7 +29,7 @@ class Job:
     Args:
         noise: the noise in force.
         layers: for a baseline, the layers that run unconditioned; None trains blocks.
-        units: by block; a baseline has one.
+        units: by block; a baseline has one, but for NoProp-DT, which has blocks too.
         periphery: the unit that every block trains too, None where blocks have their own.
         steps: updates a block.
     """
@@ -64,14 +65,18 @@ def make_job(
     blocks = len(network.plan.blocks)
     layers = baseline_layers(network.plan, recipe)
     set_baseline(network, recipe)
-    if layers is not None:
+    periphery = None
+    if recipe.train.method == "noprop-dt":
+        units = {
+            b: Unit(f"block-{b}", trainable(learning(network, b)), recipe.optimizer, steps) for b in network.present
+        }
+    elif layers is not None:
         pace = blocks if recipe.train.method == "shallow" else 1
         steps = steps * pace
         parameters = baseline_parameters(network, layers)
         if recipe.train.method == "forward-forward":
             parameters = without_readout(network.plan, parameters)
         units = {BASELINE: Unit("network", parameters, recipe.optimizer, steps, pace)}
-        periphery = None
     else:
         units = {
             b: Unit(f"block-{b}", trainable(network.block_tensors(b)), recipe.optimizer, steps) for b in network.present
@@ -90,8 +95,8 @@ def baseline_layers(plan: Plan, recipe: Recipe) -> range | None:
 
 
 def set_baseline(network: BlockwiseNetwork, recipe: Recipe) -> None:
-    """What a baseline does otherwise: Forward-Forward predicts by goodness, the shallow control runs a looped core
-    once, truncated backpropagation goes back through its last rounds.
+    """What a baseline does otherwise: Forward-Forward predicts by goodness, NoProp-DT by steps of its own, the shallow
+    control runs a looped core once, truncated backpropagation goes back through its last rounds.
 
     Raises:
         UsageError: there is no such core, or it has fewer rounds than asked for.
@@ -100,6 +105,8 @@ def set_baseline(network: BlockwiseNetwork, recipe: Recipe) -> None:
     looped = network.plan.target is not None and network.plan.target.loop is not None
     if train.method == "forward-forward":
         network.predict = scores
+    if train.method == "noprop-dt":
+        network.predict, network.walk = predict, walk
     if train.method == "shallow" and looped:
         network.rounds = 1
     if train.method != "truncated-bptt":

@@ -25,6 +25,7 @@ from dbconvert.engine.cascade import approach
 from dbconvert.engine.forward_forward import learn
 from dbconvert.engine.jobs import Job
 from dbconvert.engine.metrics import Metrics, Scorer
+from dbconvert.engine.noprop import losses as noprop_losses
 from dbconvert.engine.refit import keep, points, refitted, told
 from dbconvert.engine.runs import CHECKPOINTS, METRICS
 from dbconvert.engine.state import load_state, newest_state, save_state, truncate_metrics
@@ -193,6 +194,9 @@ class Loop:
     def losses(self, block: int, inputs: Inputs, labels: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """Unweighted losses, of the labels' shape, and the levels that they belong to."""
         layers, task = self.job.layers, self.job.network.task
+        if self.recipe.train.method == "noprop-dt":
+            with self.accelerator.autocast():
+                return noprop_losses(self.job.network, block, inputs, labels), sigma
         if layers is not None:
             eps = task.draw(inputs, device=labels.device) if task.denoiser else None
             return self.model(None, inputs, labels, sigma, eps, layers=layers), sigma

@@ -16,6 +16,7 @@ from dbconvert.engine.forward_forward import lone_loss
 from dbconvert.engine.jobs import Job
 from dbconvert.engine.layer_kinds import layer_kinds
 from dbconvert.engine.network import BlockwiseNetwork
+from dbconvert.engine.noprop import losses as noprop_losses
 from dbconvert.engine.units import Unit
 from dbconvert.errors import DBConvertError
 from dbconvert.graph.account import parameter_bytes, saved_bytes, state_bytes
@@ -102,6 +103,8 @@ def activations(job: Job, block: int, device: torch.device) -> int:
     inputs, labels = network.task.arranged(ready, labels)
 
     def loss() -> Tensor:
+        if recipe.train.method == "noprop-dt":
+            return noprop_losses(network, block, inputs, labels).mean()
         shape = network.task.level_shape(labels)
         sigma = job.intervals.draw(max(block, 0), torch.rand(shape)).to(device)
         baseline = job.layers is not None
@@ -135,7 +138,8 @@ def most_saved(job: Job, block: int, loss: Callable[[], Tensor]) -> int:
     network, run = job.network, job.network.run
     if not run.checkpointed:
         return saved_bytes(loss, network.parameters())
-    active = job.layers if job.layers is not None else network.plan.layers_of(block)
+    apart = job.recipe.train.method == "noprop-dt"
+    active = network.plan.layers_of(block) if job.layers is None or apart else job.layers
     kinds = layer_kinds(network.model, network.plan.anatomy)
     every, found = run.checkpointed, []
     try:

@@ -52,7 +52,7 @@ class Scorer:
                 return Denoising(self.network, self.intervals, layers, sigmas, seed).measure(self.batches(examples))
             if self.network.task.bounded:
                 return self.bound(examples, layers)
-            if layers is not None:
+            if layers is not None and self.network.walk is None:
                 return self.plain(examples, layers)
             return {**self.blocks(examples), **self.likelihood(examples)}
 
@@ -76,7 +76,7 @@ class Scorer:
         totals: dict[str, float] = defaultdict(float)
         for index, (inputs, labels) in enumerate(self.batches(examples)):
             generator = torch.Generator().manual_seed(derive(self.seed, "eval", index))
-            scores = self.losses(inputs, labels, generator)
+            scores = self.losses(inputs, labels, generator) if self.network.walk is None else {}
             if len(self.network.present) == self.intervals.blocks:
                 scores.update(self.predictions(inputs, labels, generator))
             for name, value in scores.items():
@@ -128,7 +128,11 @@ class Scorer:
         """The outputs of the first and the last evaluation in the places of the labels, from z = 0, or from noise of
         the generator."""
         begin: Begin = "zero" if generator is None else "noise"
-        outputs = sample(self.network, self.intervals, inputs, steps=steps, begin=begin, generator=generator)
+        outputs = (
+            self.network.walk(self.network, inputs, generator)
+            if self.network.walk is not None
+            else sample(self.network, self.intervals, inputs, steps=steps, begin=begin, generator=generator)
+        )
         first, last = ends(outputs)
         return self.network.task.placed(first), self.network.task.placed(last)
 

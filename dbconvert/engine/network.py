@@ -50,6 +50,7 @@ class BlockwiseNetwork(nn.Module):
         rounds: how often a looped core runs unconditioned; None as often as the network says itself.
         backpropagate: how many rounds, the last ones, a training pass of it has gradients through; None all.
         predict: what a baseline predicts by, where that is not its output.
+        walk: the outputs of its steps, where it takes some: from a draw of the generator, or from the mean.
         prelude: what the modules before a looped core gave, while that is kept.
     """
 
@@ -73,6 +74,7 @@ class BlockwiseNetwork(nn.Module):
         self.rounds: int | None = None
         self.backpropagate: int | None = None
         self.predict: Callable[[BlockwiseNetwork, Inputs], Tensor] | None = None
+        self.walk: Callable[[BlockwiseNetwork, Inputs, torch.Generator | None], Iterator[Tensor]] | None = None
         self.prelude: Memory | None = None
 
     @property

@@ -234,7 +234,8 @@ def build_network(package: Package, plan: Plan, recipe: Recipe, block: int | Non
     if package.plan.task is None:
         tensors = {**network.tensors(), **tensors}  # the task came later: its own parameters are fresh
     network.load(tensors, where=str(package.folder))
-    if recipe.train.periphery == "frozen-target" and recipe.train.method == "blocks":
+    apart = recipe.train.periphery == "frozen-target" and recipe.train.method == "blocks"
+    if apart or recipe.train.method == "noprop-dt":
         refuse_stand_ins(plan, network, recipe)
         network.give_own_periphery()
     return network

@@ -10,7 +10,7 @@ from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.engine.refit import refuse_alone
 from dbconvert.errors import UsageError
 from dbconvert.plan import Plan
-from dbconvert.recipe import Recipe
+from dbconvert.recipe import LABELLED, Recipe
 from dbconvert.tasks.registry import named
 
 
@@ -22,6 +22,7 @@ def refuse(plan: Plan, recipe: Recipe, block: int | None) -> None:
     check_weight(plan, recipe)
     check_dropout(plan, recipe)
     check_attention(plan, recipe)
+    check_labelled(plan, recipe)
     check_forward_forward(plan, recipe)
     refuse_alone(plan, recipe)
 
@@ -85,15 +86,20 @@ def check_attention(plan: Plan, recipe: Recipe) -> None:
         )
 
 
-def check_forward_forward(plan: Plan, recipe: Recipe) -> None:
-    """Refuses layers that learn alone where there is no label to tell them, or no layer to hold on to."""
-    if recipe.train.method != "forward-forward":
-        return
-    if named(str(plan.task)).text or named(str(plan.task)).denoiser:
+def check_labelled(plan: Plan, recipe: Recipe) -> None:
+    """Refuses what is told one label an example where there is none."""
+    task = named(str(plan.task))
+    if recipe.train.method in LABELLED and (task.text or task.denoiser):
         raise UsageError(
-            f"train.method=forward-forward is for one label an example, and the task is {plan.task}",
+            f"train.method={recipe.train.method} is for one label an example, and the task is {plan.task}",
             hint="use train.method=end-to-end",
         )
+
+
+def check_forward_forward(plan: Plan, recipe: Recipe) -> None:
+    """Refuses layers that learn alone where there is no layer to hold on to."""
+    if recipe.train.method != "forward-forward":
+        return
     if any(layer.around is not None for layer in plan.anatomy.layers):
         raise UsageError(
             "train.method=forward-forward needs layers that are modules, and here their additions are written around "
@@ -123,7 +129,8 @@ def refuse_stand_ins(plan: Plan, network: BlockwiseNetwork, recipe: Recipe) -> N
         raise UsageError(
             f"{inside[0]} lies in a layer and belongs to the stem or readout, of which blocks have their own: with "
             "train.checkpointing they would meet another's in their backward pass",
-            hint="train with train.periphery=shared, or without train.checkpointing",
+            hint="train without train.checkpointing"
+            + (", or with train.periphery=shared" if recipe.train.method == "blocks" else ""),
         )
 
 

@@ -43,7 +43,7 @@ from dbconvert.errors import UsageError
 from dbconvert.events import Reporter, silent
 from dbconvert.files import sha256_file, write_text
 from dbconvert.plan import NoiseFit, Plan
-from dbconvert.recipe import Recipe
+from dbconvert.recipe import LABELLED, Recipe
 from dbconvert.schema import to_data, to_json, to_yaml
 
 NETWORK_FILE = "network.safetensors"
@@ -92,8 +92,10 @@ def train(
         origin = resumed(origin, folder, overrides, block)
     recipe = origin.recipe
     accelerator = make_accelerator(recipe, folder)
-    if recipe.train.method == "forward-forward" and accelerator.num_processes > 1:
-        raise UsageError("train.method=forward-forward runs in one process only", hint="start it without accelerate")
+    if recipe.train.method in LABELLED and accelerator.num_processes > 1:
+        raise UsageError(
+            f"train.method={recipe.train.method} runs in one process only", hint="start it without accelerate"
+        )
     report = report if accelerator.is_main_process else silent
     prepared = prepare(origin, folder, block, report, keep_noise=block is not None)
     job, package, noise = prepared.job, prepared.package, prepared.noise

@@ -73,6 +73,10 @@ def test_baselines_are_trained_once_for_all_that_does_not_matter_to_them(recipe)
         ("Forward-Forward, split.entry=token", 0),
         ("Forward-Forward, split.entry=add", 0),
     ]
+    assert names(recipe, "split.blocks=2,3", "noise.rule=auto,edm", against=["noprop-dt"])[7:] == [
+        ("NoProp-DT, split.blocks=2", 0),
+        ("NoProp-DT, split.blocks=3", 0),
+    ]
     assert names(recipe, "optimizer.lr=0.1,0.2", "noise.rule=auto,edm")[4:] == [
         ("end-to-end, optimizer.lr=0.1", 0),
         ("end-to-end, optimizer.lr=0.2", 0),
