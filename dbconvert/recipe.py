@@ -261,6 +261,13 @@ class SampleOptions(EvalOptions):
     guidance: float = 1.0
 
 
+def about_samples(options: SampleOptions) -> dict[str, Any]:
+    """What is asked of samples, by key, with the value that asks for nothing."""
+    default = SampleOptions()
+    own = vars(SampleOptions)["__annotations__"]
+    return {key: getattr(default, key) for key in own if getattr(options, key) != getattr(default, key)}
+
+
 @record
 class LogOptions:
     """Metrics go to metrics.jsonl every `every` updates, and to the trackers named."""

@@ -35,7 +35,7 @@ from dbconvert.engine.train import train
 from dbconvert.errors import DBConvertError
 from dbconvert.files import write_text
 from dbconvert.plan import Plan
-from dbconvert.recipe import EvalOptions, Recipe, read_recipe
+from dbconvert.recipe import EvalOptions, Recipe, about_samples, read_recipe
 from dbconvert.schema import parse, read_json, to_data, to_json
 
 CELL, RECIPE, RUN_FOLDER, ROW, LOG = "cell.json", "cell.yaml", "run", "row.json", "log.txt"
@@ -76,7 +76,8 @@ def finished(folder: Path, cell: Cell, begun: float) -> Row:
     if run.exists() and not (run / RUN).is_file():
         shutil.rmtree(run)
     if not (run / RUN).is_file() or read_info(run).status != "complete":
-        train(str(folder / RECIPE), resume=run.exists(), out=str(run))
+        none = [f"eval.{key}={json.dumps(value)}" for key, value in about_samples(recipe.eval).items()]
+        train(str(folder / RECIPE), overrides=none, resume=run.exists(), out=str(run))
     evaluation = evaluate(str(run), part=cell.part, overrides=eval_overrides(recipe.eval))
     info, _, plan, _ = read_run(run)
     memory = parse(MemoryReport, read_json(run / MEMORY), file=str(run / MEMORY))

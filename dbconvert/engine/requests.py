@@ -10,7 +10,7 @@ from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.engine.refit import refuse_alone
 from dbconvert.errors import UsageError
 from dbconvert.plan import Plan
-from dbconvert.recipe import LABELLED, Recipe
+from dbconvert.recipe import LABELLED, Recipe, about_samples
 from dbconvert.tasks.registry import named
 
 
@@ -24,7 +24,16 @@ def refuse(plan: Plan, recipe: Recipe, block: int | None) -> None:
     check_attention(plan, recipe)
     check_labelled(plan, recipe)
     check_forward_forward(plan, recipe)
+    check_samples(recipe)
     refuse_alone(plan, recipe)
+
+
+def check_samples(recipe: Recipe) -> None:
+    """Refuses what is only asked of finished runs."""
+    for key in about_samples(recipe.eval):
+        raise UsageError(
+            f"eval.{key} is about samples, and training takes none", hint="give it to dbconvert eval, or compare"
+        )
 
 
 def check_table(plan: Plan, recipe: Recipe) -> None:

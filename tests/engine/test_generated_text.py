@@ -232,7 +232,7 @@ def test_pictures_are_no_text(run_of_all):
 
 
 def test_training_takes_no_samples(place):
-    with pytest.raises(UsageError, match=r"unknown key eval\.samples"):
+    with pytest.raises(UsageError, match=r"eval\.samples is about samples, and training takes none"):
         trained(place, "never", "eval.samples=3")
 
 
