@@ -7,10 +7,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dbconvert.anatomy import Adapter
 from dbconvert.diffusion.predictions import Prediction
+from dbconvert.graph.account import parameter_bytes
+from dbconvert.graph.fake import empty_weights
 from dbconvert.plan import SourceRef
 from dbconvert.weights import Trained
 
@@ -36,9 +39,11 @@ class Source(ABC):
     def build(self) -> nn.Module:
         """A fresh network with its own initialisation; the caller seeds."""
 
-    @abstractmethod
     def build_within(self, limit: int) -> nn.Module:
         """As `build`; a network whose parameters take more than `limit` bytes has them on the meta device instead."""
+        with torch.random.fork_rng(devices=[]), empty_weights():
+            model = self.build()
+        return model if parameter_bytes(model.parameters()) > limit else self.build()
 
     @abstractmethod
     def twins(self) -> Iterator[Source]:

@@ -14,8 +14,6 @@ from torch import nn
 
 from dbconvert.diffusion.predictions import Betas, Predicted, Prediction, Times
 from dbconvert.errors import DBConvertError
-from dbconvert.graph.account import parameter_bytes
-from dbconvert.graph.fake import empty_weights
 from dbconvert.plan import SourceRef
 from dbconvert.schema import identity
 from dbconvert.sources.base import PlainKeys, Source
@@ -97,11 +95,6 @@ class DiffusersSource(PlainKeys):
                 hint="correct config.json, or write a model.py around it",
             ) from error
         return model.float()
-
-    def build_within(self, limit: int) -> nn.Module:
-        with torch.random.fork_rng(devices=[]), empty_weights():
-            model = self.build()
-        return model if parameter_bytes(model.parameters()) > limit else self.build()
 
     def twins(self) -> Iterator[Source]:
         return (DiffusersSource(None, None, content) for content in shrunken(self.config))

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from dbconvert.errors import DBConvertError
-from dbconvert.graph.account import parameter_bytes
-from dbconvert.graph.fake import empty_weights
 from dbconvert.plan import SourceRef
 from dbconvert.sources.base import Source
 from dbconvert.sources.transformers_config import (
@@ -159,11 +157,6 @@ class TransformersSource(Source):
         if hasattr(model.config, "use_cache"):
             model.config.use_cache = False  # a cache would hide keys and values from the tape
         return model.float()
-
-    def build_within(self, limit: int) -> nn.Module:
-        with torch.random.fork_rng(devices=[]), empty_weights():
-            model = self.build()
-        return model if parameter_bytes(model.parameters()) > limit else self.build()
 
     def twins(self) -> Iterator[Source]:
         for content in shrunken(plain_config(self.config, everything=True)):
