@@ -1,9 +1,10 @@
 """Measures tokens per second of generation in blocks beside the unconverted network's own, and writes it to
 docs/generation.json; regenerate.py makes a table of it.
 
-    python docs/measure_generation.py [LAYERS WIDTH BLOCKS]
+    python docs/measure_generation.py            # all widths, about three minutes; nothing else should run
+    python docs/measure_generation.py 512        # one width
 
-A Llama with random weights, greedy, one example, both with their caches, in turns.
+Llamas of 12 layers with random weights and 8,192 tokens, greedy, one example, both with their caches, in turns.
 """
 
 from __future__ import annotations
@@ -29,28 +30,45 @@ from dbconvert.engine.package import open_package
 from dbconvert.recipe import SplitOptions
 
 RESULTS = Path(__file__).resolve().parent / "generation.json"
+LAYERS, BLOCKS, VOCABULARY = 12, 4, 8192
+WIDTHS = (512, 768, 1024)
 PROMPT, TOKENS, REPEATS = 128, 64, 5
 
 
 def main() -> int:
-    layers, width, blocks = (int(word) for word in sys.argv[1:4]) if len(sys.argv) > 3 else (12, 512, 4)
+    widths = [int(word) for word in sys.argv[1:]] or list(WIDTHS)
     torch.set_num_threads(1)
+    rows = {str(width): measured(width) for width in widths}
+    found = {
+        "layers": LAYERS,
+        "blocks": BLOCKS,
+        "vocabulary": VOCABULARY,
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, one thread; torch {version('torch')}",
+        "widths": {**(json.loads(RESULTS.read_text()).get("widths", {}) if RESULTS.exists() else {}), **rows},
+    }
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    return 0
+
+
+def measured(width: int) -> dict[str, Any]:
+    """Tokens a second of both, in turns, and the median of their ratios."""
     with tempfile.TemporaryDirectory() as folder:
-        own, ours = made(Path(folder), layers, width, blocks)
+        own, ours = made(Path(folder), LAYERS, width, BLOCKS)
     speeds: dict[str, list[float]] = {"unconverted": [], "in blocks": []}
     for _ in range(REPEATS):
         for name, write in (("unconverted", own), ("in blocks", ours)):
             speeds[name].append(tokens_per_second(write))
-    found = {
-        "layers": layers,
-        "width": width,
-        "blocks": blocks,
-        "tokens_per_second": speeds,
-        "ratio": statistics.median(b / a for a, b in zip(*speeds.values(), strict=True)),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, one thread; torch {version('torch')}",
-    }
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
-    return 0
+    ratio = statistics.median(b / a for a, b in zip(*speeds.values(), strict=True))
+    return {"tokens_per_second": speeds, "ratio": ratio, "weights": weights_read(width)}
+
+
+def weights_read(width: int) -> float:
+    """Weights that a token of the network itself reads, over those of a token in blocks: what the ratio would be if
+    nothing else took time. A layer's matrices are 16 width^2; the table of targets is read beside the head.
+    """
+    layers, head = LAYERS * 16 * width**2, VOCABULARY * width
+    evaluations = BLOCKS + 1
+    return (layers + head) / (layers / BLOCKS * evaluations + evaluations * head + (evaluations - 1) * head)
 
 
 def made(folder: Path, layers: int, width: int, blocks: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
@@ -59,7 +77,7 @@ def made(folder: Path, layers: int, width: int, blocks: int) -> tuple[Callable[[
 
     config = transformers.LlamaConfig(
         hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=width // 64,
-        vocab_size=8192, max_position_embeddings=1024, architectures=["LlamaForCausalLM"],
+        vocab_size=VOCABULARY, max_position_embeddings=1024, architectures=["LlamaForCausalLM"],
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config).eval()
     config.save_pretrained(folder / "m")
@@ -68,7 +86,7 @@ def made(folder: Path, layers: int, width: int, blocks: int) -> tuple[Callable[[
     network = whole_network(package.plan, package.source()).eval()
     network.load(package.tensors(), where="package")
     writer = Writer(network, package.plan.preview.intervals(), Decoding(), torch.Generator())
-    start = torch.randint(0, 8192, (1, PROMPT))
+    start = torch.randint(0, VOCABULARY, (1, PROMPT))
     if not can_cache(writer, start, lambda _: None):
         raise SystemExit("the blocks generate without a cache")
 

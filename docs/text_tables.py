@@ -124,10 +124,15 @@ def between(curve: list[tuple[float, float]], sigma: float) -> float:
 
 
 def generation(found: dict[str, Any]) -> str:
-    speeds = {name: statistics.median(values) for name, values in found["tokens_per_second"].items()}
-    told = ", ".join(f"{name} {speed:.1f}" for name, speed in speeds.items())
-    return (
-        f"A Llama of {found['layers']} layers, {found['width']} wide, in {found['blocks']} blocks, greedy, one "
-        f"example, both cached, in turns: tokens a second {told}; median ratio {found['ratio']:.2f} "
-        f"(`python docs/measure_generation.py`, {found['machine']})."
+    lines = [
+        "| width | tokens a second, unconverted | in blocks | ratio | ratio of the weights read |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for width, row in found["widths"].items():
+        own, ours = (statistics.median(values) for values in row["tokens_per_second"].values())
+        lines.append(f"| {width} | {own:.1f} | {ours:.1f} | {row['ratio']:.2f} | {row['weights']:.2f} |")
+    lines.append(
+        f"\nLlamas of {found['layers']} layers and {found['vocabulary']:,} tokens in {found['blocks']} blocks, greedy, "
+        f"one example, both cached, in turns, medians (`python docs/measure_generation.py`, {found['machine']})."
     )
+    return "\n".join(lines)
