@@ -3,8 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 import dbconvert
+from dbconvert.checkpoint import load_tensors
+from dbconvert.engine.loop import Loop
 from dbconvert.recipe import DataOptions, ImageOptions, SplitOptions
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -25,6 +28,52 @@ def write_model(folder):
     small = "def build_model():\n    return ViT(size=8, patch=4, channels=1, classes=10, depth=5, width=16, heads=2)\n"
     (folder / "model.py").write_text(text[:start] + small)
     return folder / "model.py"
+
+
+ROWS = """
+import torch
+
+class Rows:
+    def __len__(self):
+        return 48
+    def __getitem__(self, index):
+        picture = 0.1 * torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(index))
+        picture[:, 3 * (index % 3)] += 1
+        return {"images": picture, "label": index % 3}
+
+def parts(name):
+    return Rows()
+"""
+
+
+def bright_rows(folder, model_file):
+    """A recipe of what any training learns soon: three classes of pictures, bright in another row each."""
+    (folder / "rows.py").write_text(ROWS)
+    (folder / "vit.py").write_text(model_file.read_text().replace("classes=10, depth=5", "classes=3, depth=2"))
+    recipe = folder / "rows.yaml"
+    recipe.write_text("source: vit.py\ntask: classification\ndata: {source: rows.py:parts, input: images}\n")
+    return str(recipe)
+
+
+def pulled_and_resumed(package, overrides, at, out):
+    """A run that is pulled out before an update, and goes on from its last checkpoint."""
+    whole = Loop.update
+
+    def pulled(self, block, batch):
+        if self.updates == at:
+            raise KeyboardInterrupt
+        return whole(self, block, batch)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Loop, "update", pulled)
+        dbconvert.train(str(package), overrides=overrides, out=out)
+    return dbconvert.train(str(package), resume=True, out=out)
+
+
+def same_weights(one, other):
+    """Whether two runs of whole networks hold the same, to the bit."""
+    a, b = (load_tensors(run.folder / "weights" / "network.safetensors") for run in (one, other))
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 @pytest.fixture(scope="module")

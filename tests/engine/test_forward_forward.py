@@ -5,14 +5,12 @@ import math
 
 import pytest
 import torch
-from engine.conftest import EXAMPLES, QUICK
+from engine.conftest import EXAMPLES, QUICK, bright_rows, pulled_and_resumed, same_weights
 
 import dbconvert
-from dbconvert.checkpoint import load_tensors
 from dbconvert.engine.forward_forward import layer_losses, learn, lone_loss, scores
 from dbconvert.engine.jobs import baseline_parameters, without_readout
 from dbconvert.engine.load import load
-from dbconvert.engine.loop import Loop
 from dbconvert.engine.outline import outline
 from dbconvert.errors import UsageError
 
@@ -86,44 +84,14 @@ def test_a_prediction_tries_every_label(network, trained):
 
 
 def test_it_learns(model_file, tmp_path):
-    """Three classes of pictures, bright in another row each."""
-    (tmp_path / "rows.py").write_text(
-        "import torch\n"
-        "class Rows:\n"
-        "    def __len__(self):\n        return 48\n"
-        "    def __getitem__(self, index):\n"
-        "        picture = 0.1 * torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(index))\n"
-        "        picture[:, 3 * (index % 3)] += 1\n"
-        "        return {'images': picture, 'label': index % 3}\n"
-        "def parts(name):\n    return Rows()\n"
-    )
-    few = model_file.read_text().replace("classes=10, depth=5", "classes=3, depth=2")
-    (tmp_path / "vit.py").write_text(few)
-    recipe = tmp_path / "rows.yaml"
-    recipe.write_text(
-        f"source: vit.py\ntask: classification\ndata: {{source: {tmp_path}/rows.py:parts, input: images}}\n"
-    )
     more = ["split.blocks=2", "train.steps=80", "train.batch=48", "optimizer.lr=0.01", "train.method=forward-forward"]
-    run = dbconvert.train(str(recipe), overrides=more, out=str(tmp_path / "run"))
+    run = dbconvert.train(bright_rows(tmp_path, model_file), overrides=more, out=str(tmp_path / "run"))
     assert run.metrics["accuracy"] > 0.9
 
 
-def test_it_resumes_to_the_bit(package, trained, tmp_path, monkeypatch):
-    whole = Loop.update
-
-    def pulled(self, block, batch):
-        if self.updates == 3:
-            raise KeyboardInterrupt
-        return whole(self, block, batch)
-
-    monkeypatch.setattr(Loop, "update", pulled)
-    out = str(tmp_path / "run")
-    with pytest.raises(KeyboardInterrupt):
-        dbconvert.train(str(package), overrides=[*FF, "train.checkpoint_every=2"], out=out)
-    monkeypatch.undo()
-    again = dbconvert.train(str(package), resume=True, out=out)
-    a, b = (load_tensors(run.folder / "weights" / "network.safetensors") for run in (trained, again))
-    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+def test_it_resumes_to_the_bit(package, trained, tmp_path):
+    again = pulled_and_resumed(package, [*FF, "train.checkpoint_every=2"], 3, str(tmp_path / "run"))
+    assert same_weights(trained, again)
     assert json.loads((again.folder / "run.json").read_text())["updates"] == 4
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from engine.conftest import EXAMPLES, QUICK
+from engine.conftest import EXAMPLES, QUICK, bright_rows, pulled_and_resumed, same_weights
 
 import dbconvert
 from dbconvert.checkpoint import load_tensors
@@ -16,7 +16,6 @@ from dbconvert.engine.cell import run_cell
 from dbconvert.engine.compare import plan_comparison
 from dbconvert.engine.grid import Request, lay_out, parse_vary
 from dbconvert.engine.load import load
-from dbconvert.engine.loop import Loop
 from dbconvert.engine.outline import outline
 from dbconvert.errors import UsageError
 
@@ -97,25 +96,10 @@ def test_the_noisy_label_enters_as_it_is(network):
 
 
 def test_it_learns(model_file, tmp_path):
-    """Three classes of pictures, bright in another row each."""
-    (tmp_path / "rows.py").write_text(
-        "import torch\n"
-        "class Rows:\n"
-        "    def __len__(self):\n        return 48\n"
-        "    def __getitem__(self, index):\n"
-        "        picture = 0.1 * torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(index))\n"
-        "        picture[:, 3 * (index % 3)] += 1\n"
-        "        return {'images': picture, 'label': index % 3}\n"
-        "def parts(name):\n    return Rows()\n"
-    )
-    few = model_file.read_text().replace("classes=10, depth=5", "classes=3, depth=2")
-    (tmp_path / "vit.py").write_text(few)
-    recipe = tmp_path / "rows.yaml"
-    recipe.write_text(
-        f"source: vit.py\ntask: classification\ndata: {{source: {tmp_path}/rows.py:parts, input: images}}\n"
-    )
     more = ["split.blocks=2", "train.steps=60", "train.batch=48", "optimizer.lr=0.01", "train.method=noprop-dt"]
-    run = dbconvert.train(str(recipe), overrides=[*more, "log.every=1"], out=str(tmp_path / "run"))
+    run = dbconvert.train(
+        bright_rows(tmp_path, model_file), overrides=[*more, "log.every=1"], out=str(tmp_path / "run")
+    )
     assert run.metrics["accuracy_zero"] > 0.9 and run.metrics["accuracy_draw"] > 0.9
     lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     for block in range(2):
@@ -123,22 +107,9 @@ def test_it_learns(model_file, tmp_path):
         assert len(told) == 60 and sum(told[-5:]) < 0.5 * sum(told[:5])
 
 
-def test_it_resumes_to_the_bit(package, trained, tmp_path, monkeypatch):
-    whole = Loop.update
-
-    def pulled(self, block, batch):
-        if self.updates == 7:
-            raise KeyboardInterrupt
-        return whole(self, block, batch)
-
-    monkeypatch.setattr(Loop, "update", pulled)
-    out = str(tmp_path / "run")
-    with pytest.raises(KeyboardInterrupt):
-        dbconvert.train(str(package), overrides=[*NOPROP, "train.checkpoint_every=3"], out=out)
-    monkeypatch.undo()
-    again = dbconvert.train(str(package), resume=True, out=out)
-    a, b = (load_tensors(run.folder / "weights" / "network.safetensors") for run in (trained, again))
-    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+def test_it_resumes_to_the_bit(package, trained, tmp_path):
+    again = pulled_and_resumed(package, [*NOPROP, "train.checkpoint_every=3"], 7, str(tmp_path / "run"))
+    assert same_weights(trained, again)
     assert json.loads((again.folder / "run.json").read_text())["updates"] == 12
 
 
