@@ -85,6 +85,8 @@ class Examples(Dataset[Batch]):
             chosen = torch.tensor(indices)
             images, size = self.dataset.images[chosen], self.image.size
             images = images if size is None else resized(images, size)
+            if self.image.mode == "RGB" and images.shape[1] == 1:
+                images = images.expand(-1, 3, -1, -1)
             return {next(iter(self.columns)): unit(images), LABEL: self.dataset.labels[chosen]}
         return default_collate([self[index] for index in indices])  # type: ignore[no-any-return]
 

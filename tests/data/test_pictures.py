@@ -54,6 +54,12 @@ def test_a_mosaic_is_read_row_by_row(tmp_path, anatomy):
     assert examples_of(options, anatomy, "train[50%:]").dataset.labels.tolist() == [3, 4, 0]
 
 
+def test_grey_digits_are_read_as_colour(anatomy):
+    options = DataOptions(source="digits", image=ImageOptions(size=16, mode="RGB"))
+    (pictures,) = (v for k, v in Examples(open_part(options, "test"), options, anatomy, 10)[0].items() if k != LABEL)
+    assert pictures.shape == (3, 16, 16) and torch.equal(pictures[0], pictures[2])
+
+
 def test_tiles_and_digits_are_resized_too(tmp_path, anatomy):
     save_mosaic(tmp_path / "toy")
     options = DataOptions(source=str(tmp_path / "toy"), tile=TILE, image=ImageOptions(size=8))
