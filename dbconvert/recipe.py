@@ -14,8 +14,6 @@ from dbconvert.errors import UsageError
 from dbconvert.plan import Context, Entry, Kernel, NoiseRule, Readout, Table
 from dbconvert.schema import Count, Key, Positive, PositiveFloat, Share, parse, read_yaml, record
 
-LABELLED = ("forward-forward", "noprop-dt")
-"""Methods for one label an example, in one process."""
 Method = Literal["blocks", "end-to-end", "shallow", "truncated-bptt", "forward-forward", "noprop-dt"]
 BACKPROPAGATE = 8
 """Rounds that `truncated-bptt` goes back by default, as the paper's baseline does."""

@@ -30,6 +30,7 @@ from dbconvert.engine.evaluate import Evaluation, evaluate
 from dbconvert.engine.grid import Cell
 from dbconvert.engine.load import read_run
 from dbconvert.engine.memory import MemoryReport
+from dbconvert.engine.methods import METHODS
 from dbconvert.engine.runs import MEMORY, METRICS, RUN, RunInfo, read_info
 from dbconvert.engine.train import train
 from dbconvert.errors import DBConvertError
@@ -105,7 +106,7 @@ def headlines(plan: Plan, info: RunInfo, evaluation: Evaluation) -> tuple[tuple[
     """The figures by which the plan's task compares networks, as the evaluation of this one told them."""
     found: dict[str, float | None] = {}
     for headline in task_of(plan).headlines:
-        name = headline.blocks if info.method in ("blocks", "noprop-dt") else headline.plain
+        name = headline.blocks if METHODS[info.method].stepwise else headline.plain
         found[headline.title] = None if name is None else evaluation.metrics.get(name)
     qualities = tuple(Quality(one.title, one.blocks.startswith("accuracy")) for one in task_of(plan).headlines)
     return qualities, found
@@ -113,7 +114,7 @@ def headlines(plan: Plan, info: RunInfo, evaluation: Evaluation) -> tuple[tuple[
 
 def memory_figures(memory: MemoryReport, info: RunInfo) -> dict[str, float | None]:
     """Of an update, and of the whole run; a baseline holds what it trains, and nothing of the blocks."""
-    blocks = info.method == "blocks"
+    blocks = METHODS[info.method].blocks
     return {
         "activations": max(one.activations for one in memory.units),
         "state": max(one.state for one in memory.units),
@@ -124,18 +125,12 @@ def memory_figures(memory: MemoryReport, info: RunInfo) -> dict[str, float | Non
 
 def work_figures(plan: Plan, recipe: Recipe, info: RunInfo) -> dict[str, float | None]:
     """Layers that run in an update (the most, over blocks), updates, and network evaluations of a prediction."""
-    task, blocks, rounds = task_of(plan), len(plan.blocks), plan.anatomy.calls
-    largest = max(len(plan.layers_of(block)) for block in range(blocks))
-    parts = {"blocks": largest, "noprop-dt": largest, "shallow": len(plan.layers_of(0))}
-    layers = parts.get(info.method, plan.anatomy.depth * rounds)
-    own = {"forward-forward": task.target.classes, "noprop-dt": blocks}
-    evaluations: int | None = own.get(info.method, 1)
-    if info.method == "blocks":
-        evaluations = recipe.eval.steps or task.evaluations or blocks + 1
+    task, method = task_of(plan), METHODS[info.method]
+    predicts = not (task.bounded or task.generative)
     return {
-        "layers": layers,
+        "layers": method.layer_calls(plan),
         "updates": info.updates,
-        "evaluations": None if task.bounded or task.generative else evaluations,
+        "evaluations": method.evaluations(task, plan, recipe) if predicts else None,
     }
 
 

@@ -12,14 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from dbconvert.engine.layer_kinds import layer_kinds
+from dbconvert.engine.method import Forward, Job, Method
 from dbconvert.engine.network import BlockwiseNetwork
+from dbconvert.errors import UsageError
 from dbconvert.graph.greedy import layer_by_layer
-from dbconvert.tasks.base import Inputs
+from dbconvert.plan import Plan
+from dbconvert.recipe import Recipe
+from dbconvert.tasks.base import Inputs, Task
 
 Take = Callable[[int, Tensor], None]
 THRESHOLD = 2.0
@@ -27,6 +33,61 @@ THRESHOLD = 2.0
 CLEAN = 1e-3
 """Level of a clean label, in units of sigma_data."""
 EPSILON = 1e-6
+
+
+class ForwardForward(Method):
+    """All layers of the original network, each by a loss of its own; there is no readout to learn."""
+
+    name = "forward-forward"
+    labelled = True
+    prepared = False
+
+    def refuse(self, plan: Plan, recipe: Recipe) -> None:
+        if any(layer.around is not None for layer in plan.anatomy.layers):
+            raise UsageError(
+                "train.method=forward-forward needs layers that are modules, and here their additions are written "
+                "around them",
+                hint="use train.method=end-to-end",
+            )
+        if recipe.train.checkpointing:
+            raise UsageError(
+                "train.checkpointing has no use in train.method=forward-forward: every layer's activations go before "
+                "the next one runs",
+                hint="leave it out",
+            )
+
+    def settle(self, network: BlockwiseNetwork, recipe: Recipe) -> None:
+        network.predict = scores
+
+    def parameters(self, network: BlockwiseNetwork) -> dict[str, nn.Parameter]:
+        return without_readout(network.plan, super().parameters(network))
+
+    def learn(
+        self,
+        job: Job,
+        forward: Forward,
+        block: int,
+        inputs: Inputs,
+        labels: Tensor,
+        sigma: Tensor,
+        backward: Callable[[Tensor], None],
+    ) -> Tensor:
+        return learn(job.network, inputs, labels, lambda losses: backward(losses.sum()))
+
+    def passes(self, job: Job, block: int, inputs: Inputs, labels: Tensor, sigma: Tensor) -> list[Callable[[], Tensor]]:
+        """Of the first layer with the stem, or of any other."""
+        kinds = layer_kinds(job.network.model, job.network.plan.anatomy)
+        layers = {0, *{kind: layer for layer, kind in enumerate(kinds)}.values()}
+        return [partial(lone_loss, job.network, inputs, labels, layer) for layer in sorted(layers)]
+
+    def evaluations(self, task: Task, plan: Plan, recipe: Recipe) -> int:
+        return task.target.classes
+
+
+def without_readout(plan: Plan, parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Those of stem and layers: no layer learns from what comes after it."""
+    after = tuple(name + "." for name in plan.anatomy.readout.modules if name and name not in plan.anatomy.stem.modules)
+    return {key: value for key, value in parameters.items() if not key.startswith(after)}
 
 
 def learn(network: BlockwiseNetwork, inputs: Inputs, labels: Tensor, backward: Callable[[Tensor], None]) -> Tensor:

@@ -20,7 +20,7 @@ from dbconvert.engine import kept_tokenizer
 from dbconvert.engine.assemble import CHECKPOINT, DATA_KEY, DROPOUT_KEY, source_folder
 from dbconvert.engine.convert import single_block, whole_network, with_own_peripheries
 from dbconvert.engine.infer import Begin, ends, sample
-from dbconvert.engine.jobs import baseline_layers, set_baseline
+from dbconvert.engine.methods import METHODS
 from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.engine.package import (
     MODEL,
@@ -195,12 +195,12 @@ def load_run(folder: Path, extra: list[Path]) -> Loaded:
     used = folder / kept_tokenizer.FILE
     described = parse(Description, read_json(used), file=str(used)) if used.is_file() else None
     places, dropout = (folder / kept_tokenizer.FOLDER,), recipe.train.label_dropout
-    if info.method != "blocks":
+    method = METHODS[info.method]
+    if not method.blocks:
         tensors, _ = load_checkpoint(folder / WEIGHTS / NETWORK_FILE)
         network = filled(plan, source, noise, tensors, folder)
-        set_baseline(network, recipe)
-        layers = baseline_layers(plan, recipe)
-        return Loaded(network, noise, recipe.data, layers, described, places, source.longest(), dropout)
+        method.settle(network, recipe)
+        return Loaded(network, noise, recipe.data, method.layers(plan), described, places, source.longest(), dropout)
     tensors = {}
     for name in [*map(block_file, info.blocks), PERIPHERY]:
         tensors.update(load_checkpoint(folder / WEIGHTS / name)[0])

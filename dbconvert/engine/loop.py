@@ -20,12 +20,8 @@ from dbconvert.data.batches import OrderedBatches, block_order, derive, load_bat
 from dbconvert.data.examples import LABEL, Batch
 from dbconvert.data.images import augmentation, entering
 from dbconvert.diffusion.intervals import stratified
-from dbconvert.diffusion.preconditioning import Preconditioning
-from dbconvert.engine.cascade import approach
-from dbconvert.engine.forward_forward import learn
-from dbconvert.engine.jobs import Job
+from dbconvert.engine.method import Job
 from dbconvert.engine.metrics import Metrics, Scorer
-from dbconvert.engine.noprop import losses as noprop_losses
 from dbconvert.engine.refit import keep, points, refitted, told
 from dbconvert.engine.runs import CHECKPOINTS, METRICS
 from dbconvert.engine.state import load_state, newest_state, save_state, truncate_metrics
@@ -34,7 +30,7 @@ from dbconvert.errors import DBConvertError
 from dbconvert.events import Advance, Note, Reporter, Stage
 from dbconvert.files import append_line
 from dbconvert.plan import NoiseFit
-from dbconvert.tasks.base import Inputs, along
+from dbconvert.tasks.base import Inputs
 
 
 class Loop:
@@ -159,57 +155,30 @@ class Loop:
 
     def draw_sigma(self, block: int, labels: Tensor) -> Tensor:
         """A level for every example, [N], or for every label, as the plan says."""
-        network, intervals, device = self.job.network, self.job.intervals, self.accelerator.device
-        if self.job.layers is not None:
-            if not network.task.denoiser:
-                return torch.zeros(len(labels), device=device)
-            intervals = intervals.whole()
-        shape = network.task.level_shape(labels)
-        return intervals.draw(block, stratified(shape.numel()).view(shape)).to(device)
+        shape = self.job.network.task.level_shape(labels)
+        uniform = stratified(shape.numel()).view(shape)
+        return self.job.method.levels(self.job, block, labels, uniform).to(self.accelerator.device)
 
     def backward(self, block: int, inputs: Inputs, labels: Tensor, sigma: Tensor) -> Tensor:
         """Accumulates the gradients of a batch, a part at a time; returns its unweighted losses."""
-        parts, task = self.recipe.train.accumulate, self.job.network.task
-        total = task.counted(labels).sum()
+        parts, method = self.recipe.train.accumulate, self.job.method
+        total = self.job.network.task.counted(labels).sum()
         losses = []
         for part, chosen in enumerate(torch.arange(len(labels)).chunk(parts)):
             here = {name: value[chosen] for name, value in inputs.items()}
-            if self.recipe.train.method == "forward-forward":
-                losses.append(self.learn_alone(here, labels[chosen], len(labels)))
-                continue
-            with self.accelerator.no_sync(self.model) if part + 1 < parts else nullcontext():
-                loss, level = self.losses(block, here, labels[chosen], sigma[chosen])
-                weights = along(self.weight(level), loss) * task.counted(labels[chosen])
-                self.accelerator.backward((loss * weights).sum() / total)
-            losses.append(loss.detach())
+            held = self.accelerator.no_sync(self.model) if part + 1 < parts else nullcontext()
+            with held, nullcontext() if method.prepared else self.accelerator.autocast():
+                found = method.learn(
+                    self.job,
+                    self.model,
+                    block,
+                    here,
+                    labels[chosen],
+                    sigma[chosen],
+                    lambda loss: self.accelerator.backward(loss / total),
+                )
+            losses.append(found)
         return torch.cat(losses)
-
-    def learn_alone(self, inputs: Inputs, labels: Tensor, total: int) -> Tensor:
-        """Forward-Forward on a part of a batch of `total`: every layer goes backward by itself."""
-        with self.accelerator.autocast():
-            return learn(
-                self.job.network, inputs, labels, lambda losses: self.accelerator.backward(losses.sum() / total)
-            )
-
-    def losses(self, block: int, inputs: Inputs, labels: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """Unweighted losses, of the labels' shape, and the levels that they belong to."""
-        layers, task = self.job.layers, self.job.network.task
-        if self.recipe.train.method == "noprop-dt":
-            with self.accelerator.autocast():
-                return noprop_losses(self.job.network, block, inputs, labels), sigma
-        if layers is not None:
-            eps = task.draw(inputs, device=labels.device) if task.denoiser else None
-            return self.model(None, inputs, labels, sigma, eps, layers=layers), sigma
-        eps = task.draw(inputs, device=labels.device)
-        sigma, before = approach(self.job.network, self.job.intervals, block, sigma, self.recipe.train)
-        return self.model(block, inputs, labels, sigma, eps, before=before), sigma
-
-    def weight(self, sigma: Tensor) -> Tensor:
-        task = self.job.network.task
-        plain = self.job.layers is not None and not task.denoiser
-        if plain or (self.recipe.train.weight or task.weight) == "none":
-            return torch.ones_like(sigma)
-        return Preconditioning(self.job.network.sigma_data).weight(sigma)
 
     def clip(self, units: list[Unit]) -> float | None:
         if self.recipe.train.clip is None:

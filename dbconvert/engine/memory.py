@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,12 +10,9 @@ from torch import Tensor
 from dbconvert.data.batches import OrderedBatches, seed_all
 from dbconvert.data.examples import LABEL
 from dbconvert.data.images import entering
-from dbconvert.engine.cascade import approach
-from dbconvert.engine.forward_forward import lone_loss
-from dbconvert.engine.jobs import Job
 from dbconvert.engine.layer_kinds import layer_kinds
+from dbconvert.engine.method import Job
 from dbconvert.engine.network import BlockwiseNetwork
-from dbconvert.engine.noprop import losses as noprop_losses
 from dbconvert.engine.units import Unit
 from dbconvert.errors import DBConvertError
 from dbconvert.graph.account import parameter_bytes, saved_bytes, state_bytes
@@ -102,27 +98,14 @@ def activations(job: Job, block: int, device: torch.device) -> int:
     ready = {k: entering(v, recipe.data.image) for k, v in batch.items()}
     inputs, labels = network.task.arranged(ready, labels)
 
-    def loss() -> Tensor:
-        if recipe.train.method == "noprop-dt":
-            return noprop_losses(network, block, inputs, labels).mean()
-        shape = network.task.level_shape(labels)
-        sigma = job.intervals.draw(max(block, 0), torch.rand(shape)).to(device)
-        baseline = job.layers is not None
-        eps = None if baseline and not network.task.denoiser else network.task.draw(inputs, device=device)
-        if baseline:
-            losses: Tensor = network(None, inputs, labels, sigma, eps, layers=job.layers)
-        else:
-            sigma, before = approach(network, job.intervals, block, sigma, recipe.train)
-            losses = network(block, inputs, labels, sigma, eps, before=before)
-        return losses.mean()
-
     with unchanged_state(network), torch.random.fork_rng(devices=[]):
         network.train()
         seed_all(0)
+        uniform = torch.rand(network.task.level_shape(labels))
+        sigma = job.method.levels(job, block, labels, uniform).to(device)
         try:
-            if recipe.train.method == "forward-forward":
-                return most_saved_alone(network, inputs, labels)
-            return most_saved(job, block, loss)
+            passes = job.method.passes(job, block, inputs, labels, sigma)
+            return max(most_saved(job, block, one) for one in passes)
         except torch.OutOfMemoryError as error:
             raise DBConvertError(
                 f"out of memory in one update at batch {recipe.train.batch}",
@@ -138,26 +121,15 @@ def most_saved(job: Job, block: int, loss: Callable[[], Tensor]) -> int:
     network, run = job.network, job.network.run
     if not run.checkpointed:
         return saved_bytes(loss, network.parameters())
-    apart = job.recipe.train.method == "noprop-dt"
-    active = network.plan.layers_of(block) if job.layers is None or apart else job.layers
     kinds = layer_kinds(network.model, network.plan.anatomy)
     every, found = run.checkpointed, []
     try:
-        for whole in {kinds[layer]: layer for layer in active}.values():
+        for whole in {kinds[layer]: layer for layer in job.method.active(job, block)}.values():
             run.checkpointed = [layer for layer in every if layer != whole]
             found.append(saved_bytes(loss, network.parameters()))
     finally:
         run.checkpointed = every
     return max(found)
-
-
-def most_saved_alone(network: BlockwiseNetwork, inputs: Inputs, labels: Tensor) -> int:
-    """Where every layer goes backward before the next one runs: of the first with the stem, or of any other."""
-    kinds = layer_kinds(network.model, network.plan.anatomy)
-    layers = {0, *{kind: layer for layer, kind in enumerate(kinds)}.values()}
-    return max(
-        saved_bytes(partial(lone_loss, network, inputs, labels, layer), network.parameters()) for layer in layers
-    )
 
 
 def failed(error: Exception, inputs: Inputs, network: BlockwiseNetwork) -> DBConvertError:

@@ -26,13 +26,53 @@ import torch
 from torch import Tensor
 
 from dbconvert.diffusion.preconditioning import Preconditioning
+from dbconvert.engine.block_training import most_layers
+from dbconvert.engine.method import Forward, Job, Method, Trained, trainable
 from dbconvert.engine.network import BlockwiseNetwork
+from dbconvert.engine.units import Unit
 from dbconvert.graph.inject import PREFIX
-from dbconvert.tasks.base import Inputs
+from dbconvert.plan import Plan
+from dbconvert.recipe import Recipe
+from dbconvert.tasks.base import Inputs, Task
 
 ETA = 0.1
 OFFSET = 0.008
 """s of the cosine."""
+
+
+class NoPropDT(Method):
+    """Blocks of the original network with a stem and a readout each, one an update."""
+
+    name = "noprop-dt"
+    labelled = True
+    stepwise = True
+    prepared = False
+
+    def apart(self, recipe: Recipe) -> bool:
+        return True
+
+    def settle(self, network: BlockwiseNetwork, recipe: Recipe) -> None:
+        network.predict, network.walk = predict, walk
+
+    def trained(self, network: BlockwiseNetwork, recipe: Recipe, steps: int) -> Trained:
+        units = {
+            b: Unit(f"block-{b}", trainable(learning(network, b)), recipe.optimizer, steps) for b in network.present
+        }
+        return Trained(units, None, steps)
+
+    def losses(
+        self, job: Job, forward: Forward, block: int, inputs: Inputs, labels: Tensor, sigma: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return losses(job.network, block, inputs, labels), sigma
+
+    def active(self, job: Job, block: int) -> range:
+        return job.network.plan.layers_of(block)
+
+    def layer_calls(self, plan: Plan) -> int:
+        return most_layers(plan)
+
+    def evaluations(self, task: Task, plan: Plan, recipe: Recipe) -> int:
+        return len(plan.blocks)
 
 
 # -- the schedule: t counts from 0, which is noise, to T = `blocks` ---------------------------------------------

@@ -10,7 +10,9 @@ from typing import Any
 from dbconvert.data.batches import Data
 from dbconvert.data.tokenizers import Tokenizer
 from dbconvert.engine.convert import single_block, whole_network
-from dbconvert.engine.jobs import Job, make_job
+from dbconvert.engine.jobs import make_job
+from dbconvert.engine.method import Job
+from dbconvert.engine.methods import METHODS
 from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.engine.noise import fit_noise, refuse_misfit
 from dbconvert.engine.package import MODEL, PLAN, RECIPE, Package, open_package
@@ -93,7 +95,7 @@ def prepare(
     tell(report, plan, noise, recipe)
     held_out = None if rehearsal else data.validation
     validation = None if held_out is None else open_examples(data, held_out, plan, tokenizer, report)
-    job = make_job(network, noise, recipe, steps, examples, validation, folder)
+    job = make_job(METHODS[recipe.train.method], network, noise, recipe, steps, examples, validation, folder)
     return Prepared(job, package, plan, noise, tokenizer)
 
 
@@ -234,8 +236,7 @@ def build_network(package: Package, plan: Plan, recipe: Recipe, block: int | Non
     if package.plan.task is None:
         tensors = {**network.tensors(), **tensors}  # the task came later: its own parameters are fresh
     network.load(tensors, where=str(package.folder))
-    apart = recipe.train.periphery == "frozen-target" and recipe.train.method == "blocks"
-    if apart or recipe.train.method == "noprop-dt":
+    if METHODS[recipe.train.method].apart(recipe):
         refuse_stand_ins(plan, network, recipe)
         network.give_own_periphery()
     return network

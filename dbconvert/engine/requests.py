@@ -6,11 +6,12 @@ import torch
 
 from dbconvert.data.batches import Data
 from dbconvert.engine.convert import task_of
+from dbconvert.engine.methods import METHODS
 from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.engine.refit import refuse_alone
 from dbconvert.errors import UsageError
 from dbconvert.plan import Plan
-from dbconvert.recipe import LABELLED, Recipe, about_samples
+from dbconvert.recipe import Recipe, about_samples
 from dbconvert.tasks.registry import named
 
 
@@ -22,8 +23,7 @@ def refuse(plan: Plan, recipe: Recipe, block: int | None) -> None:
     check_weight(plan, recipe)
     check_dropout(plan, recipe)
     check_attention(plan, recipe)
-    check_labelled(plan, recipe)
-    check_forward_forward(plan, recipe)
+    check_method(plan, recipe)
     check_samples(recipe)
     refuse_alone(plan, recipe)
 
@@ -95,32 +95,15 @@ def check_attention(plan: Plan, recipe: Recipe) -> None:
         )
 
 
-def check_labelled(plan: Plan, recipe: Recipe) -> None:
-    """Refuses what is told one label an example where there is none."""
-    task = named(str(plan.task))
-    if recipe.train.method in LABELLED and (task.text or task.denoiser):
+def check_method(plan: Plan, recipe: Recipe) -> None:
+    """Refuses a form of training that this network cannot have, or this task: some are told one label an example."""
+    task, method = named(str(plan.task)), METHODS[recipe.train.method]
+    if method.labelled and (task.text or task.denoiser):
         raise UsageError(
             f"train.method={recipe.train.method} is for one label an example, and the task is {plan.task}",
             hint="use train.method=end-to-end",
         )
-
-
-def check_forward_forward(plan: Plan, recipe: Recipe) -> None:
-    """Refuses layers that learn alone where there is no layer to hold on to."""
-    if recipe.train.method != "forward-forward":
-        return
-    if any(layer.around is not None for layer in plan.anatomy.layers):
-        raise UsageError(
-            "train.method=forward-forward needs layers that are modules, and here their additions are written around "
-            "them",
-            hint="use train.method=end-to-end",
-        )
-    if recipe.train.checkpointing:
-        raise UsageError(
-            "train.checkpointing has no use in train.method=forward-forward: every layer's activations go before the "
-            "next one runs",
-            hint="leave it out",
-        )
+    method.refuse(plan, recipe)
 
 
 def check_z(plan: Plan, recipe: Recipe) -> None:

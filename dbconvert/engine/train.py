@@ -13,9 +13,10 @@ from accelerate.utils import ProjectConfiguration
 
 from dbconvert.checkpoint import save_tensors
 from dbconvert.engine import kept_tokenizer
-from dbconvert.engine.jobs import Job
 from dbconvert.engine.loop import Loop
 from dbconvert.engine.memory import MemoryReport, measure
+from dbconvert.engine.method import Job
+from dbconvert.engine.methods import METHODS
 from dbconvert.engine.metrics import Metrics
 from dbconvert.engine.package import (
     NOISE,
@@ -43,7 +44,7 @@ from dbconvert.errors import UsageError
 from dbconvert.events import Reporter, silent
 from dbconvert.files import sha256_file, write_text
 from dbconvert.plan import NoiseFit, Plan
-from dbconvert.recipe import LABELLED, Recipe
+from dbconvert.recipe import Recipe
 from dbconvert.schema import to_data, to_json, to_yaml
 
 NETWORK_FILE = "network.safetensors"
@@ -92,7 +93,7 @@ def train(
         origin = resumed(origin, folder, overrides, block)
     recipe = origin.recipe
     accelerator = make_accelerator(recipe, folder)
-    if recipe.train.method in LABELLED and accelerator.num_processes > 1:
+    if METHODS[recipe.train.method].labelled and accelerator.num_processes > 1:
         raise UsageError(
             f"train.method={recipe.train.method} runs in one process only", hint="start it without accelerate"
         )

@@ -110,15 +110,15 @@ def test_blocks_with_stems_of_their_own_hear_each_other(place, corpus, tmp_path)
 
 
 def test_the_weight_of_noise_goes_by_the_level_that_was_met(place, corpus, tmp_path, monkeypatch):
-    from dbconvert.engine.loop import Loop
+    from dbconvert.engine.block_training import Blocks
 
-    seen, weight = [], Loop.weight
+    seen, weight = [], Blocks.weight
 
-    def spied(self, sigma):
+    def spied(self, job, sigma):
         seen.append(sigma)
-        return weight(self, sigma)
+        return weight(self, job, sigma)
 
-    monkeypatch.setattr(Loop, "weight", spied)
+    monkeypatch.setattr(Blocks, "weight", spied)
     trained(place, corpus, "raw", "on-policy", tmp_path / "r", "train.weight=edm", "train.accumulate=2")
     noise = json.loads((tmp_path / "r" / "noise.json").read_text())["boundaries"]
     met = {round(value, 5) for sigma in seen for value in sigma.tolist()}

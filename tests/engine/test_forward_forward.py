@@ -8,9 +8,9 @@ import torch
 from engine.conftest import EXAMPLES, QUICK, bright_rows, pulled_and_resumed, same_weights
 
 import dbconvert
-from dbconvert.engine.forward_forward import layer_losses, learn, lone_loss, scores
-from dbconvert.engine.jobs import baseline_parameters, without_readout
+from dbconvert.engine.forward_forward import layer_losses, learn, lone_loss, scores, without_readout
 from dbconvert.engine.load import load
+from dbconvert.engine.method import baseline_parameters
 from dbconvert.engine.outline import outline
 from dbconvert.errors import UsageError
 
