@@ -10,6 +10,7 @@ from torch import Tensor
 from dbconvert.data.batches import OrderedBatches, seed_all
 from dbconvert.data.examples import LABEL
 from dbconvert.data.images import entering
+from dbconvert.engine.holdings import WORD, weights
 from dbconvert.engine.layer_kinds import layer_kinds
 from dbconvert.engine.method import Job
 from dbconvert.engine.network import BlockwiseNetwork
@@ -43,7 +44,8 @@ class UnitMemory:
 
 @record
 class MemoryReport:
-    """All units of a job, and what the whole run holds: every block's state stays where it is."""
+    """All units of a job, and the most that the run holds on the device beside activations: the state of all blocks, or
+    that of one where inactive blocks are away, of two with `train.prefetch`."""
 
     units: tuple[UnitMemory, ...]
     resident_parameters: int
@@ -65,14 +67,23 @@ def measure(job: Job, device: torch.device) -> MemoryReport:
         UnitMemory(unit.name, count(unit, job), state(unit, job, options), activations(job, block, device))
         for block, unit in job.units.items()
     )
-    everything = [p for unit in job.all_units() for p in unit.parameters.values()]
-    all_parameters = {id(p): p for p in [*everything, *job.network.parameters()]}
-    frozen = parameter_bytes(p for p in all_parameters.values() if not p.requires_grad)
-    return MemoryReport(
-        units,
-        resident_parameters=sum(p.numel() for p in all_parameters.values()),
-        resident_state=state_bytes(everything, MOMENTS[options.name]) + frozen,
-    )
+    held = [resident(job, block) for block in job.units]
+    return MemoryReport(units, max(count for count, _ in held), max(size for _, size in held))
+
+
+def resident(job: Job, block: int) -> tuple[int, int]:
+    """Parameters on the device while a block trains, and bytes of them with their gradients and optimiser state."""
+    options, network, train = job.recipe.optimizer, job.network, job.recipe.train
+    owned = {id(p): network.owner(name) for name, p in network.model.named_parameters()}
+    there = {id(p): p for p in network.parameters() if train.inactive == "resident" or owned[id(p)] in (None, block)}
+    trained = [p for unit in job.all_units() for p in unit.parameters.values() if id(p) in there]
+    frozen = parameter_bytes(p for p in there.values() if not p.requires_grad)
+    count, size = sum(p.numel() for p in there.values()), state_bytes(trained, MOMENTS[options.name]) + frozen
+    if train.prefetch:
+        other = (weights(unit.parameters.values(), options.name) for b, unit in job.units.items() if b != block)
+        brought = max(other, key=lambda one: one.elements)
+        count, size = count + brought.elements, size + WORD * brought.elements + brought.state
+    return count, size
 
 
 def with_periphery(unit: Unit, job: Job) -> list[torch.nn.Parameter]:
@@ -93,6 +104,8 @@ def activations(job: Job, block: int, device: torch.device) -> int:
     recipe, network = job.recipe, job.network
     micro = max(1, recipe.train.batch // recipe.train.accumulate)
     indices = next(iter(OrderedBatches(len(job.examples), micro, [block], recipe.seed)))
+    if job.mover is not None:
+        job.mover.activate(block)
     batch = {name: value.to(device) for name, value in job.examples.__getitems__(indices).items()}
     labels = batch.pop(LABEL)
     ready = {k: entering(v, recipe.data.image) for k, v in batch.items()}
