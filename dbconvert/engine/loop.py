@@ -8,7 +8,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -221,7 +221,8 @@ class Loop:
         before, rule = self.job.noise, self.job.network.plan.noise
         found: list[NoiseFit | None] = [None]
         if self.accelerator.is_main_process:
-            found = [refitted(before, rule, self.scorer(), self.job.examples, self.updates)]
+            with self.figures():
+                found = [refitted(before, rule, self.scorer(), self.job.examples, self.updates)]
         after = broadcast_object_list(found)[0]
         self.change_noise(after)
         self.report(Note(told(before, after)))
@@ -252,10 +253,15 @@ class Loop:
         job = self.job
         if job.validation is None:
             return {}
-        found = self.scorer().score(job.validation, job.layers)
+        with self.figures():
+            found = self.scorer().score(job.validation, job.layers)
         rounded = {name: round(value, 6) for name, value in found.items()}
         self.write({"update": self.updates, "eval": rounded}, {f"eval/{k}": v for k, v in found.items()})
         return found
+
+    def figures(self) -> AbstractContextManager[None]:
+        """Figures are computed in 32 bits where weights have as many, in training's mixed precision otherwise."""
+        return self.accelerator.autocast() if self.recipe.train.precision == "bf16-true" else nullcontext()
 
     def scorer(self) -> Scorer:
         return Scorer(

@@ -10,19 +10,17 @@ from torch import Tensor
 from dbconvert.data.batches import OrderedBatches, seed_all
 from dbconvert.data.examples import LABEL
 from dbconvert.data.images import entering
-from dbconvert.engine.holdings import WORD, weights
 from dbconvert.engine.layer_kinds import layer_kinds
 from dbconvert.engine.method import Job
 from dbconvert.engine.network import BlockwiseNetwork
+from dbconvert.engine.optimizers import moment_bytes, state_bytes
 from dbconvert.engine.units import Unit
 from dbconvert.errors import DBConvertError
-from dbconvert.graph.account import parameter_bytes, saved_bytes, state_bytes
+from dbconvert.graph.account import parameter_bytes, saved_bytes
 from dbconvert.graph.proof import unchanged_state
 from dbconvert.recipe import OptimizerOptions
 from dbconvert.schema import record
 from dbconvert.tasks.base import Inputs
-
-MOMENTS = {"adamw": 2, "sgd": 1}
 
 
 @record
@@ -78,11 +76,12 @@ def resident(job: Job, block: int) -> tuple[int, int]:
     there = {id(p): p for p in network.parameters() if train.inactive == "resident" or owned[id(p)] in (None, block)}
     trained = [p for unit in job.all_units() for p in unit.parameters.values() if id(p) in there]
     frozen = parameter_bytes(p for p in there.values() if not p.requires_grad)
-    count, size = sum(p.numel() for p in there.values()), state_bytes(trained, MOMENTS[options.name]) + frozen
+    count, size = sum(p.numel() for p in there.values()), state_bytes(trained, options) + frozen
     if train.prefetch:
-        other = (weights(unit.parameters.values(), options.name) for b, unit in job.units.items() if b != block)
-        brought = max(other, key=lambda one: one.elements)
-        count, size = count + brought.elements, size + WORD * brought.elements + brought.state
+        others = (list(unit.parameters.values()) for b, unit in job.units.items() if b != block)
+        brought = max(others, key=parameter_bytes)
+        count += sum(p.numel() for p in brought)
+        size += parameter_bytes(brought) + moment_bytes(brought, options)
     return count, size
 
 
@@ -96,7 +95,7 @@ def count(unit: Unit, job: Job) -> int:
 
 
 def state(unit: Unit, job: Job, options: OptimizerOptions) -> int:
-    return state_bytes(with_periphery(unit, job), MOMENTS[options.name])
+    return state_bytes(with_periphery(unit, job), options)
 
 
 def activations(job: Job, block: int, device: torch.device) -> int:

@@ -42,11 +42,6 @@ def parameter_bytes(parameters: Iterable[nn.Parameter]) -> int:
     return sum(p.numel() * p.element_size() for p in {id(p): p for p in parameters}.values())
 
 
-def state_bytes(parameters: Iterable[nn.Parameter], moments: int) -> int:
-    """Parameters, their gradients and `moments` optimiser tensors of the same size."""
-    return (2 + moments) * parameter_bytes(parameters)
-
-
 @contextmanager
 def only_inputs_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Autograd keeps of each module's call what enters it, as activation checkpointing does; for counting only."""
