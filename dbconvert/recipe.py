@@ -205,6 +205,7 @@ class TrainOptions:
             they rarely move.
         prefetch: the next block is brought while the active one trains: the device holds two then.
         checkpointing: autograd keeps of each layer only what enters it, and runs it again for its backward pass.
+        recompute_modulation: autograd keeps neither normed nor modulated values of a block, and makes them again.
         backpropagate: rounds that `truncated-bptt` goes back; 8 by default, or all where there are fewer.
         checkpoint_every: in updates of the whole run; 0 writes none.
     """
@@ -225,6 +226,7 @@ class TrainOptions:
     inactive: Inactive = "resident"
     prefetch: bool = False
     checkpointing: bool = False
+    recompute_modulation: bool = False
     accumulate: Positive = 1
     clip: PositiveFloat | None = 1.0
     backpropagate: Positive | None = None
@@ -355,6 +357,12 @@ def check(recipe: Recipe, file: str) -> None:
         raise UsageError(
             f"train.batch {recipe.train.batch} is not a multiple of train.accumulate {recipe.train.accumulate}",
             where=file,
+        )
+    if recipe.train.recompute_modulation and recipe.train.checkpointing:
+        raise UsageError(
+            "train.recompute_modulation has nothing to add to train.checkpointing, which runs whole layers again",
+            where=file,
+            hint="leave one of them out",
         )
     check_optimizer(recipe, file)
 

@@ -98,6 +98,7 @@ def prepare(
     network.task.kernel = recipe.train.attention
     if recipe.train.checkpointing:
         network.run.checkpointed = range(plan.anatomy.depth)
+    network.run.remakes = recipe.train.recompute_modulation
     noise = get_noise(package, network, None if missing else examples, keep=keep_noise)
     tell(report, plan, noise, recipe)
     held_out = None if rehearsal else data.validation
