@@ -42,7 +42,10 @@ def seed_all(value: int) -> None:
     """Seeds Python, NumPy and torch on every device."""
     random.seed(value)
     np.random.seed(value % 2**32)
-    torch.manual_seed(value)
+    if torch.accelerator.is_available():
+        torch.manual_seed(value)
+    else:  # the same, without a stack trace for each kind of device that is not there
+        torch.default_generator.manual_seed(value)
 
 
 def block_order(blocks: list[int], steps: int, order: str, steps_per_turn: int, seed: int) -> list[int]:

@@ -64,7 +64,7 @@ class Loop:
             unit.optimizer = optimizer
         if mover is not None:
             mover.begin(self.job.units, self.accelerator.device)
-        prepared: nn.Module = model
+        prepared: nn.Module = model.train()
         return prepared
 
     # -- the whole run ------------------------------------------------------------------------------------
@@ -155,7 +155,8 @@ class Loop:
         seed_all(derive(self.recipe.seed, "update", block, unit.done, self.accelerator.process_index))
         for active in units:
             active.prepare_update()
-        self.job.network.train()
+        if not self.job.network.training:
+            self.job.network.train()
         inputs, labels = self.to_device(batch)
         inputs = self.job.network.task.dropped(inputs, self.recipe.train.label_dropout)
         sigma = self.draw_sigma(block, labels)

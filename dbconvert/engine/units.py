@@ -57,7 +57,8 @@ class Unit:
         step_in_backward(parameter, self.optimizer)
 
     def finish_update(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.parameters.values():
+            parameter.grad = None
         self.done += 1
 
 
