@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dbconvert.diffusion.intervals import Intervals
-from dbconvert.engine.listening import Arrival
+from dbconvert.engine.listening import Arrival, put
 from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.engine.on_policy import OwnState, evaluated, own_levels, own_state
 from dbconvert.errors import UsageError
@@ -42,9 +42,7 @@ class Cascade:
             if self.own is None or not self.own.any():
                 return arrival
             own = self.own  # where nothing is heard, the other examples need no earlier block
-            some = Arrival(
-                {name: value[own] for name, value in arrival.inputs.items()}, arrival.z[own], arrival.sigma[own]
-            )
+            some = arrival.some(own, network.plan.anatomy.axes)
             found = self.walk(network, block, some, labels[own], own[own])
             inputs = {name: put(value, own, found.inputs[name]) for name, value in arrival.inputs.items()}
             return Arrival(inputs, put(arrival.z, own, found.z), put(arrival.sigma, own, found.sigma))
@@ -61,7 +59,7 @@ class Cascade:
             here = replace(chain[k], heard=heard)
             here = here if state is None else state.meet(k, here)
             said = evaluated(network, k, here)
-            heard = network.delivered(said.expected if context == "estimate" else None, here.z)
+            heard = network.delivered(said.expected if context == "estimate" else None, here.z, here.inputs)
             if state is not None:
                 state.move(here, said)
         arrival = replace(arrival, heard=heard)
@@ -81,13 +79,6 @@ class Cascade:
             noisier = task.noisier(z, sigma, level, draw.to(z.device), labels)
             chain.insert(0, replace(arrival, z=noisier, sigma=level))
         return chain
-
-
-def put(values: Tensor, where: Tensor, others: Tensor) -> Tensor:
-    """values [N, ..] with those of some examples, [N] bool, replaced."""
-    values = values.clone()
-    values[where] = others
-    return values
 
 
 @contextmanager

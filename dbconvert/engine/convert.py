@@ -64,7 +64,8 @@ def converted(model: nn.Module, plan: Plan, task: Task | None, *, seed: int = 0)
 
 def hearings(plan: Plan) -> nn.ModuleDict:
     """One for each block that has a predecessor. A network that is one block has one too: it is tried as any block."""
-    anatomy, features = plan.anatomy, plan.context == "features"
+    anatomy, images = plan.anatomy, plan.target is not None and plan.target.placement == "image"
+    features = plan.context == "features" or images  # of an expected image the stem makes a stream
     heard = anatomy.width if features or plan.target is None else plan.target.width
     listening = range(1, len(plan.blocks)) or range(1)
     return nn.ModuleDict({str(b): Hearing(heard, anatomy.width, anatomy.axes, norm=features) for b in listening})

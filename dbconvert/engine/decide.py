@@ -71,16 +71,18 @@ def refuse_context(options: SplitOptions, task: type[Task] | None, blocks: int) 
     """Raises UsageError where blocks cannot hear each other."""
     if options.context == "raw":
         return
+    looped = task is not None and task.looped
+    if blocks < 2 or looped:
+        raise UsageError(
+            f"context `{options.context}` is what a block hears of the one before it, and there is only one",
+            why="a looped core is one block that serves all levels: its predecessor is itself" if looped else "",
+            hint="leave it at `raw`" + (", and see train.z=on-policy" if looped else ", or cut into more blocks"),
+        )
     offered = () if task is None else tuple(name for name in task.contexts if name != "raw")
     if options.context not in offered:
         whose = "a network without a task" if task is None else f"task {task.name}"
         known = f"it has {', '.join(offered)}" if offered else "leave it at `raw`"
         raise UsageError(f"{whose} has no context `{options.context}`", hint=known)
-    if blocks < 2:
-        raise UsageError(
-            f"context `{options.context}` is what a block hears of the one before it, and there is only one",
-            hint="leave it at `raw`, or cut into more blocks",
-        )
 
 
 def decide(

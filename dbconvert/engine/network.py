@@ -28,6 +28,8 @@ from dbconvert.tasks.base import Corruption, Inputs, Passage, Task, leaf
 Periphery = Literal["shared", "own", "single"]
 """`shared`: one stem and readout for all blocks; `own`: each block has its own; `single`: only one block is
 there, and the network's stem and readout are that block's."""
+CLEAN = 0.01
+"""Noise of an image that counts as none, as a share of sigma_data."""
 
 
 class Before(Protocol):
@@ -53,6 +55,7 @@ class BlockwiseNetwork(nn.Module):
         walk: the outputs of its steps, where it takes some: from a draw of the generator, or from the mean.
         prelude: what the modules before a looped core gave, while that is kept.
         bring: makes sure that a block can run, where blocks are not always on the device.
+        ran: the block that has just run.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class BlockwiseNetwork(nn.Module):
         self.walk: Callable[[BlockwiseNetwork, Inputs, torch.Generator | None], Iterator[Tensor]] | None = None
         self.prelude: Memory | None = None
         self.bring: Callable[[int], None] | None = None
+        self.ran = 0
 
     @property
     def conditioning(self) -> Conditioning:
@@ -216,7 +220,7 @@ class BlockwiseNetwork(nn.Module):
         self.run.reset()
         self.run.hold = hold
         self.run.keep = tells and self.plan.context == "features"
-        self.run.active = self.plan.layers_of(block)
+        self.run.active, self.ran = self.plan.layers_of(block), block
         passage.steer(self.run)
         if self.run.keep:
             self.run.last = None
@@ -227,19 +231,34 @@ class BlockwiseNetwork(nn.Module):
             self.run.loop.memory = self.prelude
         return changed(self.output(self.call(block, passage)), passage.result)
 
-    def delivered(self, expected: Tensor | None, z: Tensor) -> Tensor | None:
+    def delivered(self, expected: Tensor | None, z: Tensor, inputs: Inputs | None = None) -> Tensor | None:
         """What the block that has just run tells the next one, see `Arrival.heard`.
 
         Args:
-            expected: the target that it expects, [N, S, d]; only `estimate` needs it.
+            expected: the target that it expects, of the targets' shape; only `estimate` needs it.
             z: what it was given.
+            inputs: likewise; of an image the stem makes a stream, for which it needs them.
         """
         if self.plan.context == "features":
             leaving: Tensor | None = self.run.leaving
             return None if leaving is None else leaving.detach()
         if self.plan.context == "raw" or expected is None:
             return None
+        if self.task.generative:
+            return self.stem_of(expected, inputs or {})
         return as_stream(self.task.told(self.model, expected, z), self.plan.anatomy.axes)
+
+    @torch.no_grad()
+    def stem_of(self, image: Tensor, inputs: Inputs) -> Tensor:
+        """The stream that the stem of the block that has just run makes of an image with next to no noise."""
+        scaling = Preconditioning(self.sigma_data)
+        sigma = torch.full((len(image),), CLEAN * self.sigma_data, device=image.device)
+        passage = self.task.passage(self.model, self.ran, inputs, Corruption(image, sigma, sigma, scaling))
+        self.run.reset()
+        self.run.active, self.run.keep = range(0), True
+        self.call(self.ran, passage)
+        assert self.run.leaving is not None
+        return self.run.leaving
 
     @contextmanager
     def prelude_kept(self) -> Iterator[None]:

@@ -64,7 +64,7 @@ def check_table(plan: Plan, recipe: Recipe) -> None:
             "the targets are the network's own embeddings, which blocks with their own stems would not share",
             hint="split with --table fresh (split.table=fresh in a recipe)",
         )
-    told = plan.context == "estimate" and plan.target is not None and plan.target.table == "none"
+    told = plan.context == "estimate" and plan.target is not None and plan.target.placement == "mask"
     if told and recipe.train.periphery == "frozen-target" and recipe.train.method == "blocks":
         raise UsageError(
             "the estimate that blocks hear is told in the network's own embeddings, which blocks with their own stems "

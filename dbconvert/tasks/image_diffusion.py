@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from dbconvert.anatomy import Anatomy, Picture
+from dbconvert.diffusion.intervals import Intervals
 from dbconvert.errors import UsageError
-from dbconvert.plan import Rule, Table, Target
-from dbconvert.recipe import Weight
+from dbconvert.plan import Context, Rule, Table, Target
+from dbconvert.recipe import Weight, Z
 from dbconvert.tasks.base import Corruption, Headline, Inputs, Passage, Task, along, conditioning
 
 
@@ -32,6 +33,8 @@ class ImageDiffusion(Task):
     denoiser: ClassVar[bool] = True
     generative: ClassVar[bool] = True
     weight: ClassVar[Weight] = "edm"
+    contexts: ClassVar[tuple[Context, ...]] = ("raw", "features", "estimate")
+    zs: ClassVar[tuple[Z, ...]] = ("noised", "on-policy", "mixed")
     headlines: ClassVar[tuple[Headline, ...]] = (
         Headline("Frechet distance", "frechet", "frechet"),
         Headline("weighted loss", "loss", "loss"),
@@ -115,6 +118,10 @@ class ImageDiffusion(Task):
         return {**inputs, **dict.fromkeys(self.picture.labels, labels)}, images
 
     # -- a forward pass -----------------------------------------------------------------------------------
+
+    def handover(self, intervals: Intervals, block: int) -> float:
+        """A block denoises all through its interval, in as many evaluations as one likes."""
+        return intervals.owned(block)[0]
 
     def target_shape(self, inputs: Inputs) -> tuple[int, ...]:
         return tuple(inputs[self.picture.argument].shape)

@@ -173,9 +173,9 @@ def test_estimates_count_what_training_measures(place, corpus, context):
     assert held.gradients < away.parameters < held.parameters and away.optimizer == 2 * away.gradients
 
 
-def test_estimates_of_tasks_without_a_context():
-    with pytest.raises(UsageError, match="task classification has no context `features`"):
-        dbconvert.estimate(str(EXAMPLES / "vit.py"), request=Request(context="features"))
+def test_estimates_of_networks_without_a_predecessor():
+    with pytest.raises(UsageError, match="there is only one"):
+        dbconvert.estimate(str(EXAMPLES / "huginn.py"), request=Request(context="features"))
 
 
 # -- masked text ------------------------------------------------------------------------------------------------
@@ -251,12 +251,12 @@ def test_no_block_alone(place, corpus, tmp_path, context, overrides, message):
     assert not (tmp_path / "r").exists()
 
 
-def test_tasks_without_a_context(tmp_path):
-    vit = str(EXAMPLES / "vit.py")
-    with pytest.raises(UsageError, match="task classification has no context `features`"):
-        dbconvert.split(vit, options=SplitOptions(context="features"), dry_run=True)
-    with pytest.raises(UsageError, match=r"task classification has no train\.z `mixed`"):
-        dbconvert.train("vit_digits", overrides=["train.z=mixed"], out=str(tmp_path / "r"))
+def test_networks_without_an_estimate(tmp_path):
+    """No task fits: what leaves the layers could be heard, but nothing says what is expected, and nothing trains."""
+    source = tmp_path / "model.py"
+    source.write_text((EXAMPLES / "gpt.py").read_text().replace("self.head(self.norm(x))", "self.norm(x)"))
+    with pytest.raises(UsageError, match="a network without a task has no context `estimate`"):
+        dbconvert.split(str(source), options=SplitOptions(context="estimate"), dry_run=True)
 
 
 def test_one_block_hears_nothing(place):
