@@ -173,9 +173,9 @@ def test_estimates_count_what_training_measures(place, corpus, context):
     assert held.gradients < away.parameters < held.parameters and away.optimizer == 2 * away.gradients
 
 
-def test_estimates_of_networks_without_a_predecessor():
-    with pytest.raises(UsageError, match="there is only one"):
-        dbconvert.estimate(str(EXAMPLES / "huginn.py"), request=Request(context="features"))
+def test_a_looped_core_has_no_predecessor():
+    with pytest.raises(UsageError, match="its predecessor is itself"):
+        dbconvert.split(str(EXAMPLES / "huginn.py"), options=SplitOptions(context="features"), dry_run=True)
 
 
 # -- masked text ------------------------------------------------------------------------------------------------
