@@ -186,7 +186,10 @@ class TrainOptions:
             alone to denoise the label at one level.
         steps: updates a block; or `epochs` over the training data a block. An override of one displaces the other.
         batch: examples an update, over all processes.
-        order: which block is next: `random`, or `rotate`, `steps_per_turn` at a time.
+        order: which block is next: `random`; or `rotate`, `steps_per_turn` at a time; or `stagewise`, one block after
+            the other, each to its end: a shared periphery is trained with the first and frozen then.
+        after: where `--block` trains one that hears others, or whose z comes through them: finished runs of the blocks
+            before it; by default the newest of this package under runs/.
         periphery: `shared` trains stem, target table and readout with every block; `frozen-target` freezes a
             unit-norm table and gives each block its own stem and readout, so that blocks are independent.
         weight: `none` is the plain loss, `edm` multiplies it by w(sigma); by default the task's own, which is `edm`
@@ -214,7 +217,8 @@ class TrainOptions:
     steps: Positive | None = None
     epochs: Positive | None = None
     batch: Positive = 128
-    order: Literal["random", "rotate"] = "random"
+    order: Literal["random", "rotate", "stagewise"] = "random"
+    after: tuple[str, ...] = ()
     steps_per_turn: Positive = 1
     periphery: Literal["shared", "frozen-target"] = "shared"
     weight: Weight | None = None

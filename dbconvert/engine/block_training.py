@@ -30,7 +30,8 @@ class Blocks(Method):
         blocks, options = len(network.plan.blocks), recipe.optimizer
         units = {b: Unit(f"block-{b}", trainable(network.block_tensors(b)), options, steps) for b in network.present}
         shared = trainable(network.periphery_tensors()) if network.periphery == "shared" else {}
-        periphery = Unit("periphery", shared, options, steps * blocks, blocks) if shared else None
+        pace = 1 if recipe.train.order == "stagewise" else blocks
+        periphery = Unit("periphery", shared, options, steps * pace, pace) if shared else None
         return Trained(units, periphery, steps)
 
     def levels(self, job: Job, block: int, labels: Tensor, uniform: Tensor) -> Tensor:

@@ -98,11 +98,14 @@ def whole_network(plan: Plan, source: Source) -> BlockwiseNetwork:
     return BlockwiseNetwork(model, run, task, plan, tuple(range(len(plan.blocks))), "shared")
 
 
-def single_block(plan: Plan, source: Source, block: int, tensors: Mapping[str, Tensor]) -> BlockwiseNetwork:
+def single_block(
+    plan: Plan, source: Source, block: int, tensors: Mapping[str, Tensor], *, first: int | None = None
+) -> BlockwiseNetwork:
     """One block alone: built without weights, then only its own tensors and a stem and readout are filled in.
 
     Args:
         tensors: of the block and the periphery, by key.
+        first: all blocks from this one on are there too, each with its own stem and readout.
 
     Raises:
         DBConvertError: they do not fit.
@@ -111,10 +114,13 @@ def single_block(plan: Plan, source: Source, block: int, tensors: Mapping[str, T
     with empty_weights():
         model = source.build()
         run = converted(model, plan, task)
-    strip(model, plan.anatomy, plan.layers_of(block))
-    network = BlockwiseNetwork(model, run, task, plan, (block,), "single")
-    drop_other_blocks(network, block)
+    present = range(block if first is None else first, block + 1)
+    strip(model, plan.anatomy, range(plan.layers_of(present[0]).start, plan.layers_of(block).stop))
+    network = BlockwiseNetwork(model, run, task, plan, tuple(present), "single" if len(present) == 1 else "shared")
+    drop_other_blocks(network)
     fill(network, tensors)
+    if len(present) > 1:
+        network.give_own_periphery()
     return network
 
 
@@ -166,13 +172,13 @@ def fill_part(
         put(network.model, key, given[key], homes.get(key))
 
 
-def drop_other_blocks(network: BlockwiseNetwork, block: int) -> None:
+def drop_other_blocks(network: BlockwiseNetwork) -> None:
     """Removes the conditioning of all other blocks."""
     for name, parts in network.conditioning.named_children():
         if not isinstance(parts, nn.ModuleDict | nn.ParameterDict):
             continue
         for key in list(parts):
-            if network.owner(f"{PREFIX}.{name}.{key}.") not in (block, None):
+            if network.owner(f"{PREFIX}.{name}.{key}.") not in (*network.present, None):
                 del parts[key]
 
 

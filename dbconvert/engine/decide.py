@@ -201,7 +201,9 @@ def cautions(plan: Plan) -> list[str]:
 def listening(plan: Plan) -> str:
     """What it means that blocks hear each other."""
     what = "the stream that left its layers" if plan.context == "features" else "its estimate of the target"
+    if plan.context == "estimate" and plan.target is not None and plan.target.placement == "image":
+        what = "what the stem makes of the image that it expects"
     return (
         f"context {plan.context}: every block hears {what} from the one before it, so that blocks are not independent: "
-        "each needs the forward pass of its predecessors, and none can be trained alone"
+        "each needs the forward pass of its predecessors, and one trained alone wants their finished runs"
     )

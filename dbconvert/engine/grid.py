@@ -33,6 +33,7 @@ BLOCKS_ONLY = (
     "noise.refit",
     "train.order",
     "train.steps_per_turn",
+    "train.after",
     "train.periphery",
     "train.inactive",
     "train.prefetch",

@@ -150,8 +150,7 @@ class Loop:
         On a CUDA device that is None but for updates that are logged: nothing else waits for the device.
         """
         self.bring(block)
-        unit = self.job.units[block]
-        units = [unit, *([self.job.periphery] if self.job.periphery else [])]
+        unit, units = self.job.units[block], self.job.units_of(block)
         seed_all(derive(self.recipe.seed, "update", block, unit.done, self.accelerator.process_index))
         for active in units:
             active.prepare_update()

@@ -14,7 +14,6 @@ from dbconvert.engine.layer_kinds import layer_kinds
 from dbconvert.engine.method import Job
 from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.engine.optimizers import moment_bytes, state_bytes
-from dbconvert.engine.units import Unit
 from dbconvert.errors import DBConvertError
 from dbconvert.graph.account import parameter_bytes, saved_bytes
 from dbconvert.graph.proof import unchanged_state
@@ -62,7 +61,7 @@ def measure(job: Job, device: torch.device) -> MemoryReport:
     """
     options = job.recipe.optimizer
     units = tuple(
-        UnitMemory(unit.name, count(unit, job), state(unit, job, options), activations(job, block, device))
+        UnitMemory(unit.name, count(block, job), state(block, job, options), activations(job, block, device))
         for block, unit in job.units.items()
     )
     held = [resident(job, block) for block in job.units]
@@ -75,7 +74,8 @@ def resident(job: Job, block: int) -> tuple[int, int]:
     owned = {id(p): network.owner(name) for name, p in network.model.named_parameters()}
     there = {id(p): p for p in network.parameters() if train.inactive == "resident" or owned[id(p)] in (None, block)}
     trained = [p for unit in job.all_units() for p in unit.parameters.values() if id(p) in there]
-    frozen = parameter_bytes(p for p in there.values() if not p.requires_grad)
+    learn = {id(p) for p in trained}
+    frozen = parameter_bytes(p for key, p in there.items() if key not in learn)
     count, size = sum(p.numel() for p in there.values()), state_bytes(trained, options) + frozen
     if train.prefetch:
         others = (list(unit.parameters.values()) for b, unit in job.units.items() if b != block)
@@ -85,17 +85,16 @@ def resident(job: Job, block: int) -> tuple[int, int]:
     return count, size
 
 
-def with_periphery(unit: Unit, job: Job) -> list[torch.nn.Parameter]:
-    shared = job.periphery.parameters.values() if job.periphery else []
-    return [*unit.parameters.values(), *shared]
+def with_periphery(block: int, job: Job) -> list[torch.nn.Parameter]:
+    return [p for unit in job.units_of(block) for p in unit.parameters.values()]
 
 
-def count(unit: Unit, job: Job) -> int:
-    return sum(p.numel() for p in with_periphery(unit, job))
+def count(block: int, job: Job) -> int:
+    return sum(p.numel() for p in with_periphery(block, job))
 
 
-def state(unit: Unit, job: Job, options: OptimizerOptions) -> int:
-    return state_bytes(with_periphery(unit, job), options)
+def state(block: int, job: Job, options: OptimizerOptions) -> int:
+    return state_bytes(with_periphery(block, job), options)
 
 
 def activations(job: Job, block: int, device: torch.device) -> int:
@@ -113,6 +112,7 @@ def activations(job: Job, block: int, device: torch.device) -> int:
     with unchanged_state(network), torch.random.fork_rng(devices=[]):
         network.train()
         seed_all(0)
+        job.units_of(block)
         uniform = torch.rand(network.task.level_shape(labels))
         sigma = job.method.levels(job, block, labels, uniform).to(device)
         try:

@@ -55,6 +55,20 @@ class Job:
     def intervals(self) -> Intervals:
         return self.noise.intervals()
 
+    @property
+    def stagewise(self) -> bool:
+        """Whether the shared periphery stays as the first block's training leaves it."""
+        return self.recipe.train.order == "stagewise" and self.method.blocks
+
+    def units_of(self, block: int) -> list[Unit]:
+        """What an update of a block changes; all else of it has no gradient from here on."""
+        shared = self.periphery is not None and not (self.stagewise and block != min(self.units))
+        if self.periphery is None:
+            return [self.units[block]]
+        for parameter in self.periphery.parameters.values():
+            parameter.requires_grad_(shared)
+        return [self.units[block], *([self.periphery] if shared else [])]
+
     def all_units(self) -> list[Unit]:
         return [*self.units.values(), *([self.periphery] if self.periphery else [])]
 

@@ -12,6 +12,7 @@ from dbconvert.tasks.registry import reasons
 
 EPOCHS = 100
 ALONE = "dbconvert train . --block 0 train.periphery=frozen-target   # one block, an independent job"
+AFTER = "dbconvert train . --block 1 train.periphery=frozen-target   # the next one, after that"
 SECTIONS = ("data", "optimizer", "train", "eval", "log")
 
 
@@ -71,10 +72,10 @@ def package_readme(plan: Plan, noise: NoiseFit) -> str:
         "",
         "![noise intervals](noise.png)",
         "",
-        *([f"{listening(plan).capitalize()}.", ""] if plan.context != "raw" else []),
+        *([independence(plan), ""] if len(plan.blocks) > 1 else []),
         "```bash",
         "dbconvert train . data.source=...            # all blocks; or: accelerate launch train.py",
-        *([ALONE] if plan.context == "raw" else []),
+        *([ALONE] if plan.context == "raw" else [ALONE, AFTER]),
         "dbconvert assemble -o model.safetensors      # the newest complete run",
         "```",
         "",
@@ -90,6 +91,16 @@ def package_readme(plan: Plan, noise: NoiseFit) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def independence(plan: Plan) -> str:
+    """What blocks need of each other."""
+    if plan.context != "raw":
+        return f"{listening(plan).capitalize()}."
+    return (
+        "With train.z=noised, the default, blocks need nothing of each other; with on-policy or mixed each needs the "
+        "forward pass of those before it, or their finished runs where it trains alone."
+    )
 
 
 def placement_words(plan: Plan) -> list[str]:

@@ -154,18 +154,6 @@ def check_block(block: int | None, plan: Plan, recipe: Recipe) -> None:
         raise UsageError(f"there is no block {block}", hint=f"blocks: 0 to {len(plan.blocks) - 1}")
     if recipe.train.method != "blocks":
         raise UsageError(f"train.method={recipe.train.method} does not train single blocks", hint="leave out --block")
-    if plan.context != "raw":
-        raise UsageError(
-            f"no block can be trained alone: the plan's context is `{plan.context}`, so that each hears what the one "
-            "before it delivers",
-            hint="leave out --block, or split with --context raw",
-        )
-    if recipe.train.z != "noised":
-        raise UsageError(
-            f"no block can be trained alone with train.z={recipe.train.z}: the sampler comes to it through the blocks "
-            "before it",
-            hint="leave out --block, or train with train.z=noised",
-        )
     if recipe.train.periphery != "frozen-target":
         raise UsageError(
             "a single block cannot train the shared periphery, which the other blocks would not see",

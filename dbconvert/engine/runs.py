@@ -40,6 +40,7 @@ class RunInfo:
         blocks: the blocks that are trained.
         block: the one that is trained alone, None for a run of all.
         files: SHA-256 of each file in weights/, once complete.
+        before: that of the weights of earlier blocks which a block that is trained alone was told of.
     """
 
     status: Literal["running", "complete"]
@@ -53,6 +54,7 @@ class RunInfo:
     periphery: Literal["shared", "frozen-target"]
     updates: int
     files: dict[str, str] = field(default_factory=dict)
+    before: dict[str, str] = field(default_factory=dict)
 
 
 def new_run_folder(name: str) -> Path:

@@ -120,15 +120,16 @@ def carry_out(
         package=str(package.folder.resolve()),
         split=package.plan.identity,
         noise=noise.identity,
-        blocks=job.network.present,
+        blocks=job.network.present if block is None else (block,),
         block=block,
         periphery=recipe.train.periphery,
         updates=sum(unit.total for unit in job.units.values()),
+        before=prepared.before,
     )
     loop = Loop(job, accelerator, report)
     memory = measure(job, accelerator.device)
     if accelerator.is_main_process:
-        write_head(folder, info, recipe, prepared.plan, noise)
+        write_head(folder, info, job.recipe, prepared.plan, noise)
         write_text(folder / MEMORY, to_json(memory))
         kept_tokenizer.keep(prepared.tokenizer, folder)
     start_trackers(accelerator, recipe)
@@ -231,7 +232,7 @@ def finish(folder: Path, info: RunInfo, job: Job) -> None:
     metadata = {PLAN_KEY: info.split, NOISE_KEY: info.noise or ""}
     parts = {NETWORK_FILE: network.tensors()}
     if job.layers is None:
-        parts = {block_file(b): network.block_tensors(b) for b in network.present}
+        parts = {block_file(b): network.block_tensors(b) for b in info.blocks}
         parts[PERIPHERY] = network.periphery_tensors()
     files = {}
     for name, tensors in parts.items():

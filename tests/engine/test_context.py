@@ -138,11 +138,12 @@ def test_noise_is_refitted_to_blocks_that_hear_each_other(place, corpus, tmp_pat
 
 def test_the_split_says_that_blocks_are_not_independent(place, tmp_path):
     told = commands.as_json("split", place / "gpt.py", "--context", "features", "-o", tmp_path / "p", "--json")
-    assert told["context"] == "features" and "none can be trained alone" in told["warnings"][0]
+    assert told["context"] == "features" and "one trained alone wants their finished runs" in told["warnings"][0]
     readme = (tmp_path / "p" / "README.md").read_text()
-    assert "not independent" in readme and "--block" not in readme
+    assert "not independent" in readme and "--block 1" in readme and "wants their finished runs" in readme
     assert json.loads((tmp_path / "p" / "plan.json").read_text())["context"] == "features"
-    assert "--block 0" in (place / "raw" / "README.md").read_text()
+    alone = (place / "raw" / "README.md").read_text()
+    assert "--block 0" in alone and "With train.z=noised, the default, blocks need nothing of each other" in alone
 
 
 def test_activations_count_what_is_heard(place, corpus):
@@ -234,21 +235,6 @@ def test_plans_and_recipes_without_these_words_mean_the_paper_s_form(place):
 
 
 # -- errors -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("context", "overrides", "message"),
-    [
-        ("features", [], "no block can be trained alone: the plan's context is `features`"),
-        ("raw", ["train.z=on-policy"], "no block can be trained alone with train.z=on-policy"),
-        ("raw", ["train.z=mixed"], "no block can be trained alone with train.z=mixed"),
-    ],
-)
-def test_no_block_alone(place, corpus, tmp_path, context, overrides, message):
-    with pytest.raises(UsageError, match=message):
-        overrides = [*corpus, "train.periphery=frozen-target", *overrides]
-        dbconvert.train(str(place / context), overrides=overrides, block=1, out=str(tmp_path / "r"))
-    assert not (tmp_path / "r").exists()
 
 
 def test_networks_without_an_estimate(tmp_path):
