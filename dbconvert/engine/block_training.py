@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dbconvert.engine.cascade import approach
+from dbconvert.engine.cascade import approach, forward_layers
 from dbconvert.engine.method import Forward, Job, Method, Trained, noise_weight, trainable
 from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.engine.units import Unit
@@ -49,6 +49,9 @@ class Blocks(Method):
 
     def layer_calls(self, plan: Plan) -> int:
         return most_layers(plan)
+
+    def forward_layers(self, task: Task, plan: Plan, recipe: Recipe) -> float:
+        return forward_layers(task, plan, recipe.train)
 
     def evaluations(self, task: Task, plan: Plan, recipe: Recipe) -> int:
         return recipe.eval.steps or task.evaluations or len(plan.blocks) + 1

@@ -16,9 +16,11 @@ from torch import Tensor
 from dbconvert.diffusion.intervals import Intervals
 from dbconvert.engine.listening import Arrival, put
 from dbconvert.engine.network import BlockwiseNetwork
-from dbconvert.engine.on_policy import OwnState, evaluated, own_levels, own_state
+from dbconvert.engine.on_policy import Denoised, OwnState, evaluated, met, own_levels, own_state, usual
 from dbconvert.errors import UsageError
+from dbconvert.plan import Plan
 from dbconvert.recipe import TrainOptions
+from dbconvert.tasks.base import Task
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,20 @@ def approach(
         own = torch.arange(len(sigma), device=sigma.device) < count
         sigma = own_levels(network.task, intervals, block, sigma, own)
     return sigma, Cascade(intervals, own) if own is not None or network.plan.context != "raw" else None
+
+
+def forward_layers(task: Task, plan: Plan, train: TrainOptions) -> float:
+    """Layers of earlier blocks, and of the own one, that run without gradient in an update; the mean over blocks."""
+    intervals, total = plan.preview.intervals(), 0.0
+    share = {"noised": 0.0, "mixed": train.mixed, "on-policy": 1.0}[train.z]
+    sizes = [len(plan.layers_of(block)) for block in range(len(plan.blocks))]
+    state = own_state(task)
+    for block, size in enumerate(sizes):
+        first = 0 if state is Denoised else max(0, block - 1)
+        total += sum(sizes[:block]) if plan.context != "raw" else share * sum(sizes[first:block])
+        if state is Denoised:
+            total += share * size * (len(met(usual(task, intervals), intervals, block)) - 1) / 2
+    return total / len(sizes)
 
 
 def noised(network: BlockwiseNetwork, intervals: Intervals, generator: torch.Generator) -> Cascade | None:

@@ -41,6 +41,8 @@ from dbconvert.schema import parse, read_json, to_data, to_json
 
 CELL, RECIPE, RUN_FOLDER, ROW, LOG = "cell.json", "cell.yaml", "run", "row.json", "log.txt"
 LIBRARIES = ("dbconvert", "torch", "transformers")
+FORWARD_AND_BACKWARD = 3
+"""What a layer's forward and backward pass cost, in forward passes."""
 
 
 def versions() -> dict[str, str]:
@@ -126,9 +128,11 @@ def memory_figures(memory: MemoryReport, info: RunInfo) -> dict[str, float | Non
 def work_figures(plan: Plan, recipe: Recipe, info: RunInfo) -> dict[str, float | None]:
     """Layers that run in an update (the most, over blocks), updates, and network evaluations of a prediction."""
     task, method = task_of(plan), METHODS[info.method]
+    layers = method.layer_calls(plan)
     predicts = not (task.bounded or task.generative)
     return {
-        "layers": method.layer_calls(plan),
+        "layers": layers,
+        "passes": layers + method.forward_layers(task, plan, recipe) / FORWARD_AND_BACKWARD,
         "updates": info.updates,
         "evaluations": method.evaluations(task, plan, recipe) if predicts else None,
     }

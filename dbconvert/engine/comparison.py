@@ -60,6 +60,10 @@ def whole(value: float) -> str:
     return f"{value:,.0f}"
 
 
+def hundredths(value: float) -> str:
+    return f"{value:,.2f}"
+
+
 def duration(value: float) -> str:
     return f"{1000 * value:.1f} ms" if value < 1 else f"{value:.2f} s"
 
@@ -71,6 +75,7 @@ COLUMNS = (
     Column("step", "time a step", duration, "memory and time"),
     Column("parameters", "parameters", whole, "work"),
     Column("layers", "layers an update", whole, "work"),
+    Column("passes", "with forward passes", hundredths, "work"),
     Column("updates", "updates", whole, "work"),
     Column("evaluations", "evaluations a prediction", whole, "work"),
 )

@@ -68,6 +68,19 @@ SHALLOW = Baseline("shallow control", ("train.method=shallow",), BLOCKS_ONLY)
 ALWAYS = (Baseline("end-to-end", ("train.method=end-to-end",), BLOCKS_ONLY + CUT), SHALLOW)
 """The baselines of every comparison."""
 LABEL_PLACE = ("split.entry", "split.readout")
+TOLD = ("split.context", "train.z", "train.mixed")
+DEPTH = tuple(
+    Baseline(f"{context}, {z}", (f"split.context={context}", f"train.z={z}"), TOLD)
+    for context, z in (
+        ("raw", "noised"),  # the paper's form
+        ("features", "noised"),
+        ("estimate", "noised"),
+        ("raw", "on-policy"),
+        ("raw", "mixed"),
+        ("features", "mixed"),
+    )
+)
+"""Forms of training in blocks, by what these hear of each other."""
 AGAINST: dict[str, tuple[Baseline, ...]] = {
     "forward-forward": (
         Baseline(
@@ -84,6 +97,7 @@ AGAINST: dict[str, tuple[Baseline, ...]] = {
             (*BLOCKS_ONLY, *CUT, "train.checkpointing"),
         ),
     ),
+    "depth": DEPTH,
 }
 """Those that are asked for, by the word for them."""
 
@@ -193,11 +207,11 @@ def lay_out(request: Request, versions: Mapping[str, str]) -> list[Planned]:
                 planned = plan_cell(request, None, told, seed, part, versions)
             found.setdefault(planned.cell.identity, planned)
         for baseline in (*ALWAYS, *asked):
-            idles = (*baseline.ignores, *idle)
+            idles = baseline.ignores if baseline in DEPTH else (*baseline.ignores, *idle)
             heeded = {k: v for k, v in request.varied.items() if k in baseline.heeds or not ignored(k, idles)}
             for combination in combinations(heeded):
                 planned = plan_cell(request, baseline, combination, seed, part, versions)
-                if not is_end_to_end(baseline, planned.recipe):
+                if not is_end_to_end(baseline, planned.recipe) and not is_untold(baseline, planned.recipe):
                     found.setdefault(planned.cell.identity, planned)
     return list(found.values())
 
@@ -215,6 +229,14 @@ def is_end_to_end(baseline: Baseline, recipe: Recipe) -> bool:
     """Whether the shallow control of a recipe is its end-to-end training: one block holds all layers."""
     looped = recipe.task is not None and named(recipe.task).looped
     return baseline is SHALLOW and recipe.split.blocks == 1 and not looped
+
+
+def is_untold(baseline: Baseline, recipe: Recipe) -> bool:
+    """Whether blocks cannot be told of each other as a form of DEPTH has it, as far as the recipe says."""
+    lone = recipe.split.blocks == 1
+    task = None if recipe.task is None else named(recipe.task)
+    known = task is None or (recipe.split.context in task.contexts and recipe.train.z in task.zs)
+    return baseline in DEPTH and (not known or (lone and recipe.split.context != "raw"))
 
 
 def baselines_denoise(recipe: Recipe) -> bool:

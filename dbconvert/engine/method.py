@@ -186,6 +186,10 @@ class Method:
         """Layers that run in an update, the most over blocks."""
         return plan.anatomy.depth * plan.anatomy.calls
 
+    def forward_layers(self, task: Task, plan: Plan, recipe: Recipe) -> float:
+        """Layers that run without gradient in an update, the mean over all updates."""
+        return 0.0
+
     def evaluations(self, task: Task, plan: Plan, recipe: Recipe) -> int:
         """Network evaluations of a prediction ; of a block where blocks run."""
         return 1

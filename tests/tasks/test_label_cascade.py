@@ -8,10 +8,11 @@ import torch
 from cascades import Entered, blockwise, same
 
 from dbconvert.diffusion.sampling import levels
-from dbconvert.engine.cascade import Cascade
+from dbconvert.engine.cascade import Cascade, approach, forward_layers
 from dbconvert.engine.infer import sample
 from dbconvert.engine.listening import Arrival
 from dbconvert.graph.account import saved_bytes
+from dbconvert.recipe import TrainOptions
 from dbconvert.tasks.classification import Classification
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -163,3 +164,26 @@ def test_injected_z_has_unit_scale():
     assert 0.1 < float(entering.square().mean().sqrt()) < 1
     told = task.told(network.model, task.clean(network.model, given), eps)
     assert float(told.square().mean().sqrt()) == pytest.approx(1, rel=0.25)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("z", ["noised", "on-policy", "mixed"])
+@pytest.mark.parametrize("context", ["raw", "features"])
+def test_layers_that_run_forward_only_are_counted(monkeypatch, context, z):
+    """What the formula says of the mean over blocks is what runs, example by example."""
+    network, intervals, inputs = built(FORMS[0], context)
+    many = {name: value[:1].expand(256, *value.shape[1:]) for name, value in inputs.items()}
+    given, ran, plain = torch.zeros(256, dtype=torch.long), [], type(network).denoise
+
+    def spied(self, block, inputs, z, *args, **kwargs):
+        ran.append(len(self.plan.layers_of(block)) * len(z))
+        return plain(self, block, inputs, z, *args, **kwargs)
+
+    monkeypatch.setattr(type(network), "denoise", spied)
+    train = TrainOptions(z=z, mixed=0.25)
+    torch.manual_seed(0)
+    for block in (0, 1):
+        sigma, before = approach(network, intervals, block, torch.full((256,), 0.3), train)
+        network(block, many, given, sigma, network.task.draw(many), before=before)
+        ran.pop()  # the block's own pass
+    assert sum(ran) / 256 / 2 == pytest.approx(forward_layers(network.task, network.plan, train), rel=0.15)
