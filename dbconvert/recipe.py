@@ -190,6 +190,7 @@ class TrainOptions:
             the other, each to its end: a shared periphery is trained with the first and frozen then.
         after: where `--block` trains one that hears others, or whose z comes through them: finished runs of the blocks
             before it; by default the newest of this package under runs/.
+        states: of such a block whose z are all on-policy: a folder to keep what the earlier ones bring to each example.
         periphery: `shared` trains stem, target table and readout with every block; `frozen-target` freezes a
             unit-norm table and gives each block its own stem and readout, so that blocks are independent.
         weight: `none` is the plain loss, `edm` multiplies it by w(sigma); by default the task's own, which is `edm`
@@ -219,6 +220,7 @@ class TrainOptions:
     batch: Positive = 128
     order: Literal["random", "rotate", "stagewise"] = "random"
     after: tuple[str, ...] = ()
+    states: str | None = None
     steps_per_turn: Positive = 1
     periphery: Literal["shared", "frozen-target"] = "shared"
     weight: Weight | None = None

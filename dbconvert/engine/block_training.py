@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from dbconvert.engine.cascade import approach, forward_layers
+from dbconvert.engine.kept_states import instead
 from dbconvert.engine.method import Forward, Job, Method, Trained, noise_weight, trainable
 from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.engine.units import Unit
@@ -42,6 +43,7 @@ class Blocks(Method):
     ) -> tuple[Tensor, Tensor]:
         eps = job.network.task.draw(inputs, device=labels.device)
         sigma, before = approach(job.network, job.intervals, block, sigma, job.recipe.train)
+        before, inputs = instead(job, before, inputs)
         return forward(block, inputs, labels, sigma, eps, before=before), sigma
 
     def weight(self, job: Job, sigma: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ BLOCKS_ONLY = (
     "train.order",
     "train.steps_per_turn",
     "train.after",
+    "train.states",
     "train.periphery",
     "train.inactive",
     "train.prefetch",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,13 @@ Forward = Callable[..., Tensor]
 """`BlockwiseNetwork.forward`, of the network itself or as accelerate prepared it."""
 
 
+class States(Protocol):
+    """What earlier blocks bring to a block, by example."""
+
+    def at(self, index: Tensor, device: torch.device, batch_axis: int) -> tuple[Tensor, Tensor | None]:
+        """z and what is heard of the examples of these numbers."""
+
+
 @dataclass
 class Job:
     """What a loop works on.
@@ -36,6 +44,7 @@ class Job:
         periphery: the unit that every block trains too, None where blocks have their own.
         steps: updates a block.
         mover: of blocks that are not always on the device; None leaves all of them there.
+        states: what earlier blocks bring to the one that is trained, where that is kept.
     """
 
     method: Method
@@ -50,6 +59,7 @@ class Job:
     recipe: Recipe
     folder: Path
     mover: Mover | None = None
+    states: States | None = None
 
     @property
     def intervals(self) -> Intervals:

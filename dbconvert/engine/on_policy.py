@@ -190,7 +190,7 @@ class Shown(FromTruth):
         return embedding.argument
 
 
-def own_state(task: Task) -> type[OwnState]:
+def own_state(task: Task | type[Task]) -> type[OwnState]:
     if task.generative:
         return Stepped
     return Shown if task.rule == "mask" else Denoised

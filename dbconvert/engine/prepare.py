@@ -186,7 +186,8 @@ def with_absolute_paths(recipe: Recipe, folder: Path, on_command_line: set[tuple
     judges: dict[str, Any] = {name: settled(getattr(recipe.eval, name), base(("eval", name))) for name in JUDGES}
     told = replace(recipe.eval, **judges)
     after = tuple(str(settled(run, base(("train", "after")))) for run in recipe.train.after)
-    train = replace(recipe.train, after=after)
+    states = recipe.train.states and str((base(("train", "states")) / recipe.train.states).resolve())
+    train = replace(recipe.train, after=after, states=states)
     return replace(recipe, source=source, package=package, weights=weights, data=read, train=train, eval=told)
 
 

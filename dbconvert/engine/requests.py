@@ -6,6 +6,7 @@ import torch
 
 from dbconvert.data.batches import Data
 from dbconvert.engine.convert import task_of
+from dbconvert.engine.kept_states import refuse_states
 from dbconvert.engine.methods import METHODS
 from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.engine.refit import refuse_alone
@@ -19,6 +20,7 @@ def refuse(plan: Plan, recipe: Recipe, block: int | None) -> None:
     """Raises UsageError for what cannot be trained as it is asked for."""
     check_z(plan, recipe)
     check_block(block, plan, recipe)
+    refuse_states(plan, recipe, block)
     check_table(plan, recipe)
     check_weight(plan, recipe)
     check_dropout(plan, recipe)

@@ -14,6 +14,7 @@ from accelerate.utils import ProjectConfiguration
 
 from dbconvert.checkpoint import save_tensors
 from dbconvert.engine import kept_tokenizer
+from dbconvert.engine.kept_states import keep_states
 from dbconvert.engine.loop import Loop
 from dbconvert.engine.memory import MemoryReport, measure
 from dbconvert.engine.method import Job
@@ -128,6 +129,9 @@ def carry_out(
     )
     loop = Loop(job, accelerator, report)
     memory = measure(job, accelerator.device)
+    if recipe.train.states is not None:
+        with accelerator.main_process_first():
+            keep_states(job, prepared.before, accelerator.autocast(), report)
     if accelerator.is_main_process:
         write_head(folder, info, job.recipe, prepared.plan, noise)
         write_text(folder / MEMORY, to_json(memory))
