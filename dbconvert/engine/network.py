@@ -28,8 +28,6 @@ from dbconvert.tasks.base import Corruption, Inputs, Passage, Task, leaf
 Periphery = Literal["shared", "own", "single"]
 """`shared`: one stem and readout for all blocks; `own`: each block has its own; `single`: only one block is
 there, and the network's stem and readout are that block's."""
-CLEAN = 0.01
-"""Noise of an image that counts as none, as a share of sigma_data."""
 
 
 class Before(Protocol):
@@ -244,21 +242,14 @@ class BlockwiseNetwork(nn.Module):
             return None if leaving is None else leaving.detach()
         if self.plan.context == "raw" or expected is None:
             return None
-        if self.task.generative:
-            return self.stem_of(expected, inputs or {})
+        stem = self.task.stem_passage(self.model, self.ran, expected, inputs or {}, Preconditioning(self.sigma_data))
+        if stem is not None:
+            self.run.reset()
+            self.run.active, self.run.keep = range(0), True
+            with torch.no_grad():
+                self.call(self.ran, stem)
+            return self.run.leaving
         return as_stream(self.task.told(self.model, expected, z), self.plan.anatomy.axes)
-
-    @torch.no_grad()
-    def stem_of(self, image: Tensor, inputs: Inputs) -> Tensor:
-        """The stream that the stem of the block that has just run makes of an image with next to no noise."""
-        scaling = Preconditioning(self.sigma_data)
-        sigma = torch.full((len(image),), CLEAN * self.sigma_data, device=image.device)
-        passage = self.task.passage(self.model, self.ran, inputs, Corruption(image, sigma, sigma, scaling))
-        self.run.reset()
-        self.run.active, self.run.keep = range(0), True
-        self.call(self.ran, passage)
-        assert self.run.leaving is not None
-        return self.run.leaving
 
     @contextmanager
     def prelude_kept(self) -> Iterator[None]:

@@ -136,6 +136,9 @@ def tell(report: Reporter, plan: Plan, noise: NoiseFit, recipe: Recipe) -> None:
     if plan.noise.refit:
         when = " and ".join(f"{100 * share:g} %" for share in plan.noise.refit)
         report(Note(f"noise is fitted again after {when} of the updates"))
+    if plan.context != "raw" or recipe.train.z != "noised":
+        told = f"context {plan.context}, z {recipe.train.z}"
+        report(Note(f"{told}: before an update of a block those before it run forward, without gradient"))
     kind = "label entropy" if noise.rule == "auto" else "noise mass"
     report(Note(f"noise {noise.rule} ({noise.basis}): blocks hold {shares} of the {kind}"))
 

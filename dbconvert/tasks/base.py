@@ -288,6 +288,12 @@ class Task(ABC):
         """What the next block is told of an expected target: what it has beyond the mean, at unit scale, [N, S, d]."""
         raise self.without("estimate that blocks could be told")
 
+    def stem_passage(
+        self, model: nn.Module, block: int, expected: Tensor, inputs: Inputs, scaling: Preconditioning
+    ) -> Passage | None:
+        """A pass of the stem of an expected target, whose stream the next block hears; None where `told` says it."""
+        return None
+
     # -- figures ------------------------------------------------------------------------------------------
 
     @abstractmethod

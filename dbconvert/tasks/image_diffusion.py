@@ -15,10 +15,14 @@ from torch import Tensor, nn
 
 from dbconvert.anatomy import Anatomy, Picture
 from dbconvert.diffusion.intervals import Intervals
+from dbconvert.diffusion.preconditioning import Preconditioning
 from dbconvert.errors import UsageError
 from dbconvert.plan import Context, Rule, Table, Target
 from dbconvert.recipe import Weight, Z
 from dbconvert.tasks.base import Corruption, Headline, Inputs, Passage, Task, along, conditioning
+
+CLEAN = 0.01
+"""Noise of an image that counts as none, as a share of sigma_data."""
 
 
 class ImageDiffusion(Task):
@@ -139,6 +143,12 @@ class ImageDiffusion(Task):
             return by.skip * z + by.out * output[:, : z.shape[1]]
 
         return Passage(fed, corruption.condition, result=denoised)
+
+    def stem_passage(
+        self, model: nn.Module, block: int, expected: Tensor, inputs: Inputs, scaling: Preconditioning
+    ) -> Passage:
+        sigma = torch.full((len(expected),), CLEAN * scaling.sigma_data, device=expected.device)
+        return self.passage(model, block, inputs, Corruption(expected, sigma, sigma, scaling))
 
     def plain_passage(self, inputs: Inputs) -> Passage:
         images = inputs[self.picture.argument]
