@@ -61,6 +61,11 @@ def euler_step(z: Tensor, denoised: Tensor, sigma: float | Tensor, sigma_next: f
     The paper prints the opposite sign in its Eq. (3)-(5); that form adds noise. Levels may be one for all or one an
     example, [N]: the same levels give the same bits.
     """
-    here, there = (torch.as_tensor(level, dtype=z.dtype, device=z.device) for level in (sigma, sigma_next))
-    keep = (there / here).reshape(here.shape + (1,) * (z.dim() - here.dim() if here.dim() else 0))
+    here, there = (
+        level.to(z) if isinstance(level, Tensor) else torch.full((), level, dtype=z.dtype, device=z.device)
+        for level in (sigma, sigma_next)
+    )
+    keep = there / here
+    if keep.dim():
+        keep = keep.reshape(keep.shape + (1,) * (z.dim() - keep.dim()))
     return keep * z + (1 - keep) * denoised

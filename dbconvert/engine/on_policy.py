@@ -121,7 +121,7 @@ class Denoised(OwnState):
         z = self.meet(self.block, there).z
         level = there.sigma.reshape(len(self.own), -1)[:, 0]
         for here, after in pairwise(met(self.grid, self.intervals, self.block)):
-            further = self.own & (level < level.new_tensor(here))
+            further = self.own & (level < torch.full_like(level, here))
             if not further.any():
                 break
             at = replace(there, z=z, sigma=torch.full_like(there.sigma, here))
