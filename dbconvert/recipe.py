@@ -11,6 +11,7 @@ from dbconvert.diffusion.predictions import Predicted, Times
 from dbconvert.errors import UsageError
 from dbconvert.overrides import keys, merge, parse_overrides, without_displaced
 from dbconvert.plan import Context, Entry, Kernel, NoiseRule, Readout, Table
+from dbconvert.puzzle_options import PuzzleOptions
 from dbconvert.schema import Count, Positive, PositiveFloat, Share, parse, read_yaml, record
 
 Method = Literal["blocks", "end-to-end", "shallow", "truncated-bptt", "forward-forward", "noprop-dt"]
@@ -110,6 +111,7 @@ class DataOptions:
             pieces of a part, by documents, or by characters of a text file; without % they count documents.
         input, label: names of the columns; `input: null` takes the network's own argument name, or the only
             column that is not the label.
+        puzzle: of the built-in sources `s3`, `permutation-powers` and `automaton` (`dbconvert.data.puzzles`).
         tile: the source is a folder of mosaics of pictures of so many pixels a side (`dbconvert.data.mosaics`).
         flip: mirror half of the training pictures.
         latents: encode pictures by a VAE first. `image.mean` and `image.std` are not used then: the VAE has a range.
@@ -135,6 +137,7 @@ class DataOptions:
     input: str | None = None
     label: str = "label"
     image: ImageOptions | None = None
+    puzzle: PuzzleOptions | None = None
     tile: Positive | None = None
     flip: bool = False
     randaugment: RandAugment | None = None

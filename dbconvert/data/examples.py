@@ -16,6 +16,8 @@ from dbconvert.recipe import DataOptions, ImageOptions
 
 LABEL = "__label__"
 """Key of the labels in a batch; no argument of a network is called this."""
+IGNORED = -100
+"""Label of a position that does not count, as padding."""
 SAMPLED = 10_000
 Batch = dict[str, Tensor]
 

@@ -80,14 +80,6 @@ def listening(hearing: Callable[[Tensor], Tensor], heard: Tensor, axes: Axes, en
     return enter
 
 
-def as_stream(values: Tensor, axes: Axes) -> Tensor:
-    """[N, P, d] with its axes where the stream's are; [N, d] as it is."""
-    if values.dim() == 2:
-        return values
-    order = [0 if i == axes.batch else 2 if i == axes.channel + 3 else 1 for i in range(3)]
-    return values.permute(order)
-
-
 def newest(before: Tensor | None, now: Tensor, axes: Axes) -> Tensor:
     """What a block has delivered, where a later evaluation ran on fewer positions, the last ones."""
     sequence = positions_axis(axes)

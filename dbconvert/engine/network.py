@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from dbconvert.anatomy import Change
 from dbconvert.diffusion.preconditioning import Preconditioning
 from dbconvert.engine.chunks import Measure, in_chunks
-from dbconvert.engine.listening import CONTEXT, Arrival, as_stream, listening
+from dbconvert.engine.listening import CONTEXT, Arrival, listening
 from dbconvert.engine.periphery import OwnPeriphery, check_keys, own_key
 from dbconvert.errors import DBConvertError
 from dbconvert.graph.inject import PREFIX, Conditioning
 from dbconvert.graph.looped import LoopPass, Memory
 from dbconvert.graph.run import Run
+from dbconvert.graph.two_streams import as_stream
 from dbconvert.plan import Plan
 from dbconvert.tasks.base import Change as Acting
 from dbconvert.tasks.base import Corruption, Inputs, Passage, Task, leaf

@@ -120,7 +120,7 @@ def check_attention(plan: Plan, recipe: Recipe) -> None:
 def check_method(plan: Plan, recipe: Recipe) -> None:
     """Refuses a form of training that this network cannot have, or this task: some are told one label an example."""
     task, method = named(str(plan.task)), METHODS[recipe.train.method]
-    if method.labelled and (task.text or task.denoiser):
+    if method.labelled and (task.text or task.tagged or task.denoiser):
         raise UsageError(
             f"train.method={recipe.train.method} is for one label an example, and the task is {plan.task}",
             hint="use train.method=end-to-end",

@@ -97,6 +97,8 @@ class Task(ABC):
     """The target tables it can use, the default first."""
     text: ClassVar[bool] = False
     """Whether its examples are tokens."""
+    tagged: ClassVar[bool] = False
+    """Whether its data has a label for every position."""
     ahead: ClassVar[int] = 0
     """How many positions before its label the unconditioned network tells it."""
     lead: ClassVar[int] = 0
@@ -319,6 +321,10 @@ class Task(ABC):
     @abstractmethod
     def correct(self, output: Tensor, labels: Tensor) -> Tensor:
         """Whether each label is met, bool, of the labels' shape."""
+
+    def figures(self, output: Tensor, labels: Tensor) -> dict[str, float]:
+        """More of how good predictions are, by name."""
+        return {}
 
     @abstractmethod
     def probabilities(self, output: Tensor) -> Tensor:
