@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from engine.conftest import pulled_and_resumed
 
 import dbconvert
@@ -14,6 +15,7 @@ from dbconvert.engine.estimate_records import Request
 from dbconvert.engine.load import load
 from dbconvert.engine.outline import outline
 from dbconvert.errors import DBConvertError, UsageError
+from dbconvert.recipe import SplitOptions
 from dbconvert.tasks.token_classification import ASKED
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -134,3 +136,42 @@ def test_estimate_takes_the_task_by_name(recipe):
 def test_what_does_not_fit_is_refused(recipe, overrides, message):
     with pytest.raises((UsageError, DBConvertError), match=message):
         train(recipe, f"refused {message[:20]}", *overrides)
+
+
+# -- networks of Transformers -----------------------------------------------------------------------------------
+
+TEXT = {
+    "vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64,
+    "max_position_embeddings": 64, "num_labels": 5, "use_cache": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["Bert", "Llama"])
+def test_heads_of_transformers_are_split_unasked_and_trained(kind, tmp_path):
+    name = f"{kind}ForTokenClassification"
+    config = getattr(transformers, f"{kind}Config")(**TEXT, architectures=[name])
+    config.save_pretrained(tmp_path / "model")
+    options = SplitOptions(blocks=2, context="features")
+    plan = dbconvert.split(str(tmp_path / "model"), out=str(tmp_path / "package"), options=options).plan
+    assert (plan.task, plan.target.classes, plan.target.placement) == ("token_classification", 5, "positions")
+    (tmp_path / "rows.py").write_text(ROWS)
+    overrides = [*QUICK, f"data.source={tmp_path}/rows.py:parts", "train.z=on-policy"]
+    found = dbconvert.train(str(tmp_path / "package"), overrides=overrides, out=str(tmp_path / "run"))
+    assert {"accuracy_zero", "accuracy_examples_zero"} <= set(found.metrics)
+
+
+ROWS = """
+import torch
+
+class Rows:
+    def __len__(self):
+        return 24
+    def __getitem__(self, index):
+        tokens = torch.randint(0, 61, (9,), generator=torch.Generator().manual_seed(index))
+        labels = tokens % 5
+        labels[7:] = -100
+        return {"input_ids": tokens.tolist(), "label": labels.tolist()}
+
+def parts(name):
+    return Rows()
+"""
