@@ -126,9 +126,10 @@ def split(
 ) -> None:
     """Cut a network into blocks and write a package that trains."""
     from dbconvert.cli import render
+    from dbconvert.data_options import DataOptions
     from dbconvert.engine.split import split as run
     from dbconvert.plan import NoiseRule
-    from dbconvert.recipe import DataOptions, SplitOptions
+    from dbconvert.recipe import SplitOptions
     from dbconvert.schema import parse
 
     options = {

@@ -12,9 +12,8 @@ from dbconvert.data.puzzles import PARTS as PUZZLE_PARTS
 from dbconvert.data.puzzles import PUZZLES
 from dbconvert.data.pydoc import PARTS as TOPIC_PARTS
 from dbconvert.data.pydoc import topic_rows
+from dbconvert.data_options import DataOptions, PuzzleOptions
 from dbconvert.errors import DBConvertError, UsageError
-from dbconvert.puzzle_options import PuzzleOptions
-from dbconvert.recipe import DataOptions
 from dbconvert.sources.python_files import explained, load_file, neighbours_importable
 
 BUILT_IN: dict[str, tuple[Collection[str], Callable[[str, PuzzleOptions], Any]]] = {

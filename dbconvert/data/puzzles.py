@@ -18,8 +18,8 @@ from torch.utils.data import Dataset
 
 from dbconvert.data.batches import derive
 from dbconvert.data.examples import IGNORED
+from dbconvert.data_options import PuzzleOptions
 from dbconvert.errors import UsageError
-from dbconvert.puzzle_options import PuzzleOptions
 
 PARTS = {"train": 200_000, "validation": 1_000, "test": 2_000}
 """Examples of each."""

@@ -11,8 +11,8 @@ from torch.utils.data import Dataset, default_collate
 from dbconvert.anatomy import Anatomy
 from dbconvert.data.examples import IGNORED, LABEL, Batch, find_columns
 from dbconvert.data.puzzles import Puzzle
+from dbconvert.data_options import DataOptions
 from dbconvert.errors import DBConvertError
-from dbconvert.recipe import DataOptions
 
 COUNTED = 4096
 """Examples from which the frequencies of labels are taken."""

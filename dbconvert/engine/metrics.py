@@ -13,6 +13,7 @@ from dbconvert.data.batches import Data, derive, in_order
 from dbconvert.data.examples import LABEL
 from dbconvert.data.images import entering
 from dbconvert.data.sequences import Sequences
+from dbconvert.data_options import ImageOptions
 from dbconvert.diffusion.intervals import Intervals
 from dbconvert.engine.bound import Bound
 from dbconvert.engine.cascade import Cascade, at_rest, noised
@@ -21,7 +22,7 @@ from dbconvert.engine.evidence import Evidence
 from dbconvert.engine.infer import Begin, ends, sample
 from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.engine.shares import cross_entropies, entropy_shares
-from dbconvert.recipe import EvalOptions, ImageOptions
+from dbconvert.recipe import EvalOptions
 from dbconvert.tasks.base import Inputs
 
 LARGEST_SCORES = 2**26

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dbconvert.data_options import DataOptions
 from dbconvert.engine.decide import listening
 from dbconvert.plan import NoiseFit, Plan
-from dbconvert.recipe import DataOptions, Recipe
+from dbconvert.recipe import Recipe
 from dbconvert.schema import to_data, to_yaml
 from dbconvert.tasks.image_diffusion import picture_in_words
 from dbconvert.tasks.label_place import in_words

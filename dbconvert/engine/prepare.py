@@ -9,6 +9,7 @@ from typing import Any
 
 from dbconvert.data.batches import Data
 from dbconvert.data.tokenizers import Tokenizer
+from dbconvert.data_options import LatentOptions
 from dbconvert.engine.convert import fill_blocks, hollow_network, single_block, whole_network
 from dbconvert.engine.finished import FinishedRun
 from dbconvert.engine.holdings import WORD, Weights, weights
@@ -29,7 +30,7 @@ from dbconvert.errors import UsageError
 from dbconvert.events import Note, Reporter
 from dbconvert.overrides import keys, parse_overrides
 from dbconvert.plan import NoiseFit, Plan
-from dbconvert.recipe import LatentOptions, Recipe, read_recipe
+from dbconvert.recipe import Recipe, read_recipe
 from dbconvert.shipped import shipped
 from dbconvert.tasks.registry import choose_task, reasons
 

@@ -18,11 +18,12 @@ from dbconvert.data.tagged import Tagged
 from dbconvert.data.tokenizer_opening import open_tokenizer
 from dbconvert.data.tokenizers import Tokenizer
 from dbconvert.data.tokens import open_text
+from dbconvert.data_options import DataOptions
 from dbconvert.engine.convert import task_of
 from dbconvert.errors import DBConvertError, UsageError
 from dbconvert.events import Reporter, silent
 from dbconvert.plan import Plan
-from dbconvert.recipe import DataOptions, Recipe
+from dbconvert.recipe import Recipe
 from dbconvert.tasks.registry import named
 
 

@@ -10,9 +10,9 @@ from dbconvert.data.datasets import open_part
 from dbconvert.data.examples import IGNORED, LABEL
 from dbconvert.data.puzzles import PARTS, PUZZLES
 from dbconvert.data.tagged import Tagged
+from dbconvert.data_options import DataOptions
 from dbconvert.errors import DBConvertError, UsageError
 from dbconvert.graph.analysis import analyse
-from dbconvert.recipe import DataOptions
 from dbconvert.schema import parse
 
 NAMES = list(PUZZLES)
