@@ -110,6 +110,7 @@ class TrainOptions:
         prefetch: the next block is brought while the active one trains: the device holds two then.
         checkpointing: autograd keeps of each layer only what enters it, and runs it again for its backward pass.
         recompute_modulation: autograd keeps neither normed nor modulated values of a block, and makes them again.
+        compile: torch.compile, a layer at a time.
         backpropagate: rounds that `truncated-bptt` goes back; 8 by default, or all where there are fewer.
         checkpoint_every: in updates of the whole run; 0 writes none.
     """
@@ -133,6 +134,7 @@ class TrainOptions:
     prefetch: bool = False
     checkpointing: bool = False
     recompute_modulation: bool = False
+    compile: bool = False
     accumulate: Positive = 1
     clip: PositiveFloat | None = 1.0
     backpropagate: Positive | None = None

@@ -25,6 +25,7 @@ def refuse(plan: Plan, recipe: Recipe, block: int | None) -> None:
     check_weight(plan, recipe)
     check_dropout(plan, recipe)
     check_attention(plan, recipe)
+    check_compile(plan, recipe)
     check_method(plan, recipe)
     check_samples(recipe)
     check_inactive(plan, recipe, block)
@@ -72,6 +73,32 @@ def check_table(plan: Plan, recipe: Recipe) -> None:
             "the estimate that blocks hear is told in the network's own embeddings, which blocks with their own stems "
             "would not share",
             hint="split with --context features (split.context=features in a recipe)",
+        )
+
+
+def check_compile(plan: Plan, recipe: Recipe) -> None:
+    """Refuses what compiled layers cannot do."""
+    train = recipe.train
+    if not train.compile:
+        return
+    if train.method == "forward-forward":
+        raise UsageError(
+            "train.compile does not go with train.method=forward-forward",
+            why="its layers go backward one by one, from within the pass",
+            hint="leave one of them out",
+        )
+    if train.recompute_modulation:
+        raise UsageError(
+            "train.compile does not go with train.recompute_modulation",
+            why="the compiler decides itself what is kept for the backward pass, and makes modulated values again",
+            hint="leave one of them out",
+        )
+    cuda = torch.cuda.is_available() and not train.cpu
+    if task_of(plan).doubled and (train.attention == "flex" or (train.attention == "auto" and cuda)):
+        raise UsageError(
+            f"train.compile does not go with train.attention={train.attention}",
+            why="FlexAttention compiles itself, for masks that a compiled layer would have to hold fixed",
+            hint="add train.attention=sdpa",
         )
 
 

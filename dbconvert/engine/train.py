@@ -15,6 +15,7 @@ from accelerate.utils import ProjectConfiguration
 from dbconvert.checkpoint import save_tensors
 from dbconvert.engine import kept_tokenizer
 from dbconvert.engine.kept_states import keep_states
+from dbconvert.engine.compiling import compile_layers, refuse_uncompiled
 from dbconvert.engine.loop import Loop
 from dbconvert.engine.memory import MemoryReport, measure
 from dbconvert.engine.method import Job
@@ -102,6 +103,8 @@ def train(
     if alone and accelerator.num_processes > 1:
         raise UsageError(f"{alone[0]} runs in one process only", hint="start it without accelerate")
     refuse_unsupported(recipe, accelerator.device, accelerator.num_processes)
+    if recipe.train.compile:
+        refuse_uncompiled("train.compile", accelerator.device)
     report = report if accelerator.is_main_process else silent
     with open_store(recipe.train.inactive, folder, accelerator.device) or nullcontext() as store:
         return carry_out(origin, folder, block, accelerator, store, report)
@@ -132,6 +135,8 @@ def carry_out(
     if recipe.train.states is not None:
         with accelerator.main_process_first():
             keep_states(job, prepared.before, accelerator.autocast(), report)
+    if recipe.train.compile:
+        compile_layers(job.network)
     if accelerator.is_main_process:
         write_head(folder, info, job.recipe, prepared.plan, noise)
         write_text(folder / MEMORY, to_json(memory))

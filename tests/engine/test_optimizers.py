@@ -9,7 +9,7 @@ from torch import nn
 
 import dbconvert
 from dbconvert.checkpoint import load_tensors
-from dbconvert.engine import optimizers
+from dbconvert.engine import compiling, optimizers
 from dbconvert.engine.optimizers import GROUP, make_optimizer, state_bytes, state_size
 from dbconvert.engine.units import Unit
 from dbconvert.errors import UsageError
@@ -163,6 +163,6 @@ def test_devices_and_processes_without_support_are_refused(monkeypatch):
         optimizers.refuse_unsupported(recipe, torch.device("mps"), 1)
     with pytest.raises(UsageError, match="2 processes"):
         optimizers.refuse_unsupported(recipe, torch.device("cpu"), 2)
-    monkeypatch.setattr(optimizers.shutil, "which", lambda _: None)
+    monkeypatch.setattr(compiling.shutil, "which", lambda _: None)
     with pytest.raises(UsageError, match="does not run on cpu"):
         optimizers.refuse_unsupported(recipe, torch.device("cpu"), 1)
