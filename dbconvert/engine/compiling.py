@@ -40,7 +40,7 @@ def compile_layers(network: BlockwiseNetwork) -> None:
 
 
 def uncompiled() -> AbstractContextManager[None]:
-    """Meanwhile layers run as they are written: evaluation has other shapes, which would be compiled for a few passes."""
+    """Meanwhile layers run as they are written: evaluation has other shapes, too seldom to compile for."""
     stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
     return stance
 

@@ -85,7 +85,7 @@ def test_what_does_not_go_together_is_refused(asked, package, tmp_path):
 
 def test_flex_attention_is_refused(monkeypatch):
     monkeypatch.setattr("dbconvert.engine.requests.task_of", lambda _: SimpleNamespace(doubled=True))
-    with pytest.raises(UsageError, match="train.attention=flex"):
+    with pytest.raises(UsageError, match=r"train\.attention=flex"):
         check_compile(None, Recipe(source="m.py", train=TrainOptions(compile=True, attention="flex")))
 
 

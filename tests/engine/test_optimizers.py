@@ -130,6 +130,14 @@ def same_weights_of_blocks(one, other):
     )
 
 
+def test_bf16_weights_are_put_together_and_evaluated(package, tmp_path):
+    out, checkpoint = str(tmp_path / "run"), tmp_path / "model.safetensors"
+    run = dbconvert.train(str(package), overrides=[*QUICK, *TRUE, "eval.every=4"], out=out)
+    dbconvert.assemble([out], out=str(checkpoint))
+    found = dbconvert.evaluate(str(checkpoint), part="validation", overrides=["eval.draws=1", "eval.sigmas=2"])
+    assert found.metrics["loss_zero"] == pytest.approx(run.metrics["loss_zero"], rel=0.02)
+
+
 # -- refusals ---------------------------------------------------------------------------------------------------
 
 
