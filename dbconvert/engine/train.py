@@ -14,8 +14,8 @@ from accelerate.utils import ProjectConfiguration
 
 from dbconvert.checkpoint import save_tensors
 from dbconvert.engine import kept_tokenizer
-from dbconvert.engine.kept_states import keep_states
 from dbconvert.engine.compiling import compile_layers, refuse_uncompiled
+from dbconvert.engine.kept_states import keep_states
 from dbconvert.engine.loop import Loop
 from dbconvert.engine.memory import MemoryReport, measure
 from dbconvert.engine.method import Job
