@@ -250,6 +250,19 @@ def test_a_disk_that_fills_up_gives_one_message_and_leaves_nothing(package, monk
         )
 
 
+def test_running_out_of_memory_is_said_with_what_would_help(package, monkeypatch):
+    said = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried for"
+
+    def full(*_):
+        raise RuntimeError(f"{said} 64 bytes. Error code 12")
+
+    monkeypatch.setattr(Loop, "update", full)
+    with pytest.raises(DBConvertError, match="out of memory") as caught:
+        dbconvert.train(str(package), overrides=[*QUICK, DISK], out="r")
+    assert caught.value.why == "DefaultCPUAllocator: can't allocate memory: you tried for 64 bytes"
+    assert "train.inactive=host or disk" in caught.value.hint and not Path("r/away").exists()
+
+
 def test_room_in_memory_is_given_anew_for_other_shapes():
     store = HostStore(pinned=False)
     first = store.room("a", {"x": torch.ones(3), "y": torch.ones(5, dtype=torch.bool), "n": torch.ones(0, 2)})
