@@ -67,6 +67,20 @@ def test_independent_blocks_of_another_method_move_too(package):
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [["optimizer.name=adamw8bit", "optimizer.in_backward=true", "train.clip=null"], ["train.precision=bf16-true"]],
+    ids=" ".join,
+)
+def test_other_optimisers_state_moves_too(package, options):
+    pytest.importorskip("torchao")
+    recipe = [*QUICK, *options, "train.steps=3", "data.validation=null", "train.checkpoint_every=5"]
+    with torch.compiler.set_stance("force_eager"):  # kernels for every shape would take minutes
+        straight = dbconvert.train(str(package), overrides=recipe, out="straight")
+        resumed = pulled_and_resumed(package, [*recipe, DISK], 7, "pulled")
+    assert same(straight, resumed)
+
+
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     """A GPT in three blocks that hear each other, with noise that is fitted again."""
@@ -146,7 +160,7 @@ def test_no_weight_is_in_memory_before_its_part_is_read(package, tmp_path):
         return opened.tensors(block=block)
 
     store = DiskStore(tmp_path / "store")
-    homes = fill_blocks(network, part, store, own=False)
+    homes = fill_blocks(network, part, store, own=False, dtype=torch.float32)
     assert read == [0, 0, 1, 2]
     whole = whole_network(opened.plan, opened.source())
     whole.load(opened.tensors(), where="package")
