@@ -194,7 +194,7 @@ def test_state_of_several_tensors_moves_part_by_part():
     ("overrides", "block", "told"),
     [
         (["train.method=end-to-end"], None, "train.method=end-to-end trains all that it holds"),
-        (["train.periphery=frozen-target"], 1, "nothing but block 1 is in memory"),
+        (["train.periphery=frozen-target"], 1, "--block 1 trains one block alone"),
     ],
 )
 def test_nothing_is_taken_away_where_one_thing_trains(package, overrides, block, told):
