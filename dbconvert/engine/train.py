@@ -148,6 +148,8 @@ def carry_out(
     accelerator.end_training()
     if accelerator.is_main_process:
         finish(folder, replace(info, noise=job.noise.identity), job)
+    if job.mover is not None:
+        job.mover.end()
     return TrainResult(folder, metrics, memory)
 
 

@@ -85,6 +85,19 @@ def test_baselines_are_trained_once_for_all_that_does_not_matter_to_them(recipe)
     ]
 
 
+def test_baselines_have_no_blocks_that_are_away(recipe):
+    asked = Request(recipe, ("train.inactive=disk", "train.prefetch=true"), parse_vary(["train.inactive=disk,host"]), 1)
+    planned = [
+        (one.cell.name, one.recipe.train.inactive, one.recipe.train.prefetch) for one in lay_out(asked, VERSIONS)
+    ]
+    assert planned == [
+        ("train.inactive=disk", "disk", True),
+        ("train.inactive=host", "host", True),
+        ("end-to-end", "resident", False),
+        ("shallow control", "resident", False),
+    ]
+
+
 def test_noise_matters_to_baselines_that_are_shown_it():
     masked = str(EXAMPLES.parent / "recipes" / "mdm_text_tiny.yaml")
     assert [name for name, _ in names(masked, "noise.schedule=linear,cosine", "noise.partition=uniform")[2:]] == [
