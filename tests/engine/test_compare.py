@@ -185,7 +185,8 @@ def test_forms_by_what_blocks_hear_of_each_other(recipe, package):
         figures = work_figures(plan, one.recipe, info)
         passes[one.cell.name] = figures["passes"] - figures["layers"]
     forms = ["blocks", "end-to-end", "shallow control", "features, noised", "estimate, noised", "raw, on-policy"]
-    assert list(passes) == [*forms, "raw, mixed", "features, mixed"]
+    both = ["features, on-policy", "estimate, on-policy", "features, mixed"]
+    assert list(passes) == [*forms, "raw, mixed", *both]
     assert passes["blocks"] == passes["end-to-end"] == passes["shallow control"] == 0
     first, last = 3, 2  # layers of the two blocks: the first ones run for half of all updates
     assert passes["features, noised"] == pytest.approx(first / 2 / 3)
