@@ -50,18 +50,54 @@ class Baseline:
     Args:
         overrides: that make it of any recipe.
         ignores: keys of a recipe that change nothing about it, or their beginnings, with a dot at the end.
-        heeds: keys that change something about it, whatever they do to other baselines.
+        heeds: keys that change something about it, whatever they do to other baselines; likewise.
+        optional: a machine, a network or what is installed may not allow it.
     """
 
     name: str
     overrides: tuple[str, ...]
     ignores: tuple[str, ...]
     heeds: tuple[str, ...] = ()
+    optional: bool = False
 
 
 SHALLOW = Baseline("shallow control", ("train.method=shallow",), BLOCKS_ONLY)
 ALWAYS = (Baseline("end-to-end", ("train.method=end-to-end",), BLOCKS_ONLY + CUT), SHALLOW)
 """The baselines of every comparison."""
+END_TO_END = ALWAYS[0].overrides
+CHECKPOINTED = ("train.checkpointing=true", "train.accumulate=1")
+LEAN = ("optimizer.name=adamw8bit", *CHECKPOINTED)
+IN_BACKWARD = ("optimizer.in_backward=true", "train.clip=null")
+TURN = "train.steps_per_turn=20"
+AWAY = ("train.method=blocks", "train.order=rotate", TURN)
+FIXED = ("train.order", "train.steps_per_turn", "train.inactive", "train.prefetch")
+LIGHT = ("train.checkpointing", "train.accumulate", "train.clip", "optimizer.name", "optimizer.in_backward")
+
+
+def peer(name: str, *overrides: str, ignores: tuple[str, ...], heeds: tuple[str, ...] = ()) -> Baseline:
+    return Baseline(name, overrides, ignores, heeds, optional=True)
+
+
+PEERS = (
+    peer("end-to-end, checkpointing", *END_TO_END, *CHECKPOINTED, ignores=(*BLOCKS_ONLY, *CUT, *LIGHT[:2])),
+    peer(
+        "end-to-end, checkpointing, 8-bit, in backward",
+        *(*END_TO_END, *LEAN, *IN_BACKWARD),
+        ignores=(*BLOCKS_ONLY, *CUT, *LIGHT),
+    ),
+    peer("BAdam-style", "train.method=badam", TURN, ignores=BLOCKS_ONLY),
+    peer("LISA-style", "train.method=lisa", TURN, ignores=BLOCKS_ONLY),
+    peer("LoRA", "train.method=lora", ignores=(*BLOCKS_ONLY, *CUT)),
+    peer("blocks, inactive in host memory", *AWAY, "train.inactive=host", ignores=FIXED, heeds=NOISE),
+    peer("blocks, inactive on disk", *AWAY, "train.inactive=disk", ignores=FIXED, heeds=NOISE),
+    peer(
+        "blocks, inactive on disk, checkpointing, 8-bit",
+        *(*AWAY, "train.inactive=disk", *LEAN),
+        ignores=(*FIXED, *LIGHT[:2], "optimizer.name"),
+        heeds=NOISE,
+    ),
+)
+"""What people use today to train in less memory, and blocks that are away while they do not train."""
 LABEL_PLACE = ("split.entry", "split.readout")
 AGAINST: dict[str, tuple[Baseline, ...]] = {
     "forward-forward": (
@@ -79,8 +115,13 @@ AGAINST: dict[str, tuple[Baseline, ...]] = {
             (*BLOCKS_ONLY, *CUT, "train.checkpointing"),
         ),
     ),
+    "peers": PEERS,
 }
 """Those that are asked for, by the word for them."""
+ON_THE_WAY = ("peers",)
+"""Words whose rows are compared at equal time too."""
+WATCHED = ("eval.every=0.05", "log.every=10")
+"""How often quality and what is held are looked at then."""
 
 
 @record
@@ -92,6 +133,7 @@ class Cell:
         baseline: name of the baseline, None for a cell of the grid.
         varied: the varied keys that it depends on.
         part: of the data, on which it is evaluated.
+        optional: where this machine, this network or what is installed does not allow it, it is no failure.
         identity: SHA-256 of its settled recipe, of the part, of what the recipe's files hold, and of the versions.
     """
 
@@ -101,6 +143,7 @@ class Cell:
     seed: int
     part: str
     identity: str
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -189,7 +232,7 @@ def lay_out(request: Request, versions: Mapping[str, str]) -> list[Planned]:
             found.setdefault(planned.cell.identity, planned)
         for baseline in (*ALWAYS, *asked):
             idles = (*baseline.ignores, *idle)
-            heeded = {k: v for k, v in request.varied.items() if k in baseline.heeds or not ignored(k, idles)}
+            heeded = {k: v for k, v in request.varied.items() if matches(k, baseline.heeds) or not ignored(k, idles)}
             for combination in combinations(heeded):
                 planned = plan_cell(request, baseline, combination, seed, part, versions)
                 if not is_end_to_end(baseline, planned.recipe):
@@ -203,7 +246,11 @@ def combinations(varied: Mapping[str, tuple[str, ...]]) -> list[dict[str, str]]:
 
 def ignored(key: str, ignores: Iterable[str]) -> bool:
     """Whether a baseline ignores a key; its method is its own."""
-    return key == "train.method" or any(key == one or (one.endswith(".") and key.startswith(one)) for one in ignores)
+    return key == "train.method" or matches(key, ignores)
+
+
+def matches(key: str, ones: Iterable[str]) -> bool:
+    return any(key == one or (one.endswith(".") and key.startswith(one)) for one in ones)
 
 
 def is_end_to_end(baseline: Baseline, recipe: Recipe) -> bool:
@@ -230,14 +277,17 @@ def plan_cell(
 ) -> Planned:
     own = baseline.overrides if baseline else ()
     varied = [f"{key}={value}" for key, value in combination.items()]
-    # A cell is evaluated once, when it is trained, on the part that is asked for.
-    overrides = [*request.overrides, *varied, *own, f"seed={seed}", "data.validation=null"]
+    # A cell is evaluated once, when it is trained, on the part that is asked for, if nothing asks for more.
+    along = any(word in ON_THE_WAY for word in request.against)
+    evaluated = [f"data.validation={json.dumps(part)}", *WATCHED] if along else ["data.validation=null"]
+    overrides = [*request.overrides, *varied, *own, f"seed={seed}", *evaluated]
     recipe = read_origin(request.target, overrides).recipe
     named_by = [baseline.name] if baseline else []
     name = ", ".join([*named_by, *varied]) or recipe.train.method
     content = {**to_data(recipe), "log": None}
     told = identity({"recipe": content, "part": part, "files": digests(recipe), "versions": dict(versions)})
-    return Planned(Cell(name, baseline.name if baseline else None, combination, seed, part, told), recipe)
+    optional = baseline is not None and baseline.optional
+    return Planned(Cell(name, baseline.name if baseline else None, combination, seed, part, told, optional), recipe)
 
 
 def digests(recipe: Recipe) -> dict[str, str]:

@@ -7,7 +7,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -20,11 +20,12 @@ from dbconvert.data.batches import OrderedBatches, block_order, derive, load_bat
 from dbconvert.data.examples import LABEL, Batch
 from dbconvert.data.images import augmentation, entering
 from dbconvert.diffusion.intervals import stratified
+from dbconvert.engine.held import held
 from dbconvert.engine.method import Job
 from dbconvert.engine.metrics import Metrics, Scorer
 from dbconvert.engine.refit import keep, points, refitted, told
 from dbconvert.engine.runs import CHECKPOINTS, METRICS
-from dbconvert.engine.state import load_state, newest_state, save_state, truncate_metrics
+from dbconvert.engine.state import Done, load_state, newest_state, save_state, truncate_metrics
 from dbconvert.engine.units import Unit
 from dbconvert.errors import DBConvertError
 from dbconvert.events import Advance, Note, Reporter, Stage
@@ -48,6 +49,9 @@ class Loop:
         self.model = self.prepare()
         self.updates = 0
         self.took: list[float] = []
+        self.trained = 0.0
+        every = self.recipe.eval.every
+        self.evaluates_every = max(1, round(every * len(self.order))) if isinstance(every, float) else every
         shares = () if job.layers is not None else job.network.plan.noise.refit
         self.refits = points(shares, len(self.order))
 
@@ -76,10 +80,11 @@ class Loop:
             self.report(Advance(1, {"loss": loss}))
             if self.updates in self.refits:
                 self.refit()
-            if self.recipe.eval.every and self.updates % self.recipe.eval.every == 0:
+            if self.evaluates_every and self.updates % self.evaluates_every == 0 and self.updates < len(self.order):
                 self.evaluate()
             if every and self.updates % every == 0 and self.updates < len(self.order):
                 self.save()
+            self.report(Advance(0))
             self.begun = time.perf_counter()
         return self.evaluate()
 
@@ -89,7 +94,7 @@ class Loop:
             truncate_metrics(self.metrics_path, 0)
             return
         loaded = load_state(state, self.job.network, self.job.all_units())
-        self.updates = loaded.updates
+        self.updates, self.trained = loaded.updates, loaded.seconds
         self.change_noise(loaded.noise)
         truncate_metrics(self.metrics_path, loaded.metrics_bytes)
 
@@ -97,7 +102,8 @@ class Loop:
         if self.accelerator.is_main_process:
             size = self.metrics_path.stat().st_size if self.metrics_path.exists() else 0
             folder = self.job.folder / CHECKPOINTS
-            save_state(folder, self.job.network, self.job.all_units(), self.updates, size, self.job.noise)
+            done = Done(self.updates, self.trained, size)
+            save_state(folder, self.job.network, self.job.all_units(), done, self.job.noise)
         self.accelerator.wait_for_everyone()
 
     def loaded(self) -> Iterator[Batch]:
@@ -124,6 +130,7 @@ class Loop:
         unit = self.job.units[block]
         units = [unit, *([self.job.periphery] if self.job.periphery else [])]
         seed_all(derive(self.recipe.seed, "update", block, unit.done, self.accelerator.process_index))
+        self.job.method.begin(self.job, block)
         for active in units:
             active.prepare_update()
         self.job.network.train()
@@ -138,11 +145,15 @@ class Loop:
         rate = unit.learning_rate()
         for active in units:
             active.optimizer.step()
+        logs = (self.updates + 1) % self.recipe.log.every == 0 or self.updates + 1 == len(self.order)
+        holds = held(self.job) if logs else {}
+        for active in units:
             active.finish_update()
         self.counted += len(labels) * self.accelerator.num_processes
         self.took.append(time.perf_counter() - self.begun)
-        if (self.updates + 1) % self.recipe.log.every == 0:
-            self.log(unit, {"block": block, "loss": loss, "lr": rate, "grad_norm": norm})
+        self.trained += self.took[-1]
+        if logs:
+            self.log(unit, {"block": block, "loss": loss, "lr": rate, "grad_norm": norm}, holds)
         return loss
 
     def to_device(self, batch: Batch) -> tuple[Inputs, Tensor]:
@@ -218,7 +229,7 @@ class Loop:
 
     # -- figures ------------------------------------------------------------------------------------------
 
-    def log(self, unit: Unit, values: dict[str, float | int | None]) -> None:
+    def log(self, unit: Unit, values: dict[str, float | int | None], holds: Mapping[str, int]) -> None:
         elapsed = time.perf_counter() - self.started
         line = {
             "update": self.updates + 1,
@@ -227,6 +238,8 @@ class Loop:
             "seconds": round(statistics.median(self.took), 6),
             "examples_per_second": round(self.counted / elapsed, 1),
             "memory_mb": round(memory_mb(self.accelerator.device), 1),
+            "trained": round(self.trained, 4),
+            "holds": holds,
         }
         self.started, self.counted, self.took = time.perf_counter(), 0, []
         self.write(line, {f"{unit.name}/{k}": v for k, v in values.items() if k != "block" and v is not None})
@@ -238,7 +251,10 @@ class Loop:
             return {}
         found = self.scorer().score(job.validation, job.layers)
         rounded = {name: round(value, 6) for name, value in found.items()}
-        self.write({"update": self.updates, "eval": rounded}, {f"eval/{k}": v for k, v in found.items()})
+        self.write(
+            {"update": self.updates, "trained": round(self.trained, 4), "eval": rounded},
+            {f"eval/{k}": v for k, v in found.items()},
+        )
         return found
 
     def scorer(self) -> Scorer:

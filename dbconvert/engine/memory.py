@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dbconvert.data.batches import OrderedBatches, seed_all
 from dbconvert.data.examples import LABEL
@@ -13,11 +14,9 @@ from dbconvert.data.images import entering
 from dbconvert.engine.layer_kinds import layer_kinds
 from dbconvert.engine.method import Job
 from dbconvert.engine.network import BlockwiseNetwork
-from dbconvert.engine.units import Unit
 from dbconvert.errors import DBConvertError
 from dbconvert.graph.account import parameter_bytes, saved_bytes, state_bytes
 from dbconvert.graph.proof import unchanged_state
-from dbconvert.recipe import OptimizerOptions
 from dbconvert.schema import record
 from dbconvert.tasks.base import Inputs
 
@@ -29,7 +28,7 @@ class UnitMemory:
     """One unit: what its update needs, with the periphery it trains too.
 
     Args:
-        trainable: parameters that its update changes.
+        trainable: parameters that its update changes, at the most.
         state: bytes of those parameters, their gradients and optimiser state.
         activations: bytes that autograd keeps for the backward pass at the recipe's batch; with activation
             checkpointing what enters the layers, and all of the largest layer, which is run again.
@@ -43,9 +42,14 @@ class UnitMemory:
 
 @record
 class MemoryReport:
-    """All units of a job, and what the whole run holds: every block's state stays where it is."""
+    """All units of a job, and what the whole run holds: every block's state stays where it is.
+
+    Args:
+        used_parameters: that this form of training has a use for, of all that are resident.
+    """
 
     units: tuple[UnitMemory, ...]
+    used_parameters: int
     resident_parameters: int
     resident_state: int
 
@@ -62,30 +66,37 @@ def measure(job: Job, device: torch.device) -> MemoryReport:
     """
     options = job.recipe.optimizer
     units = tuple(
-        UnitMemory(unit.name, count(unit, job), state(unit, job, options), activations(job, block, device))
+        UnitMemory(
+            unit.name,
+            max(sum(p.numel() for p in turn) for turn in turns(job, block)),
+            max(state_bytes(turn, MOMENTS[options.name]) for turn in turns(job, block)),
+            activations(job, block, device),
+        )
         for block, unit in job.units.items()
     )
     everything = [p for unit in job.all_units() for p in unit.parameters.values()]
     all_parameters = {id(p): p for p in [*everything, *job.network.parameters()]}
-    frozen = parameter_bytes(p for p in all_parameters.values() if not p.requires_grad)
+    beyond = partial(beyond_parameters, moments=MOMENTS[options.name])
+    learning = [max(map(beyond, job.method.turns(job, block)), default=0) for block in job.units]
     return MemoryReport(
         units,
+        used_parameters=sum(p.numel() for p in {id(p): p for p in job.method.held(job.network)}.values()),
         resident_parameters=sum(p.numel() for p in all_parameters.values()),
-        resident_state=state_bytes(everything, MOMENTS[options.name]) + frozen,
+        resident_state=parameter_bytes(all_parameters.values())
+        + sum(learning)
+        + (beyond(job.periphery.parameters) if job.periphery else 0),
     )
 
 
-def with_periphery(unit: Unit, job: Job) -> list[torch.nn.Parameter]:
+def turns(job: Job, block: int) -> list[list[nn.Parameter]]:
+    """The sets of parameters of which an update of a block trains one, each with the shared periphery."""
     shared = job.periphery.parameters.values() if job.periphery else []
-    return [*unit.parameters.values(), *shared]
+    return [[*turn.values(), *shared] for turn in job.method.turns(job, block)]
 
 
-def count(unit: Unit, job: Job) -> int:
-    return sum(p.numel() for p in with_periphery(unit, job))
-
-
-def state(unit: Unit, job: Job, options: OptimizerOptions) -> int:
-    return state_bytes(with_periphery(unit, job), MOMENTS[options.name])
+def beyond_parameters(parameters: Mapping[str, nn.Parameter], moments: int) -> int:
+    """Bytes of gradients and optimiser state."""
+    return state_bytes(parameters.values(), moments) - parameter_bytes(parameters.values())
 
 
 def activations(job: Job, block: int, device: torch.device) -> int:

@@ -28,7 +28,7 @@ from dbconvert.engine.package import (
     WEIGHTS,
     block_file,
 )
-from dbconvert.engine.prepare import Origin, prepare, read_origin
+from dbconvert.engine.prepare import Origin, epoch_of, prepare, read_origin
 from dbconvert.engine.runs import (
     CHECKPOINTS,
     MEMORY,
@@ -93,7 +93,7 @@ def train(
         origin = resumed(origin, folder, overrides, block)
     recipe = origin.recipe
     accelerator = make_accelerator(recipe, folder)
-    if METHODS[recipe.train.method].labelled and accelerator.num_processes > 1:
+    if METHODS[recipe.train.method].alone and accelerator.num_processes > 1:
         raise UsageError(
             f"train.method={recipe.train.method} runs in one process only", hint="start it without accelerate"
         )
@@ -111,6 +111,7 @@ def train(
         block=block,
         periphery=recipe.train.periphery,
         updates=sum(unit.total for unit in job.units.values()),
+        epoch=epoch_of(recipe, len(job.examples)),
     )
     loop = Loop(job, accelerator, report)
     memory = measure(job, accelerator.device)
@@ -215,6 +216,7 @@ def finish(folder: Path, info: RunInfo, job: Job) -> None:
     """Writes the trained weights, marks the run complete and removes the states."""
 
     network = job.network
+    job.method.finish(network)
     metadata = {PLAN_KEY: info.split, NOISE_KEY: info.noise or ""}
     parts = {NETWORK_FILE: network.tensors()}
     if job.layers is None:
