@@ -34,9 +34,9 @@ from dbconvert.engine.load import read_run
 from dbconvert.engine.memory import MemoryReport
 from dbconvert.engine.methods import METHODS
 from dbconvert.engine.metrics import Metrics
+from dbconvert.engine.peaks import Peaks
 from dbconvert.engine.runs import MEMORY, METRICS, RUN, RunInfo, read_info
 from dbconvert.engine.train import train
-from dbconvert.engine.watch import Watch
 from dbconvert.errors import DBConvertError, UsageError
 from dbconvert.files import write_text
 from dbconvert.plan import Plan
@@ -82,19 +82,19 @@ def run_cell(folder: Path) -> Row:
 
 def finished(folder: Path, cell: Cell, begun: float) -> Row:
     recipe, run = read_recipe(folder / RECIPE), folder / RUN_FOLDER
-    watch = Watch(on_cuda(recipe))
+    peaks = Peaks(on_cuda(recipe))
     if run.exists() and not (run / RUN).is_file():
         shutil.rmtree(run)
     if not (run / RUN).is_file() or read_info(run).status != "complete":
         none = [f"eval.{key}={json.dumps(value)}" for key, value in about_samples(recipe.eval).items()]
-        with watch:
-            train(str(folder / RECIPE), overrides=none, resume=run.exists(), out=str(run), report=watch)
+        with peaks:
+            train(str(folder / RECIPE), overrides=none, resume=run.exists(), out=str(run), report=peaks)
     evaluation = evaluate(str(run), part=cell.part, overrides=eval_overrides(recipe.eval))
     info, _, plan, _ = read_run(run)
     memory = parse(MemoryReport, read_json(run / MEMORY), file=str(run / MEMORY))
     lines = logged(run)
     figures = {
-        **memory_figures(memory, lines, watch),
+        **memory_figures(memory, lines, peaks),
         **work_figures(plan, recipe, info),
         **time_figures(recipe, info, lines),
     }
@@ -130,18 +130,18 @@ def headlines(plan: Plan, info: RunInfo, metrics: Metrics) -> dict[str, float | 
     return found
 
 
-def memory_figures(memory: MemoryReport, lines: list[Line], watch: Watch) -> dict[str, float | None]:
+def memory_figures(memory: MemoryReport, lines: list[Line], peaks: Peaks) -> dict[str, float | None]:
     """Bytes at the peak of an update, by what they are for; on a CPU the peak is what is counted."""
     seen = [line["holds"] for line in lines if "holds" in line]
     activations = max(one.activations for one in memory.units)
-    found: dict[str, float | None] = {"activations": activations, "host": watch.host}
+    found: dict[str, float | None] = {"activations": activations, "host": peaks.host}
     found["parameters"] = memory.used_parameters
     if seen:
         most = max(seen, key=lambda one: sum(one[part] for part in PARTS))
         found.update({f"peak_{part}": most[part] for part in PARTS})
         counted = found["peak"] = activations + sum(most[part] for part in PARTS)
-        if watch.device is not None:
-            found["peak"] = max(counted, watch.device - most[SPARE])
+        if peaks.device is not None:
+            found["peak"] = max(counted, peaks.device - most[SPARE])
             found["other"] = found["peak"] - counted
     return found
 
@@ -186,11 +186,11 @@ def device_words(recipe: Recipe) -> str:
 def end_with_parent() -> None:
     """Ends this process when the one that started it is gone: then the pipe that it reads closes."""
 
-    def watch() -> None:
+    def peaks() -> None:
         os.read(0, 1)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=peaks, daemon=True).start()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from engine.conftest import QUICK, bright_rows, pulled_and_resumed, same_weights
 
 import dbconvert
 from dbconvert.engine.loop import Loop
+from dbconvert.engine.memory import activations
 from dbconvert.errors import UsageError
 
 TURNS = [*QUICK, "train.steps_per_turn=2", "optimizer.weight_decay=0"]
@@ -101,8 +102,6 @@ def test_what_an_update_holds_is_what_is_counted(badam, lisa, run_of_all):
 def test_readout_alone_keeps_next_to_nothing_for_its_backward_pass(badam):
     run, seen = badam
     job = seen[0][-1]
-    from dbconvert.engine.memory import activations
-
     whole = activations(job, 0, torch.device("cpu"))
     job.method.turns = lambda job, block: [type(job.method).turns(job.method, job, block)[0]]
     try:
@@ -115,9 +114,8 @@ def test_one_block_takes_no_turns(model_file, tmp_path, quick_splits):
     recipe = bright_rows(tmp_path, model_file)
     for method in ("badam", "lisa"):
         with pytest.raises(UsageError, match="the network is one block"):
-            dbconvert.train(
-                recipe, overrides=[*QUICK, "split.blocks=1", f"train.method={method}"], out=str(tmp_path / "r")
-            )
+            asked = [*QUICK, "split.blocks=1", f"train.method={method}"]
+            dbconvert.train(recipe, overrides=asked, out=str(tmp_path / method))
 
 
 def test_they_learn(model_file, tmp_path, quick_splits):

@@ -14,13 +14,13 @@ EVERY = 0.01
 """Seconds between two looks at the process."""
 
 
-class Watch:
+class Peaks:
     """A reporter of training that keeps, while it is entered, the peaks of its updates.
 
     What happens between updates, evaluations above all, is left out.
 
     Attributes:
-        host: bytes of anonymous resident memory above what there was when the watch was made; None where the system
+        host: bytes of anonymous resident memory above what there was when this was made; None where the system
             does not tell.
         device: bytes that were allocated on the CUDA device, None without one.
     """
@@ -34,7 +34,7 @@ class Watch:
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self.look, daemon=True)
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Peaks:
         if self.begun is not None:
             self.thread.start()
         return self
