@@ -30,6 +30,7 @@ class Peaks:
         self.device: int | None = None
         self.on_device = device
         self.begun = anonymous()
+        self.trains = False
         self.window = 0
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self.look, daemon=True)
@@ -50,13 +51,15 @@ class Peaks:
 
     def __call__(self, event: Event) -> None:
         if not isinstance(event, Advance):
+            self.trains = False
             return
-        if event.values and self.begun is not None:
-            most = max(self.window, anonymous() or 0) - self.begun
-            self.host = max(self.host or 0, most)
+        updated = self.trains and event.steps > 0  # the first one says where training goes on from
+        self.trains = True
+        if updated and self.begun is not None:
+            self.host = max(self.host or 0, self.window - self.begun, (anonymous() or 0) - self.begun)
         self.window = 0
         if self.on_device:
-            if event.values:
+            if updated:
                 self.device = max(self.device or 0, torch.cuda.max_memory_allocated())
             torch.cuda.reset_peak_memory_stats()
 
