@@ -223,6 +223,8 @@ class Layer:
         on_spine: nodes that stand on the stream: norms (post-norm), activations, scalings.
         around: how it runs where its additions are written around it; None for a layer that is called.
         conditioned_by: inputs of the network that modulate the layer already (AdaLN): nothing is injected then.
+        second_in: argument that carries a second stream in, as the text's; of layers that are conditioned already.
+        second_out: where it sits in the output; empty where a layer, the last one, does not return it.
         parameters, bytes: its own parameters.
     """
 
@@ -238,6 +240,8 @@ class Layer:
     bytes: int
     around: Around | None = None
     conditioned_by: tuple[str, ...] = ()
+    second_in: Path = ()
+    second_out: Path = ()
 
 
 @record

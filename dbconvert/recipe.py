@@ -22,6 +22,7 @@ BACKPROPAGATE = 8
 Z = Literal["noised", "on-policy", "mixed"]
 MIXED = 0.5
 Weight = Literal["none", "edm"]
+Inactive = Literal["resident", "host", "disk"]
 Mode = Literal["RGB", "L"]
 """Colour or grey."""
 
@@ -197,6 +198,10 @@ class TrainOptions:
         mixed: the share of `mixed` that is on-policy.
         label_dropout: the share of images that are trained on without their class, which guidance needs (0.1 in the
             paper); the last row of the network's table of classes stands for none.
+        inactive: where blocks are that do not train (offloading): `resident` on the training device, `host` in the
+            CPU's memory, `disk` in files of the run, mapped into memory. With `order=rotate` and many `steps_per_turn`
+            they rarely move.
+        prefetch: the next block is brought while the active one trains: the device holds two then.
         checkpointing: autograd keeps of each layer only what enters it, and runs it again for its backward pass.
         backpropagate: rounds that `truncated-bptt` goes back; 8 by default, or all where there are fewer.
         checkpoint_every: in updates of the whole run; 0 writes none.
@@ -215,6 +220,8 @@ class TrainOptions:
     mixed: Share = MIXED
     label_dropout: Share = 0.0
     precision: Literal["fp32", "bf16"] = "fp32"
+    inactive: Inactive = "resident"
+    prefetch: bool = False
     checkpointing: bool = False
     accumulate: Positive = 1
     clip: PositiveFloat | None = 1.0
@@ -336,6 +343,12 @@ def check(recipe: Recipe, file: str) -> None:
     if recipe.train.backpropagate is not None and recipe.train.method != "truncated-bptt":
         raise UsageError(
             f"train.backpropagate is for train.method=truncated-bptt, not {recipe.train.method}", where=file
+        )
+    if recipe.train.prefetch and recipe.train.inactive == "resident":
+        raise UsageError(
+            "train.prefetch brings blocks that are away, and train.inactive is resident",
+            where=file,
+            hint="leave it out, or set train.inactive to host or disk",
         )
     if recipe.train.batch % recipe.train.accumulate:
         raise UsageError(

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-DIGITS, ENTRY = (Path(__file__).parent / name / "table.md" for name in ("digits", "digits-entry"))
+FOLDERS = ("digits", "digits-entry", "digits-noprop")
+DIGITS, ENTRY, NOPROP = (Path(__file__).parent / name / "table.md" for name in FOLDERS)
 """As `dbconvert compare` wrote them; docs/images.md has the commands."""
 CIFAR, CUDA = (Path(__file__).with_name(name) for name in ("cifar.json", "cifar_cuda.json"))
 MISSING = "Not measured yet: `python docs/{script}`."
@@ -18,6 +19,7 @@ def classification_parts() -> dict[str, str]:
     return {
         "digits-vit": DIGITS.read_text().rstrip(),
         "digits-entry": ENTRY.read_text().rstrip(),
+        "digits-noprop": NOPROP.read_text().rstrip(),
         "cifar": part(CIFAR, cifar, "measure_cifar.py MOSAICS"),
         "cifar-cuda": part(CUDA, cuda, "measure_cifar_cuda.py MOSAICS"),
     }

@@ -155,7 +155,8 @@ def show_anatomy(anatomy: Anatomy) -> None:
     out.print(f"[bold {colour}]{anatomy.verdict}[/]  {escape(anatomy.network)}")
     out.print(
         f"stack [bold]{escape(anatomy.stack or ITSELF)}[/]: {anatomy.depth} layers, each called {called}, "
-        f"width {anatomy.width}, {anatomy.streams} stream {list(anatomy.stream_shape)}"
+        f"width {anatomy.width}, {anatomy.streams} stream{'s' if anatomy.streams > 1 else ''} "
+        f"{list(anatomy.stream_shape)}{second_words(anatomy)}"
     )
     for note in anatomy.notes:
         out.print(f"[yellow]{escape(note)}[/]")
@@ -169,6 +170,11 @@ def show_anatomy(anatomy: Anatomy) -> None:
     if anatomy.layers[0].side_inputs:
         listed = (f"{'.'.join(map(str, s.argument))} {list(s.shape)}" for s in anatomy.layers[-1].side_inputs)
         out.print(f"side inputs of the layers: {escape(', '.join(listed))}")
+
+
+def second_words(anatomy: Anatomy) -> str:
+    second = anatomy.layers[0].second_in
+    return f" and {escape('.'.join(map(str, second)))}" if second else ""
 
 
 def same(anatomy: Anatomy) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 
 import torch
@@ -13,6 +13,7 @@ from dbconvert.conditioning.hearing import Hearing
 from dbconvert.engine.listening import CONTEXT
 from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.engine.periphery import OWN, check_keys
+from dbconvert.engine.stores import Store
 from dbconvert.errors import DBConvertError
 from dbconvert.graph.cut import strip
 from dbconvert.graph.fake import empty_weights, is_empty
@@ -116,6 +117,54 @@ def single_block(plan: Plan, source: Source, block: int, tensors: Mapping[str, T
     return network
 
 
+def hollow_network(plan: Plan, source: Source) -> BlockwiseNetwork:
+    """All blocks without a weight in memory, what a task adds apart."""
+    task = task_of(plan)
+    with empty_weights():
+        model = source.build().float()
+    run = converted(model, plan, task)
+    return BlockwiseNetwork(model, run, task, plan, tuple(range(len(plan.blocks))), "shared")
+
+
+def fill_blocks(
+    network: BlockwiseNetwork, read: Callable[[int], Mapping[str, Tensor]], store: Store, *, own: bool
+) -> dict[int, dict[str, Tensor]]:
+    """Fills a hollow network part by part: the parameters of blocks get their place in a store, all else is in memory.
+
+    Args:
+        read: the tensors of a block and of the periphery, by key; what a task adds may lack, and keeps its numbers.
+        own: every block gets a copy of the stem and the readout.
+
+    Returns:
+        where each block's parameters lie, by key.
+
+    Raises:
+        DBConvertError: the tensors do not fit, or the store is full.
+    """
+    fill_part(network, None, read(0), {})
+    if own:
+        network.give_own_periphery(copied=False)
+    homes = {}
+    for block in network.present:
+        parameters = {k: v for k, v in network.block_tensors(block).items() if isinstance(v, nn.Parameter)}
+        homes[block] = store.room(f"block-{block}", {k: v.float() for k, v in parameters.items()})
+        fill_part(network, block, read(block), homes[block])
+    tie_again(network)
+    return homes
+
+
+def fill_part(
+    network: BlockwiseNetwork, owner: int | None, tensors: Mapping[str, Tensor], homes: Mapping[str, Tensor]
+) -> None:
+    """Fills in what a block owns, or what none does."""
+    wanted = {k: v for k, v in network.tensors().items() if network.owner(k) == owner}
+    there = {k: v for k, v in wanted.items() if not v.is_meta and isinstance(v, nn.Parameter)}
+    given = {**there, **{k: v for k, v in tensors.items() if network.owner(k) == owner}}
+    check_keys(given, wanted, "the package's weights")
+    for key in wanted:
+        put(network.model, key, given[key], homes.get(key))
+
+
 def drop_other_blocks(network: BlockwiseNetwork, block: int) -> None:
     """Removes the conditioning of all other blocks."""
     for name, parts in network.conditioning.named_children():
@@ -133,13 +182,26 @@ def fill(network: BlockwiseNetwork, tensors: Mapping[str, Tensor]) -> None:
     wanted = {key: value for key, value in wanted.items() if key not in tied}
     check_keys(tensors, wanted, "the package's weights")
     for key in wanted:
-        owner, _, name = key.rpartition(".")
-        module = network.model.get_submodule(owner)
-        tensor = tensors[key].clone()
-        if name in module._parameters:
-            module._parameters[name] = nn.Parameter(tensor.float() if tensor.is_floating_point() else tensor)
-        else:
-            module._buffers[name] = tensor
+        put(network.model, key, tensors[key])
+    tie_again(network)
+
+
+def put(model: nn.Module, key: str, tensor: Tensor, room: Tensor | None = None) -> None:
+    """Puts a copy of a tensor in the place of a parameter or buffer; a parameter's into `room`, where there is some."""
+    owner, _, name = key.rpartition(".")
+    module = model.get_submodule(owner)
+    if name in module._parameters:
+        copy = tensor.detach().clone() if room is None else room.copy_(tensor.detach())
+        module._parameters[name] = nn.Parameter(copy.float() if copy.is_floating_point() else copy)
+    else:
+        module._buffers[name] = tensor.clone()
+
+
+def tie_again(network: BlockwiseNetwork) -> None:
+    """
+    Raises:
+        DBConvertError: a parameter is still empty.
+    """
     for first, *others in network.plan.anatomy.tied:
         for other in others:
             tie(network.model, first, other)

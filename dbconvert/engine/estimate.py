@@ -9,7 +9,7 @@ from dbconvert.engine.ablation import STEP, evidence
 from dbconvert.engine.convert import converted
 from dbconvert.engine.decide import decide, refuse_context, refuse_uncuttable
 from dbconvert.engine.estimate_records import SETTINGS, Advice, Estimate, Request, Row, Setting
-from dbconvert.engine.holdings import Holding, Inventory, OptimizerName, holding, inventory
+from dbconvert.engine.holdings import Holding, Inventory, OptimizerName, Weights, holding, inventory
 from dbconvert.engine.layer_kinds import layer_kinds
 from dbconvert.engine.meter import Meter
 from dbconvert.engine.network import BlockwiseNetwork
@@ -21,7 +21,10 @@ from dbconvert.recipe import SplitOptions
 from dbconvert.tasks.registry import choose_task
 
 USUAL_LENGTH = 1024
-RESIDENT_OR_AWAY = "resident: `train` of all blocks; away: a job of one block (`train --block N`)"
+RESIDENT_OR_AWAY = (
+    "resident: `train` of all blocks; away: train.inactive=host or disk, or a job of one block (`train --block N`)"
+)
+HEARING = "resident: `train` of all blocks; away: train.inactive=host or disk"
 
 
 def estimate(
@@ -53,7 +56,7 @@ def estimate(
     network = as_one_block(opened, request.context)
     report(Stage("measuring the updates"))
     rows = rows_at(opened, network, case, optimizer)
-    smallest = {setting: fewest(rows, setting, memory) for setting in settings(network)}
+    smallest = {setting: fewest(rows, setting, memory) for setting in SETTINGS}
     best = choose(smallest)
     found = Estimate(
         network=opened.anatomy.network,
@@ -97,11 +100,6 @@ def with_usual_length(opened: Opened, case: Case) -> Case:
     return case
 
 
-def settings(network: BlockwiseNetwork) -> tuple[Setting, ...]:
-    """Blocks that hear each other have to be there."""
-    return tuple(setting for setting in SETTINGS if network.plan.context == "raw" or setting.inactive == "resident")
-
-
 def as_one_block(opened: Opened, context: Context = "raw") -> BlockwiseNetwork:
     """The network converted as one block of all layers, from which every run of layers can be tried."""
     anatomy = opened.anatomy
@@ -129,8 +127,8 @@ def row(meter: Meter, weights: Inventory, depth: int, count: int) -> Row:
     blocks = cut(depth, blocks=count)
     sizes = [last - first + 1 for first, last in blocks]
     holdings = {}
-    for setting in settings(meter.rehearsal.network):
-        needs = (block_holding(meter, weights, block, count, setting) for block in blocks)
+    for setting in SETTINGS:
+        needs = (block_holding(meter, weights, i, blocks, setting) for i in range(count))
         holdings[setting] = max(needs, key=lambda need: need.total)
     # Levels from sigma_max to sigma_min, one at each boundary: every block runs once, the last one twice.
     told = meter.rehearsal.network.plan.context != "raw"
@@ -138,10 +136,17 @@ def row(meter: Meter, weights: Inventory, depth: int, count: int) -> Row:
     return Row(count, max(sizes), holdings, depth + sizes[-1], count + 1, before)
 
 
-def block_holding(meter: Meter, weights: Inventory, block: tuple[int, int], count: int, setting: Setting) -> Holding:
-    in_use = weights.in_use(*block)
-    resident = weights.all_blocks(count) if setting.inactive == "resident" else in_use
-    return holding(resident, in_use, meter.peak(*block, setting.checkpointing))
+def block_holding(
+    meter: Meter, weights: Inventory, active: int, blocks: tuple[tuple[int, int], ...], setting: Setting
+) -> Holding:
+    """Of an update of one of the blocks. Earlier ones that it hears are brought one at a time, without their state."""
+    in_use = weights.in_use(*blocks[active])
+    resident = in_use
+    if setting.inactive == "resident":
+        resident = weights.all_blocks(len(blocks))
+    elif meter.rehearsal.network.plan.context != "raw":
+        resident += Weights(max((weights.block(*before).elements for before in blocks[:active]), default=0))
+    return holding(resident, in_use, meter.peak(*blocks[active], setting.checkpointing))
 
 
 # -- choosing ---------------------------------------------------------------------------------------------------
@@ -193,10 +198,10 @@ def notes(network: BlockwiseNetwork, optimizer: OptimizerName) -> Iterator[str]:
     if network.plan.context != "raw":
         yield (
             f"context {network.plan.context}: before an update of a block the layers before it run forward, without "
-            "gradient; their weights have to be there, and what they hold meanwhile is not counted"
+            "gradient; what they hold meanwhile is not counted, but for their weights"
         )
     yield (
-        ("resident: `train` of all blocks" if network.plan.context != "raw" else RESIDENT_OR_AWAY)
+        (HEARING if network.plan.context != "raw" else RESIDENT_OR_AWAY)
         + ("; `train` does not offer AdamW with 8-bit state yet" if optimizer == "adamw8bit" else "")
     )
     if network.decided_task is None:

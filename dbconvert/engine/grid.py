@@ -34,10 +34,14 @@ BLOCKS_ONLY = (
     "train.order",
     "train.steps_per_turn",
     "train.periphery",
+    "train.inactive",
+    "train.prefetch",
     "train.z",
     "train.mixed",
     "eval.steps",
 )
+STAY = ("train.inactive=resident", "train.prefetch=false")
+"""Baselines have no blocks that could be away."""
 ONE_BLOCK = ("noise.partition", "noise.overlap", "split.context", "train.order", "train.steps_per_turn")
 """What changes nothing where one block holds all layers and all levels."""
 NOISE = ("noise.", "train.weight", "eval.draws", "eval.sigmas")
@@ -275,7 +279,7 @@ def plan_cell(
     part: str,
     versions: Mapping[str, str],
 ) -> Planned:
-    own = baseline.overrides if baseline else ()
+    own = (*STAY, *baseline.overrides) if baseline else ()
     varied = [f"{key}={value}" for key, value in combination.items()]
     # A cell is evaluated once, when it is trained, on the part that is asked for, if nothing asks for more.
     along = any(word in ON_THE_WAY for word in request.against)

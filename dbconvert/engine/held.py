@@ -16,9 +16,10 @@ def held(job: Job) -> dict[str, int]:
     """Bytes of unique storages after the optimiser's step, before gradients are freed.
 
     A baseline runs on a network that was converted: what conversion added, and layers that it does not run, are told
-    apart as `spare`.
+    apart as `spare`. Blocks that are away do not count.
     """
     seen: set[int] = set()
+    storages(() if job.mover is None else job.mover.away(), seen)
     parameters = storages(job.method.held(job.network), seen)
     spare = storages(job.network.parameters(), seen)
     learning = [p for unit in job.all_units() for p in unit.parameters.values()]

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from dbconvert.engine.listening import CONTEXT
 from dbconvert.engine.network import BlockwiseNetwork
@@ -56,7 +56,7 @@ class Weights:
         return Weights(self.elements * count, self.state * count)
 
 
-def weights(parameters: Iterable[nn.Parameter], optimizer: OptimizerName) -> Weights:
+def weights(parameters: Iterable[Tensor], optimizer: OptimizerName) -> Weights:
     unique = {id(p): p for p in parameters if p.is_floating_point()}.values()
     return Weights(sum(p.numel() for p in unique), sum(state_size(p.numel(), optimizer) for p in unique))
 

@@ -57,10 +57,15 @@ class Loop:
 
     def prepare(self) -> nn.Module:
         """Moves the network and the optimisers to where accelerate wants them."""
-        units = self.job.all_units()
-        model, *optimizers = self.accelerator.prepare(self.job.network, *(unit.optimizer for unit in units))
+        units, mover = self.job.all_units(), self.job.mover
+        placed = None if mover is None else [False, *[True] * len(units)]
+        model, *optimizers = self.accelerator.prepare(
+            self.job.network, *(unit.optimizer for unit in units), device_placement=placed
+        )
         for unit, optimizer in zip(units, optimizers, strict=True):
             unit.optimizer = optimizer
+        if mover is not None:
+            mover.begin(self.job.units, self.accelerator.device)
         prepared: nn.Module = model
         return prepared
 
@@ -93,12 +98,15 @@ class Loop:
         if state is None:
             truncate_metrics(self.metrics_path, 0)
             return
-        loaded = load_state(state, self.job.network, self.job.all_units())
+        bring = (lambda _: None) if self.job.mover is None else self.job.mover.at_rest().activate_unit
+        loaded = load_state(state, self.job.network, self.job.all_units(), bring)
         self.updates, self.trained = loaded.updates, loaded.seconds
         self.change_noise(loaded.noise)
         truncate_metrics(self.metrics_path, loaded.metrics_bytes)
 
     def save(self) -> None:
+        if self.job.mover is not None:
+            self.job.mover.settle()
         if self.accelerator.is_main_process:
             size = self.metrics_path.stat().st_size if self.metrics_path.exists() else 0
             folder = self.job.folder / CHECKPOINTS
@@ -127,6 +135,7 @@ class Loop:
 
     def update(self, block: int, batch: Batch) -> float:
         """One update of a block (and of the shared periphery); returns its mean unweighted loss."""
+        self.bring(block)
         unit = self.job.units[block]
         units = [unit, *([self.job.periphery] if self.job.periphery else [])]
         seed_all(derive(self.recipe.seed, "update", block, unit.done, self.accelerator.process_index))
@@ -155,6 +164,13 @@ class Loop:
         if logs:
             self.log(unit, {"block": block, "loss": loss, "lr": rate, "grad_norm": norm}, holds)
         return loss
+
+    def bring(self, block: int) -> None:
+        """Makes sure that the block that trains is on the device."""
+        mover, order = self.job.mover, self.order
+        if mover is not None and mover.active != block:
+            later = range(self.updates + 1, len(order))
+            mover.activate(block, next((order[i] for i in later if order[i] != block), None))
 
     def to_device(self, batch: Batch) -> tuple[Inputs, Tensor]:
         device = self.accelerator.device

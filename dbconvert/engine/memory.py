@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from dbconvert.data.batches import OrderedBatches, seed_all
 from dbconvert.data.examples import LABEL
 from dbconvert.data.images import entering
+from dbconvert.engine.holdings import WORD, weights
 from dbconvert.engine.layer_kinds import layer_kinds
 from dbconvert.engine.method import Job
 from dbconvert.engine.network import BlockwiseNetwork
@@ -42,10 +42,11 @@ class UnitMemory:
 
 @record
 class MemoryReport:
-    """All units of a job, and what the whole run holds: every block's state stays where it is.
+    """All units of a job, and the most that the run holds on the device beside activations: the state of all blocks, or
+    that of one where inactive blocks are away, of two with `train.prefetch`.
 
     Args:
-        used_parameters: that this form of training has a use for, of all that are resident.
+        used_parameters: that this form of training has a use for, wherever they are.
     """
 
     units: tuple[UnitMemory, ...]
@@ -74,18 +75,27 @@ def measure(job: Job, device: torch.device) -> MemoryReport:
         )
         for block, unit in job.units.items()
     )
-    everything = [p for unit in job.all_units() for p in unit.parameters.values()]
-    all_parameters = {id(p): p for p in [*everything, *job.network.parameters()]}
-    beyond = partial(beyond_parameters, moments=MOMENTS[options.name])
-    learning = [max(map(beyond, job.method.turns(job, block)), default=0) for block in job.units]
+    held = [resident(job, block) for block in job.units]
+    used = {id(p): p for p in job.method.held(job.network)}.values()
     return MemoryReport(
-        units,
-        used_parameters=sum(p.numel() for p in {id(p): p for p in job.method.held(job.network)}.values()),
-        resident_parameters=sum(p.numel() for p in all_parameters.values()),
-        resident_state=parameter_bytes(all_parameters.values())
-        + sum(learning)
-        + (beyond(job.periphery.parameters) if job.periphery else 0),
+        units, sum(p.numel() for p in used), max(count for count, _ in held), max(size for _, size in held)
     )
+
+
+def resident(job: Job, block: int) -> tuple[int, int]:
+    """Parameters on the device while a block trains, and bytes of them with their gradients and optimiser state."""
+    options, network, train = job.recipe.optimizer, job.network, job.recipe.train
+    owned = {id(p): network.owner(name) for name, p in network.model.named_parameters()}
+    there = {id(p): p for p in network.parameters() if train.inactive == "resident" or owned[id(p)] in (None, block)}
+    sets = [job.method.turns(job, b) for b in job.units] + ([[job.periphery.parameters]] if job.periphery else [])
+    learning = [[[p for p in turn.values() if id(p) in there] for turn in turns] for turns in sets]
+    state = sum(max(beyond_parameters(turn, MOMENTS[options.name]) for turn in turns) for turns in learning)
+    count, size = sum(p.numel() for p in there.values()), parameter_bytes(there.values()) + state
+    if train.prefetch:
+        other = (weights(unit.parameters.values(), options.name) for b, unit in job.units.items() if b != block)
+        brought = max(other, key=lambda one: one.elements)
+        count, size = count + brought.elements, size + WORD * brought.elements + brought.state
+    return count, size
 
 
 def turns(job: Job, block: int) -> list[list[nn.Parameter]]:
@@ -94,9 +104,9 @@ def turns(job: Job, block: int) -> list[list[nn.Parameter]]:
     return [[*turn.values(), *shared] for turn in job.method.turns(job, block)]
 
 
-def beyond_parameters(parameters: Mapping[str, nn.Parameter], moments: int) -> int:
+def beyond_parameters(parameters: list[nn.Parameter], moments: int) -> int:
     """Bytes of gradients and optimiser state."""
-    return state_bytes(parameters.values(), moments) - parameter_bytes(parameters.values())
+    return state_bytes(parameters, moments) - parameter_bytes(parameters)
 
 
 def activations(job: Job, block: int, device: torch.device) -> int:
@@ -104,6 +114,8 @@ def activations(job: Job, block: int, device: torch.device) -> int:
     recipe, network = job.recipe, job.network
     micro = max(1, recipe.train.batch // recipe.train.accumulate)
     indices = next(iter(OrderedBatches(len(job.examples), micro, [block], recipe.seed)))
+    if job.mover is not None:
+        job.mover.activate(block)
     batch = {name: value.to(device) for name, value in job.examples.__getitems__(indices).items()}
     labels = batch.pop(LABEL)
     ready = {k: entering(v, recipe.data.image) for k, v in batch.items()}

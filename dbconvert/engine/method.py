@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dbconvert.data.batches import Data
 from dbconvert.diffusion.intervals import Intervals
 from dbconvert.diffusion.preconditioning import Preconditioning
+from dbconvert.engine.mover import Mover
 from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.engine.units import Unit
 from dbconvert.plan import NoiseFit, Plan
@@ -34,6 +35,7 @@ class Job:
         units: by block; a baseline has one, but for NoProp-DT, which has blocks too.
         periphery: the unit that every block trains too, None where blocks have their own.
         steps: updates a block.
+        mover: of blocks that are not always on the device; None leaves all of them there.
     """
 
     method: Method
@@ -47,6 +49,7 @@ class Job:
     validation: Data | None
     recipe: Recipe
     folder: Path
+    mover: Mover | None = None
 
     @property
     def intervals(self) -> Intervals:

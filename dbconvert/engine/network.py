@@ -52,6 +52,7 @@ class BlockwiseNetwork(nn.Module):
         predict: what a baseline predicts by, where that is not its output.
         walk: the outputs of its steps, where it takes some: from a draw of the generator, or from the mean.
         prelude: what the modules before a looped core gave, while that is kept.
+        bring: makes sure that a block can run, where blocks are not always on the device.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class BlockwiseNetwork(nn.Module):
         self.predict: Callable[[BlockwiseNetwork, Inputs], Tensor] | None = None
         self.walk: Callable[[BlockwiseNetwork, Inputs, torch.Generator | None], Iterator[Tensor]] | None = None
         self.prelude: Memory | None = None
+        self.bring: Callable[[int], None] | None = None
 
     @property
     def conditioning(self) -> Conditioning:
@@ -186,6 +188,8 @@ class BlockwiseNetwork(nn.Module):
         """Noisy targets as a block meets them."""
         if block not in self.present:
             raise DBConvertError(f"block {block} is not in memory", why=f"only blocks {list(self.present)} are")
+        if self.bring is not None:
+            self.bring(block)
         scaling = Preconditioning(self.sigma_data)
         level, own = self.task.c_noise(sigma, scaling), self.conditioning.embedder
         condition = own[str(block)](level) if str(block) in own else level
@@ -362,10 +366,14 @@ class BlockwiseNetwork(nn.Module):
             for key, tensor in own.items():
                 tensor.copy_(tensors[key])
 
-    def give_own_periphery(self) -> None:
-        """Gives every block a copy of the stem and the readout; the network's own become a template."""
+    def give_own_periphery(self, *, copied: bool = True) -> None:
+        """Gives every block a copy of the stem and the readout; the network's own become a template.
+
+        Args:
+            copied: False leaves the copying of parameters to the caller.
+        """
         names = {k: v for k, v in self.tensors().items() if self.is_template(k)}
-        own = nn.ModuleDict({str(b): OwnPeriphery(names) for b in self.present})
+        own = nn.ModuleDict({str(b): OwnPeriphery(names, copied=copied) for b in self.present})
         self.conditioning.add_module("periphery", own)
         self.periphery = "own"
 

@@ -65,7 +65,8 @@ def outline(
 
 def with_method(origin: Origin, method: Method) -> Origin:
     recipe = origin.recipe
-    return replace(origin, recipe=replace(recipe, train=replace(recipe.train, method=method)))
+    train = replace(recipe.train, method=method, inactive="resident", prefetch=False)
+    return replace(origin, recipe=replace(recipe, train=train))
 
 
 def length(recipe: Recipe, steps: int) -> str:

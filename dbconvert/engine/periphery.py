@@ -15,11 +15,13 @@ OWN = f"{PREFIX}.periphery"
 class OwnPeriphery(nn.Module):
     """One block's stem and readout: parameters and buffers under the network's names, with / for the dots."""
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], *, copied: bool = True) -> None:
         super().__init__()
         for name, tensor in tensors.items():
             if isinstance(tensor, nn.Parameter):
-                self.register_parameter(name.replace(".", "/"), nn.Parameter(tensor.detach().clone()))
+                self.register_parameter(
+                    name.replace(".", "/"), nn.Parameter(tensor.detach().clone() if copied else tensor.detach())
+                )
             else:
                 self.register_buffer(name.replace(".", "/"), tensor.detach().clone())
 

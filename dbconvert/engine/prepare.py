@@ -9,10 +9,12 @@ from typing import Any
 
 from dbconvert.data.batches import Data
 from dbconvert.data.tokenizers import Tokenizer
-from dbconvert.engine.convert import single_block, whole_network
+from dbconvert.engine.convert import fill_blocks, hollow_network, single_block, whole_network
+from dbconvert.engine.holdings import WORD, Weights, weights
 from dbconvert.engine.jobs import make_job
 from dbconvert.engine.method import Job
 from dbconvert.engine.methods import METHODS
+from dbconvert.engine.mover import Mover
 from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.engine.noise import fit_noise, refuse_misfit
 from dbconvert.engine.package import MODEL, PLAN, RECIPE, Package, open_package
@@ -20,6 +22,7 @@ from dbconvert.engine.paths import settled
 from dbconvert.engine.reading import find_tokenizer, open_examples, stand_in
 from dbconvert.engine.requests import refuse, refuse_full_table, refuse_stand_ins
 from dbconvert.engine.split import split
+from dbconvert.engine.stores import Store
 from dbconvert.errors import UsageError
 from dbconvert.events import Note, Reporter
 from dbconvert.plan import NoiseFit, Plan
@@ -61,6 +64,7 @@ def prepare(
     block: int | None,
     report: Reporter,
     *,
+    store: Store | None = None,
     keep_noise: bool = False,
     rehearsal: bool = False,
 ) -> Prepared:
@@ -68,6 +72,7 @@ def prepare(
 
     Args:
         folder: of the run; a package that the recipe does not name is made in it.
+        store: where blocks lie that do not train; None keeps all of them on the device.
         keep_noise: leave a fit made here in the package, for the jobs of other blocks.
         rehearsal: nothing will be trained, so that data may be missing.
 
@@ -87,7 +92,8 @@ def prepare(
     )
     refuse_full_table(plan, recipe, examples)
     steps = steps_of(recipe, len(examples))
-    network = build_network(package, plan, recipe, block)
+    mover = None if store is None else make_mover(package, plan, recipe, store)
+    network = build_network(package, plan, recipe, block) if mover is None else mover.network
     network.task.kernel = recipe.train.attention
     if recipe.train.checkpointing:
         network.run.checkpointed = range(plan.anatomy.depth)
@@ -96,6 +102,7 @@ def prepare(
     held_out = None if rehearsal else data.validation
     validation = None if held_out is None else open_examples(data, held_out, plan, tokenizer, report)
     job = make_job(METHODS[recipe.train.method], network, noise, recipe, steps, examples, validation, folder)
+    job.mover = mover
     return Prepared(job, package, plan, noise, tokenizer)
 
 
@@ -240,6 +247,21 @@ def build_network(package: Package, plan: Plan, recipe: Recipe, block: int | Non
         refuse_stand_ins(plan, network, recipe)
         network.give_own_periphery()
     return network
+
+
+def make_mover(package: Package, plan: Plan, recipe: Recipe, store: Store) -> Mover:
+    """The network with the package's weights, whose blocks lie in a store."""
+    network, own = hollow_network(plan, package.source()), METHODS[recipe.train.method].apart(recipe)
+    if own:
+        refuse_stand_ins(plan, network, recipe)
+    parts = (network.block_tensors(b).values() for b in network.present)
+    moved = sum((weights(part, recipe.optimizer.name) for part in parts), Weights())
+    if own:
+        templates = (v for k, v in network.periphery_tensors().items() if network.is_template(k))
+        moved += weights(templates, recipe.optimizer.name) * len(network.present)
+    store.refuse_full(WORD * moved.elements + moved.state)
+    homes = fill_blocks(network, lambda block: package.tensors(block=block), store, own=own)
+    return Mover(network, homes, store, recipe.train.prefetch)
 
 
 def get_noise(package: Package, network: BlockwiseNetwork, examples: Data | None, *, keep: bool) -> NoiseFit:

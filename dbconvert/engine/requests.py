@@ -25,6 +25,7 @@ def refuse(plan: Plan, recipe: Recipe, block: int | None) -> None:
     check_attention(plan, recipe)
     check_method(plan, recipe)
     check_samples(recipe)
+    check_inactive(plan, recipe, block)
     refuse_alone(plan, recipe)
 
 
@@ -33,6 +34,25 @@ def check_samples(recipe: Recipe) -> None:
     for key in about_samples(recipe.eval):
         raise UsageError(
             f"eval.{key} is about samples, and training takes none", hint="give it to dbconvert eval, or compare"
+        )
+
+
+def check_inactive(plan: Plan, recipe: Recipe, block: int | None) -> None:
+    """Refuses to take blocks away where there is one thing that trains."""
+    if recipe.train.inactive == "resident":
+        return
+    why = None
+    if not METHODS[recipe.train.method].stepwise:
+        why = f"train.method={recipe.train.method} trains all that it holds in every update"
+    elif block is not None:
+        why = f"nothing but block {block} is in memory"
+    elif len(plan.blocks) == 1:
+        why = "the network is one block"
+    if why is not None:
+        raise UsageError(
+            f"train.inactive={recipe.train.inactive} has nothing to take away",
+            why=why,
+            hint="leave it out, or set train.inactive=resident",
         )
 
 

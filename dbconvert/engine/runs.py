@@ -8,6 +8,7 @@ memory.json     what an update holds, and the whole run
 metrics.jsonl   one line a logged update or evaluation
 package/        the package, where the recipe started from a source
 checkpoints/    the newest state of training, to resume from
+away/           blocks that do not train, with train.inactive=disk, while the run goes on
 weights/        the result, once complete
 """
 

@@ -16,8 +16,8 @@ from dbconvert.diffusion.sampling import Grid
 from dbconvert.diffusion.solvers import Course, Solver, SolverName, solver
 from dbconvert.engine.decode import opened_vae, pictures, with_vae
 from dbconvert.engine.load import Loaded, load
+from dbconvert.engine.mover import CPU, on_device
 from dbconvert.engine.network import BlockwiseNetwork
-from dbconvert.engine.placement import CPU, on_device
 from dbconvert.engine.png import write_grid, write_png
 from dbconvert.errors import DBConvertError, UsageError
 from dbconvert.events import Advance, Reporter, Stage, silent
@@ -213,9 +213,9 @@ def draw(
     report(Stage("drawing", len(way.levels) * len(courses)))
     was_training = network.training
     network.eval()
-    for block, run in runs:
-        evaluations = list(run)
-        with on_device(network, block if layers is None else None, device):
+    with on_device(network, device, whole=layers is not None):
+        for block, run in runs:
+            evaluations = list(run)
             for index, course in enumerate(courses):
                 first = index * sampling.batch
                 rows = slice(first, first + len(course.z))

@@ -7,6 +7,7 @@ and no data position in it, because both are functions of the seed, the block an
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,14 @@ def newest_state(folder: Path) -> Path | None:
     return states[-1] if states else None
 
 
-def load_state(folder: Path, network: BlockwiseNetwork, units: list[Unit]) -> TrainingState:
-    """Puts a saved state into a network and its optimisers."""
+def load_state(
+    folder: Path, network: BlockwiseNetwork, units: list[Unit], bring: Callable[[Unit], None] = lambda _: None
+) -> TrainingState:
+    """Puts a saved state into a network and its optimisers.
+
+    Args:
+        bring: called with each unit before its optimiser's state is put where its parameters are.
+    """
     state = parse(TrainingState, read_json(folder / STATE), file=str(folder / STATE))
     network.load(load_tensors(folder / WEIGHTS), where=str(folder / WEIGHTS))
     if set(state.done) != {unit.name for unit in units}:
@@ -80,6 +87,7 @@ def load_state(folder: Path, network: BlockwiseNetwork, units: list[Unit]) -> Tr
     tensors = load_tensors(folder / OPTIMIZERS)
     for unit in units:
         unit.done = state.done[unit.name]
+        bring(unit)
         restore_optimizer(unit, tensors, state.scalars)
     return state
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -40,6 +41,7 @@ from dbconvert.engine.runs import (
     start_run,
     write_info,
 )
+from dbconvert.engine.stores import Store, open_store
 from dbconvert.errors import UsageError
 from dbconvert.events import Reporter, silent
 from dbconvert.files import sha256_file, write_text
@@ -93,12 +95,21 @@ def train(
         origin = resumed(origin, folder, overrides, block)
     recipe = origin.recipe
     accelerator = make_accelerator(recipe, folder)
-    if METHODS[recipe.train.method].alone and accelerator.num_processes > 1:
-        raise UsageError(
-            f"train.method={recipe.train.method} runs in one process only", hint="start it without accelerate"
-        )
+    alone = [f"train.method={recipe.train.method}"] * METHODS[recipe.train.method].alone
+    alone += [f"train.inactive={recipe.train.inactive}"] * (recipe.train.inactive != "resident")
+    if alone and accelerator.num_processes > 1:
+        raise UsageError(f"{alone[0]} runs in one process only", hint="start it without accelerate")
     report = report if accelerator.is_main_process else silent
-    prepared = prepare(origin, folder, block, report, keep_noise=block is not None)
+    with open_store(recipe.train.inactive, folder, accelerator.device) or nullcontext() as store:
+        return carry_out(origin, folder, block, accelerator, store, report)
+
+
+def carry_out(
+    origin: Origin, folder: Path, block: int | None, accelerator: Accelerator, store: Store | None, report: Reporter
+) -> TrainResult:
+    """Prepares, measures, trains and writes what was trained."""
+    recipe = origin.recipe
+    prepared = prepare(origin, folder, block, report, store=store, keep_noise=block is not None)
     job, package, noise = prepared.job, prepared.package, prepared.noise
     info = RunInfo(
         status="running",
@@ -215,7 +226,7 @@ def write_head(folder: Path, info: RunInfo, recipe: Recipe, plan: Plan, noise: N
 def finish(folder: Path, info: RunInfo, job: Job) -> None:
     """Writes the trained weights, marks the run complete and removes the states."""
 
-    network = job.network
+    network = job.network if job.mover is None else job.mover.at_rest().network
     job.method.finish(network)
     metadata = {PLAN_KEY: info.split, NOISE_KEY: info.noise or ""}
     parts = {NETWORK_FILE: network.tensors()}

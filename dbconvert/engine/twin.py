@@ -102,7 +102,8 @@ def kind(layer: Layer) -> tuple[Any, ...]:
         for b in layer.branches
     )
     sides = tuple((side.argument, len(side.shape), side.dtype, side.shared) for side in layer.side_inputs)
-    return (layer.type, layer.stream_in, layer.stream_out, layer.form, branches, len(layer.on_spine), sides)
+    streams = (layer.stream_in, layer.stream_out, layer.second_in, layer.second_out)
+    return (layer.type, *streams, layer.form, branches, len(layer.on_spine), sides)
 
 
 @contextmanager

@@ -142,7 +142,9 @@ class LayerModule(nn.Module):
             stream = run.entry(look_up(args, kwargs, self.db_layer.stream_in))
             args, kwargs = put_in(args, kwargs, self.db_layer.stream_in, stream)
         if not run.runs(self.db_index):
-            out = imitate(self.db_layer, look_up(args, kwargs, self.db_layer.stream_in))
+            layer = self.db_layer
+            second = look_up(args, kwargs, layer.second_in) if layer.second_in else None
+            out = imitate(layer, look_up(args, kwargs, layer.stream_in), second)
         else:
             out = self.executed(args, kwargs)
         if not self.db_last:

@@ -17,6 +17,7 @@ from dbconvert.graph.stack import Stack, call_of
 from dbconvert.graph.tape import ModuleCall, describe
 
 FORMS = ("tensor", "tuple", "list", "dict")
+NO_SECOND: tuple[Path, Path] = ((), ())
 
 
 def layer_calls(stack: Stack, evidence: Evidence) -> list[ModuleCall]:
@@ -52,7 +53,8 @@ def read_layers(
     """
     calls = layer_calls(stack, evidence)
     layers, previous = [], None
-    for (path, additions), call in zip(stack.layers, calls, strict=True):
+    seconds = second_streams(calls, entry(calls[0], stack.layers[0][1][0], evidence)[0])
+    for (path, additions), call, second in zip(stack.layers, calls, seconds, strict=True):
         stream_in, entering, first = entry(call, additions[0], evidence)
         stream_out, leaving, after_last = exit_(call, additions[-1], evidence)
         if previous is not None:
@@ -60,8 +62,9 @@ def read_layers(
         previous = leaving
         rank = len(entering.meta["shape"])
         run = sites.LayerRun(call, additions, after_last, rank, channel, width)
-        beside = side_inputs(call, entering, calls, evidence)
         conditioned = conditioned_by(run, evidence)
+        second_in, second_out = second if conditioned else NO_SECOND
+        beside = side_inputs(call, entering, calls, evidence, second_in)
         layers.append(
             Layer(
                 path=path,
@@ -73,6 +76,8 @@ def read_layers(
                 side_inputs=beside,
                 **weights_of(path, evidence.model, outside),
                 conditioned_by=conditioned,
+                second_in=second_in,
+                second_out=second_out,
             )
         )
     return tuple(layers)
@@ -132,14 +137,43 @@ def read_outside(calls: list[ModuleCall], layers: tuple[Layer, ...], evidence: E
     return list(dict.fromkeys(found))
 
 
-def refuse_glue(leaving: fx.Node, entering: fx.Node, path: str, evidence: Evidence) -> None:
-    """Between two layers the stream must stay as it is: skipped layers would repeat whatever happens there."""
+def second_streams(calls: list[ModuleCall], stream: Path) -> list[tuple[Path, Path]]:
+    """Where a second stream, of one shape all along, enters and leaves every layer; it must end with the last one.
+
+    Args:
+        stream: argument that carries the first one.
+    """
+    for path, first in calls[0].inputs:
+        if path == stream or not ops.is_floating(first) or not carried_by_all(path, calls):
+            continue
+        given = [dict(call.inputs)[path] for call in calls]
+        left = [returned(call, node) for call, node in zip(calls, given[1:], strict=False)]
+        if all(ops.same_shape(node, first) for node in given) and () not in left:
+            end = dict(calls[-1].outputs).get(left[0])
+            if end is None or not end.users:
+                return [(path, leaves) for leaves in (*left, () if end is None else left[0])]
+    return [NO_SECOND] * len(calls)
+
+
+def returned(call: ModuleCall, later: fx.Node) -> Path:
+    """Where among others a call's output holds what is used later, as it is; empty if it does not."""
+    return next((path for path, node in call.outputs if len(path) == 1 and stays(node, later)), ())
+
+
+def stays(leaving: fx.Node, entering: fx.Node) -> bool:
+    """Whether a value is another one, or a plain view of it."""
     node: fx.Node | None = entering
     while node is not None:
         if node is leaving:
-            return
-        changed_by_module = node.op == "call_module"
-        node = None if changed_by_module else ops.unchanged(node)
+            return True
+        node = None if node.op == "call_module" else ops.unchanged(node)
+    return False
+
+
+def refuse_glue(leaving: fx.Node, entering: fx.Node, path: str, evidence: Evidence) -> None:
+    """Between two layers the stream must stay as it is: skipped layers would repeat whatever happens there."""
+    if stays(leaving, entering):
+        return
     raise Refused(
         f"the stream is changed before it enters {path}, outside of any layer",
         node=describe(entering),
@@ -149,12 +183,12 @@ def refuse_glue(leaving: fx.Node, entering: fx.Node, path: str, evidence: Eviden
 
 
 def side_inputs(
-    call: ModuleCall, stream: fx.Node, calls: list[ModuleCall], evidence: Evidence
+    call: ModuleCall, stream: fx.Node, calls: list[ModuleCall], evidence: Evidence, second: Path = ()
 ) -> tuple[SideInput, ...]:
-    """Tensors that enter a layer beside the stream; none may come out of another layer."""
+    """Tensors that enter a layer beside the stream and a second one; none may come out of another layer."""
     found = []
     for path, node in call.inputs:
-        if node is stream:
+        if node is stream or path == second:
             continue
         refuse_layer_made(call, path, node, calls)
         given = [dict(c.inputs).get(path) for c in calls]

@@ -39,7 +39,7 @@ def surroundings(evidence: Evidence, inputs: dict[str, Any], facts: StackFacts) 
         "network": type(evidence.model).__name__,
         "layers": facts.layers,
         "width": facts.entering.meta["shape"][axes.channel],
-        "streams": 1,
+        "streams": 2 if facts.layers[0].second_in else 1,
         "stream_shape": facts.entering.meta["shape"],
         "axes": axes,
         "post_norm": any(layer.on_spine for layer in facts.layers),

@@ -22,7 +22,7 @@ from dbconvert.graph.inject import PREFIX, eject, inject
 from dbconvert.graph.run import Run
 from dbconvert.graph.stability import function_sites, moved
 from dbconvert.graph.tape import Recording, record, tensors
-from dbconvert.graph.values import item, look_up
+from dbconvert.graph.values import item, look_up, put_in
 
 WIDTH = 8
 SHORTER = 3
@@ -103,8 +103,11 @@ def blocks_chain(model: nn.Module, run: Run, anatomy: Anatomy, inputs: Inputs) -
         return Check(name, True, "not asked of a looped stack")
     whole = stream_after(model, run, anatomy, inputs, None, None)
     cut = max(1, anatomy.depth // 2)
-    stream = stream_after(model, run, anatomy, inputs, range(cut), None)
-    stream = stream_after(model, run, anatomy, inputs, range(cut, anatomy.depth), stream)
+    between: list[Tensor] = []
+    with second_stream(model, anatomy, cut - 1, between):
+        stream = stream_after(model, run, anatomy, inputs, range(cut), None)
+    with second_stream(model, anatomy, cut, between):
+        stream = stream_after(model, run, anatomy, inputs, range(cut, anatomy.depth), stream)
     same = torch.equal(stream, whole)
     return Check(name, same, f"layers 0-{cut - 1}, then {cut}-{anatomy.depth - 1}")
 
@@ -249,6 +252,28 @@ def stream_after(
     if leaving is None:
         raise Refused("the stack was not reached", node=anatomy.stack, kind="proof")
     return leaving
+
+
+@contextmanager
+def second_stream(model: nn.Module, anatomy: Anatomy, index: int, between: list[Tensor]) -> Iterator[None]:
+    """Meanwhile a layer leaves what it returns of its second stream in `between`, or takes what lies there already."""
+    layer = anatomy.layers[index]
+    module = model.get_submodule(layer.path)
+    if not layer.second_in:
+        yield
+        return
+
+    def leave(_: nn.Module, args: Any, out: Any) -> None:
+        between.append(item(out, layer.second_out))
+
+    def enter(_: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        return put_in(args, kwargs, layer.second_in, between[0])
+
+    hook = module.register_forward_pre_hook(enter, with_kwargs=True) if between else module.register_forward_hook(leave)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def condition_for(inputs: Inputs, anatomy: Anatomy) -> Tensor:

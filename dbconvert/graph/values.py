@@ -41,13 +41,15 @@ def replaced(value: Any, path: Path, new: Any) -> Any:
     return items if isinstance(value, list) else tuple(items)
 
 
-def imitate(layer: Layer | BranchPart, stream: Tensor) -> Any:
-    """What a layer would return if it did nothing: the stream in its place, None in all others."""
+def imitate(layer: Layer | BranchPart, stream: Tensor, second: Tensor | None = None) -> Any:
+    """What a layer would return if it did nothing: its streams in their places, None in all others."""
     kind, _, rest = layer.form.partition(":")
     if kind == "tensor":
         return stream
-    key = layer.stream_out[0]
+    handed: dict[Any, Tensor | None] = {layer.stream_out[0]: stream}
+    if isinstance(layer, Layer) and layer.second_out:
+        handed[layer.second_out[0]] = second
     if kind == "dict":
-        return {name: stream if name == key else None for name in rest.split(",")}
-    items = [stream if i == key else None for i in range(int(rest))]
+        return {name: handed.get(name) for name in rest.split(",")}
+    items = [handed.get(i) for i in range(int(rest))]
     return items if kind == "list" else tuple(items)

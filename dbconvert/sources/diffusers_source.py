@@ -121,6 +121,9 @@ class DiffusersSource(PlainKeys):
         }
         if width_of_text is not None:
             known["encoder_hidden_states"] = torch.randn(BATCH, TOKENS, width_of_text, generator=generator)
+        if self.config.get("pooled_projection_dim"):
+            pooled = (BATCH, self.config["pooled_projection_dim"])
+            known["pooled_projections"] = torch.randn(pooled, generator=generator)
         taken = inspect.signature(model.forward).parameters
         found = {name: value for name, value in known.items() if name in taken}
         missing = [name for name, one in taken.items() if one.default is inspect.Parameter.empty and name not in found]

@@ -10,7 +10,7 @@ from small_text import corpus_in, write_gpt
 
 import dbconvert
 from dbconvert.checkpoint import load_tensors
-from dbconvert.engine.estimate_records import Request, Setting
+from dbconvert.engine.estimate_records import SETTINGS, Request, Setting
 from dbconvert.engine.rehearsal import Case
 from dbconvert.errors import DBConvertError, UsageError
 from dbconvert.plan import parse_plan
@@ -164,11 +164,13 @@ def test_estimates_count_what_training_measures(place, corpus, context):
     found = dbconvert.estimate(str(place / "gpt.py"), request=Request(case=Case(8, 16), context=context))
     assert [row.blocks for row in found.rows] == [None, 2, 3]
     three = found.rows[-1]
-    assert three.before == 1.0 and {setting.inactive for setting in three.holdings} == {"resident"}
+    assert three.before == 1.0 and set(three.holdings) == set(SETTINGS)
     memory = outline(str(place / context), overrides=corpus).memory
     held = three.holdings[Setting("resident", False)]
     assert held.activations == pytest.approx(memory.units[2].activations, rel=0.01)
     assert held.gradients == 4 * memory.units[2].trainable and held.parameters == 4 * memory.resident_parameters
+    away = three.holdings[Setting("away", False)]
+    assert held.gradients < away.parameters < held.parameters and away.optimizer == 2 * away.gradients
 
 
 def test_estimates_of_tasks_without_a_context():

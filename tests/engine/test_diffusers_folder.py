@@ -158,26 +158,63 @@ import torch
 def pairs(part):
     generator = torch.Generator().manual_seed(0)
     make = lambda *shape: torch.randn(shape, generator=generator)
-    return [{"hidden_states": make(4, 8, 8), "encoder_hidden_states": make(6, 16)} for _ in range(8)]
+    more = lambda: {{"encoder_hidden_states": make(6, 16), {pooled}}}
+    return [{{"hidden_states": make(4, 8, 8), **more()}} for _ in range(8)]
 """
 
 
-def test_other_inputs_come_from_the_data(tmp_path):
-    """PixArt is told a text, no class: its columns are read, and from Python it draws."""
+def pixart():
     from diffusers import PixArtTransformer2DModel
 
-    torch.manual_seed(0)
-    PixArtTransformer2DModel(
+    return PixArtTransformer2DModel(
         num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=3, sample_size=8,
         patch_size=4, caption_channels=16, cross_attention_dim=16, norm_num_groups=4, use_additional_conditions=False,
-    ).save_pretrained(tmp_path / "pixart")  # fmt: skip
-    (tmp_path / "pairs.py").write_text(TEXTS)
-    package = dbconvert.split(str(tmp_path / "pixart"), options=SplitOptions(blocks=3)).package
+    )  # fmt: skip
+
+
+def sd3():
+    from diffusers import SD3Transformer2DModel
+
+    return SD3Transformer2DModel(
+        sample_size=8, patch_size=4, in_channels=4, out_channels=4, num_layers=3, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=12,
+        pos_embed_max_size=16,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "pooled"), [(pixart, ""), (sd3, '"pooled_projections": make(12)')])
+def test_other_inputs_come_from_the_data(make, pooled, tmp_path):
+    """PixArt and SD3 are told a text, no class: its columns are read, and from Python they draw."""
+    torch.manual_seed(0)
+    make().save_pretrained(tmp_path / "network")
+    (tmp_path / "pairs.py").write_text(TEXTS.format(pooled=pooled))
+    package = dbconvert.split(str(tmp_path / "network"), options=SplitOptions(blocks=3)).package
     overrides = [*QUICK, "train.batch=4", "train.steps=2", f"data.source={tmp_path / 'pairs.py'}:pairs"]
     loaded = dbconvert.load(dbconvert.train(str(package), overrides=overrides, out="r").folder)
     more = {"encoder_hidden_states": torch.randn(3, 6, 16)}
+    more |= {"pooled_projections": torch.randn(3, 12)} if pooled else {}
     images = draw(loaded.network, loaded.intervals, 3, None, Sampling(steps=4, batch=2), more=more)
     other = draw(loaded.network, loaded.intervals, 3, None, Sampling(steps=4), more=more)
     assert images.shape == (3, 4, 8, 8) and torch.allclose(images, other, atol=1e-4)
     with pytest.raises(UsageError, match="also takes encoder_hidden_states"):
         sample("r", out="s")
+
+
+def test_blocks_of_two_streams_begin_at_the_stem():
+    """A block of an SD3 computes what its layers compute of the embedded image and the embedded text."""
+    from dbconvert.graph.analysis import analyse
+    from dbconvert.graph.inject import inject
+
+    torch.manual_seed(0)
+    model = sd3().eval()
+    given = {"hidden_states": torch.randn(2, 4, 8, 8), "encoder_hidden_states": torch.randn(2, 6, 16)}
+    given |= {"timestep": torch.tensor([3.0, 9.0]), "pooled_projections": torch.randn(2, 12), "return_dict": False}
+    stem = model.pos_embed(given["hidden_states"]), model.context_embedder(given["encoder_hidden_states"])
+    told = model.time_text_embed(given["timestep"], given["pooled_projections"])
+    _, expected = model.transformer_blocks[1](stem[0], stem[1], told)
+    anatomy = analyse(model, given)
+    assert anatomy.streams == 2 and anatomy.layers[0].second_in == ("encoder_hidden_states",)
+    run = inject(model, anatomy, blocks=3, width=8, start="original")
+    run.active, run.keep = range(1, 2), True
+    model(**given)
+    assert torch.equal(run.leaving, expected)
