@@ -34,7 +34,7 @@ from dbconvert.engine.load import read_run
 from dbconvert.engine.memory import MemoryReport
 from dbconvert.engine.methods import METHODS
 from dbconvert.engine.metrics import Metrics
-from dbconvert.engine.peaks import Peaks
+from dbconvert.engine.peaks import Peaks, preload
 from dbconvert.engine.runs import MEMORY, METRICS, RUN, RunInfo, read_info
 from dbconvert.engine.train import train
 from dbconvert.errors import DBConvertError, UsageError
@@ -195,4 +195,5 @@ def end_with_parent() -> None:
 
 if __name__ == "__main__":
     end_with_parent()
+    preload()
     run_cell(Path(sys.argv[1]))

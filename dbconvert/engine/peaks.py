@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import threading
 from pathlib import Path
 
@@ -12,6 +13,14 @@ from dbconvert.events import Advance, Event
 STATUS = Path("/proc/self/status")
 EVERY = 0.01
 """Seconds between two looks at the process."""
+LATE = ("matplotlib.backends.backend_agg", "sklearn.datasets", "torch._dynamo", "transformers")
+"""Libraries that a run imports when it needs them."""
+
+
+def preload() -> None:
+    """Imports them now, so that a run's memory is not that of libraries."""
+    for name in LATE:
+        importlib.import_module(name)
 
 
 class Peaks:
