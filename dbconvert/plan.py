@@ -5,6 +5,7 @@ A plan and the network's source are enough to convert the network again in anoth
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -130,6 +131,10 @@ class NoiseFit:
         return LogNormal(self.p_mean, self.p_std, low, high)
 
     def intervals(self) -> Intervals:
+        return self._intervals
+
+    @cached_property
+    def _intervals(self) -> Intervals:
         return Intervals(self.distribution(), self.boundaries, self.overlap)
 
     @property

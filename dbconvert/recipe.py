@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
-
-import yaml
 
 from dbconvert.conditioning.modulation import Curve, Start
 from dbconvert.diffusion.predictions import Predicted, Times
 from dbconvert.errors import UsageError
+from dbconvert.overrides import keys, merge, parse_overrides, without_displaced
 from dbconvert.plan import Context, Entry, Kernel, NoiseRule, Readout, Table
-from dbconvert.schema import Count, Key, Positive, PositiveFloat, Share, parse, read_yaml, record
+from dbconvert.schema import Count, Positive, PositiveFloat, Share, parse, read_yaml, record
 
 Method = Literal[
     "blocks", "end-to-end", "shallow", "truncated-bptt", "forward-forward", "noprop-dt", "badam", "lisa", "lora"
@@ -23,6 +22,7 @@ Z = Literal["noised", "on-policy", "mixed"]
 MIXED = 0.5
 Weight = Literal["none", "edm"]
 Inactive = Literal["resident", "host", "disk"]
+OptimizerName = Literal["adamw", "adamw8bit", "sgd"]
 Mode = Literal["RGB", "L"]
 """Colour or grey."""
 
@@ -159,12 +159,15 @@ class OptimizerOptions:
     """Of every block (and of the shared periphery).
 
     Args:
+        name: `adamw8bit` keeps AdamW's state in 8 bits, through torchao (extra `8bit`).
+        in_backward: update a parameter as soon as its gradient is there, and free the gradient.
         warmup: how long the learning rate rises to `lr`: a share of the training (0.05), or so many updates a block,
             as a whole number (2500).
         final: the last learning rate as a share of `lr`.
     """
 
-    name: Literal["adamw", "sgd"] = "adamw"
+    name: OptimizerName = "adamw"
+    in_backward: bool = False
     lr: PositiveFloat = 1e-3
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
@@ -198,11 +201,14 @@ class TrainOptions:
         mixed: the share of `mixed` that is on-policy.
         label_dropout: the share of images that are trained on without their class, which guidance needs (0.1 in the
             paper); the last row of the network's table of classes stands for none.
+        precision: `bf16` computes in bf16 and keeps weights in fp32; `bf16-true` keeps weights, gradients and moments
+            in bf16 too, and rounds each update stochastically, through torchao (extra `8bit`).
         inactive: where blocks are that do not train (offloading): `resident` on the training device, `host` in the
             CPU's memory, `disk` in files of the run, mapped into memory. With `order=rotate` and many `steps_per_turn`
             they rarely move.
         prefetch: the next block is brought while the active one trains: the device holds two then.
         checkpointing: autograd keeps of each layer only what enters it, and runs it again for its backward pass.
+        recompute_modulation: autograd keeps neither normed nor modulated values of a block, and makes them again.
         backpropagate: rounds that `truncated-bptt` goes back; 8 by default, or all where there are fewer.
         checkpoint_every: in updates of the whole run; 0 writes none.
     """
@@ -219,10 +225,11 @@ class TrainOptions:
     z: Z = "noised"
     mixed: Share = MIXED
     label_dropout: Share = 0.0
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "bf16-true"] = "fp32"
     inactive: Inactive = "resident"
     prefetch: bool = False
     checkpointing: bool = False
+    recompute_modulation: bool = False
     accumulate: Positive = 1
     clip: PositiveFloat | None = 1.0
     backpropagate: Positive | None = None
@@ -355,47 +362,36 @@ def check(recipe: Recipe, file: str) -> None:
             f"train.batch {recipe.train.batch} is not a multiple of train.accumulate {recipe.train.accumulate}",
             where=file,
         )
+    if recipe.train.recompute_modulation and recipe.train.checkpointing:
+        raise UsageError(
+            "train.recompute_modulation has nothing to add to train.checkpointing, which runs whole layers again",
+            where=file,
+            hint="leave one of them out",
+        )
+    check_optimizer(recipe, file)
 
 
-def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
-    """{"train": {"steps": 3}} from ["train.steps=3"]; values are YAML."""
-    nested: dict[str, Any] = {}
-    for text in overrides:
-        key, equals, value = text.partition("=")
-        if not equals or not key:
-            raise UsageError(f"{text!r} is not an override", hint="write it as key=value, e.g. train.steps=300")
-        place = nested
-        *parents, last = key.split(".")
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        try:
-            place[last] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UsageError(f"the value of {key} is not YAML: {value!r}") from None
-    return nested
-
-
-def without_displaced(data: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The file's keys without the length of training that the overrides give in the other unit."""
-    train, over = data.get("train"), given.get("train")
-    if not isinstance(train, dict) or not isinstance(over, dict):
-        return data
-    pairs = {"steps": "epochs", "epochs": "steps"}
-    displaced = {other for key, other in pairs.items() if key in over and other not in over}
-    return {**data, "train": {key: value for key, value in train.items() if key not in displaced}}
-
-
-def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        below = merged.get(key)
-        merged[key] = merge(below or {}, value) if isinstance(value, dict) and isinstance(below or {}, dict) else value
-    return merged
-
-
-def keys(nested: Mapping[str, Any], path: Key = ()) -> Iterator[Key]:
-    """The path of every key in nested mappings, parents too."""
-    for key, value in nested.items():
-        yield (*path, key)
-        if isinstance(value, dict):
-            yield from keys(value, (*path, key))
+def check_optimizer(recipe: Recipe, file: str) -> None:
+    train, optimizer = recipe.train, recipe.optimizer
+    if optimizer.in_backward and train.clip is not None:
+        raise UsageError(
+            f"optimizer.in_backward contradicts train.clip={train.clip:g}",
+            where=file,
+            why="the norm of all gradients is only known once the first ones have been used and freed",
+            hint="add train.clip=null",
+        )
+    if optimizer.in_backward and train.accumulate > 1:
+        raise UsageError(
+            f"optimizer.in_backward contradicts train.accumulate={train.accumulate}",
+            where=file,
+            why="a gradient is used and freed before the next part of the batch could add to it",
+            hint="leave one of them out; train.checkpointing=true saves activations too",
+        )
+    if train.precision == "bf16-true" and optimizer.name == "sgd":
+        raise UsageError(
+            "train.precision=bf16-true needs an optimiser that rounds stochastically, and optimizer.name=sgd rounds to "
+            "the nearest",
+            where=file,
+            why="updates below half of a weight's last bit, 1/512 of it, would be lost",
+            hint="use optimizer.name=adamw or adamw8bit, or train.precision=bf16",
+        )

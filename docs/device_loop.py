@@ -91,7 +91,8 @@ class DeviceLoop(Loop):
     def look(self, unit_: Unit, block: int, losses: Tensor) -> float:
         loss = float(losses.mean())
         if not math.isfinite(loss):
-            raise self.not_finite(block, unit_, losses, torch.zeros_like(losses))
+            self.watch.saw(unit_, self.updates + 1, losses, torch.zeros_like(losses))
+            self.watch.read()
         self.rates.append((self.updates + 1, time.perf_counter()))
         self.write({"update": self.updates + 1, "block": block, "loss": loss}, {})
         return loss

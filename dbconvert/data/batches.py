@@ -18,6 +18,8 @@ from torch.utils.data import DataLoader, Sampler
 
 from dbconvert.data.examples import Batch
 
+CPU = torch.device("cpu")
+
 
 class Data(Protocol):
     """Examples that are read in batches: arguments of a network by name, and labels under `LABEL`."""
@@ -40,7 +42,10 @@ def seed_all(value: int) -> None:
     """Seeds Python, NumPy and torch on every device."""
     random.seed(value)
     np.random.seed(value % 2**32)
-    torch.manual_seed(value)
+    if torch.accelerator.is_available():
+        torch.manual_seed(value)
+    else:  # the same, without a stack trace for each kind of device that is not there
+        torch.default_generator.manual_seed(value)
 
 
 def block_order(blocks: list[int], steps: int, order: str, steps_per_turn: int, seed: int) -> list[int]:
@@ -99,15 +104,17 @@ class OrderedBatches(Sampler[list[int]]):
         return permutation
 
 
-def load_batches(examples: Data, sampler: Iterable[list[int]], workers: int) -> DataLoader[Batch]:
-    """A loader of whole batches; pinned where there is a device to copy to."""
+def load_batches(
+    examples: Data, sampler: Iterable[list[int]], workers: int, device: torch.device = CPU
+) -> DataLoader[Batch]:
+    """A loader of whole batches, in pinned memory where they are copied to a CUDA device."""
     options: dict[str, Any] = {"persistent_workers": True} if workers else {}
     return DataLoader(
         examples,  # type: ignore[arg-type]
         batch_sampler=sampler,
         collate_fn=as_they_are,
         num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=device.type == "cuda",
         **options,
     )
 

@@ -77,8 +77,9 @@ def normalise(images: Tensor, options: ImageOptions | None) -> Tensor:
     """(x - mean) / std a channel."""
     if options is None:
         return images
-    mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (options.mean, options.std))
-    return (images - mean) / std
+    mean, std = (torch.tensor(values, dtype=images.dtype).view(-1, 1, 1) for values in (options.mean, options.std))
+    device = images.device
+    return (images - mean.to(device, non_blocking=True)) / std.to(device, non_blocking=True)
 
 
 def entering(value: Tensor, options: ImageOptions | None, augment: Augment | None = None) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -117,29 +118,31 @@ class Tabulated(NoiseDistribution):
 
     def __post_init__(self) -> None:
         check_range(self.sigma_min, self.sigma_max)
-        grid, mass = self._grid()
+        grid, mass = self._grid
         if len(grid) != len(mass) or len(grid) < 2 or bool((grid.diff() <= 0).any()):
             raise UsageError("a tabulated noise distribution needs an ascending grid and as many masses")
-        if bool((mass.diff() < 0).any()) or self._ends()[1] <= self._ends()[0]:
+        if bool((mass.diff() < 0).any()) or self._ends[1] <= self._ends[0]:
             raise UsageError("a tabulated noise distribution needs a mass that rises within its range")
 
+    @cached_property
     def _grid(self) -> tuple[Tensor, Tensor]:
         return torch.tensor(self.log_sigma).double(), torch.tensor(self.mass).double()
 
+    @cached_property
     def _ends(self) -> tuple[Tensor, Tensor]:
-        grid, mass = self._grid()
+        grid, mass = self._grid
         ends = torch.tensor([self.sigma_min, self.sigma_max]).double().log()
         low, high = interpolate(ends, grid, mass)
         return low, high
 
     def cdf(self, sigma: Tensor) -> Tensor:
-        grid, mass = self._grid()
-        low, high = self._ends()
+        grid, mass = self._grid
+        low, high = self._ends
         return ((interpolate(sigma.double().log(), grid, mass) - low) / (high - low)).clamp(0, 1)
 
     def icdf(self, q: Tensor) -> Tensor:
-        grid, mass = self._grid()
-        low, high = self._ends()
+        grid, mass = self._grid
+        low, high = self._ends
         # Where the table is flat every level has the same mass: a ramp far below rounding picks the order.
         rising = mass + torch.arange(len(mass)).double() * 1e-12
         log_sigma = interpolate(low + q.double() * (high - low), rising, grid)

@@ -9,7 +9,7 @@ from dbconvert.engine.ablation import STEP, evidence
 from dbconvert.engine.convert import converted
 from dbconvert.engine.decide import decide, refuse_context, refuse_uncuttable
 from dbconvert.engine.estimate_records import SETTINGS, Advice, Estimate, Request, Row, Setting
-from dbconvert.engine.holdings import Holding, Inventory, OptimizerName, Weights, holding, inventory
+from dbconvert.engine.holdings import Holding, Inventory, Weights, holding, inventory
 from dbconvert.engine.layer_kinds import layer_kinds
 from dbconvert.engine.meter import Meter
 from dbconvert.engine.network import BlockwiseNetwork
@@ -17,7 +17,7 @@ from dbconvert.engine.opening import Opened, open_and_analyse
 from dbconvert.engine.rehearsal import Case, Rehearsal
 from dbconvert.events import Reporter, Stage, silent
 from dbconvert.plan import Context, NoiseRule, Rule, cut
-from dbconvert.recipe import SplitOptions
+from dbconvert.recipe import OptimizerName, SplitOptions
 from dbconvert.tasks.registry import choose_task
 
 USUAL_LENGTH = 1024
@@ -70,7 +70,7 @@ def estimate(
         best=best,
         evidence=() if best is None else evidence(best[0]),
         advice=(),
-        notes=tuple(notes(network, optimizer)),
+        notes=tuple(notes(network)),
     )
     if memory is None or best is not None:
         return found
@@ -185,7 +185,7 @@ def advice(change: str, rows: tuple[Row, ...], memory: int | None) -> Advice:
     return Advice(change, blocks, setting, total, memory is not None and total <= memory)
 
 
-def notes(network: BlockwiseNetwork, optimizer: OptimizerName) -> Iterator[str]:
+def notes(network: BlockwiseNetwork) -> Iterator[str]:
     yield (
         "not counted: the context of CUDA and its libraries, workspaces of kernels and of the optimiser's step, "
         "gradients of activations on their way back, the batch itself, what the allocator loses to fragmentation"
@@ -200,10 +200,7 @@ def notes(network: BlockwiseNetwork, optimizer: OptimizerName) -> Iterator[str]:
             f"context {network.plan.context}: before an update of a block the layers before it run forward, without "
             "gradient; what they hold meanwhile is not counted, but for their weights"
         )
-    yield (
-        (HEARING if network.plan.context != "raw" else RESIDENT_OR_AWAY)
-        + ("; `train` does not offer AdamW with 8-bit state yet" if optimizer == "adamw8bit" else "")
-    )
+    yield HEARING if network.plan.context != "raw" else RESIDENT_OR_AWAY
     if network.decided_task is None:
         yield (
             "no task can train this network yet: measured is one pass of its own forward with the cross-entropy of all "

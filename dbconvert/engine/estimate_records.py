@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dbconvert.engine.holdings import Holding, OptimizerName
+from dbconvert.engine.holdings import Holding
 from dbconvert.engine.rehearsal import Case
 from dbconvert.plan import Context
+from dbconvert.recipe import OptimizerName
 from dbconvert.schema import Positive, record
 
 Where = Literal["resident", "away"]

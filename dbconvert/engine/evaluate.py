@@ -19,7 +19,8 @@ from dbconvert.engine.metrics import Metrics, Scorer
 from dbconvert.engine.reading import find_tokenizer, open_examples
 from dbconvert.errors import UsageError
 from dbconvert.events import Reporter, Stage, silent
-from dbconvert.recipe import DataOptions, EvalOptions, SampleOptions, merge, parse_overrides
+from dbconvert.overrides import merge, parse_overrides
+from dbconvert.recipe import DataOptions, EvalOptions, SampleOptions
 from dbconvert.schema import parse, to_data
 
 

@@ -16,7 +16,8 @@ def held(job: Job) -> dict[str, int]:
     """Bytes of unique storages after the optimiser's step, before gradients are freed.
 
     A baseline runs on a network that was converted: what conversion added, and layers that it does not run, are told
-    apart as `spare`. Blocks that are away do not count.
+    apart as `spare`. Blocks that are away do not count. Where gradients are used and freed one by one, the
+    largest counts.
     """
     seen: set[int] = set()
     storages(() if job.mover is None else job.mover.away(), seen)
@@ -24,6 +25,8 @@ def held(job: Job) -> dict[str, int]:
     spare = storages(job.network.parameters(), seen)
     learning = [p for unit in job.all_units() for p in unit.parameters.values()]
     gradients = storages((p.grad for p in learning if p.grad is not None), seen)
+    if not gradients and job.recipe.optimizer.in_backward:
+        gradients = max(p.numel() * p.element_size() for p in learning if p.requires_grad)
     optimizer = storages((t for unit in job.all_units() for t in state_tensors(unit.optimizer.state.values())), seen)
     return {"parameters": parameters, "gradients": gradients, "optimizer": optimizer, SPARE: spare}
 

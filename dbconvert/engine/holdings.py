@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor, nn
 
 from dbconvert.engine.listening import CONTEXT
 from dbconvert.engine.network import BlockwiseNetwork
+from dbconvert.engine.optimizers import state_size
 from dbconvert.graph.inject import PREFIX
+from dbconvert.recipe import OptimizerName
 
-OptimizerName = Literal["adamw", "adamw8bit", "sgd"]
 WORD = 4
 """Bytes of a parameter, a gradient and a moment: weights and their state are kept in 32 bits, in bf16 training too."""
-SMALL_TENSOR, GROUP = 4096, 256
-"""bitsandbytes leaves the state of tensors with fewer elements in 32 bits, and keeps a float for each such group."""
 
 
 @dataclass(frozen=True)
@@ -31,15 +29,6 @@ class Holding:
     @property
     def total(self) -> int:
         return self.parameters + self.gradients + self.optimizer + self.activations
-
-
-def state_size(elements: int, optimizer: OptimizerName) -> int:
-    """Bytes of optimiser state of a tensor: two moments (AdamW), two of one byte each, or one (SGD's momentum)."""
-    if optimizer == "sgd":
-        return WORD * elements
-    if optimizer == "adamw" or elements < SMALL_TENSOR:
-        return 2 * WORD * elements
-    return 2 * (elements + WORD * -(-elements // GROUP))
 
 
 @dataclass(frozen=True)

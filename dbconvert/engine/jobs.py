@@ -22,6 +22,8 @@ def make_job(
     validation: Data | None,
     folder: Path,
 ) -> Job:
+    if recipe.train.precision == "bf16-true":
+        keep_in_bf16(network)
     method.settle(network, recipe)
     made = method.trained(network, recipe, steps)
     freeze_all_but(network, [*made.units.values(), *([made.periphery] if made.periphery else [])])
@@ -29,6 +31,13 @@ def make_job(
     return Job(
         method, network, noise, layers, made.units, made.periphery, made.steps, examples, validation, recipe, folder
     )
+
+
+def keep_in_bf16(network: BlockwiseNetwork) -> None:
+    """Parameters only: what buffers hold, rotary frequencies above all, needs its digits."""
+    for parameter in network.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.bfloat16()
 
 
 def freeze_all_but(network: BlockwiseNetwork, units: list[Unit]) -> None:

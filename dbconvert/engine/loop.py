@@ -8,7 +8,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from dbconvert.engine.refit import keep, points, refitted, told
 from dbconvert.engine.runs import CHECKPOINTS, METRICS
 from dbconvert.engine.state import Done, load_state, newest_state, save_state, truncate_metrics
 from dbconvert.engine.units import Unit
-from dbconvert.errors import DBConvertError
+from dbconvert.engine.watch import Watch
 from dbconvert.events import Advance, Note, Reporter, Stage
 from dbconvert.files import append_line
 from dbconvert.plan import NoiseFit
@@ -47,11 +47,13 @@ class Loop:
         train = self.recipe.train
         self.order = block_order(list(job.units), job.steps, train.order, train.steps_per_turn, self.recipe.seed)
         self.model = self.prepare()
-        self.updates = 0
+        self.updates = self.untimed = 0
         self.took: list[float] = []
         self.trained = 0.0
         every = self.recipe.eval.every
         self.evaluates_every = max(1, round(every * len(self.order))) if isinstance(every, float) else every
+        late, told = self.accelerator.device.type == "cuda", job.layers is None
+        self.watch = Watch(job.folder / CHECKPOINTS, late=late, told=told)
         shares = () if job.layers is not None else job.network.plan.noise.refit
         self.refits = points(shares, len(self.order))
 
@@ -66,7 +68,7 @@ class Loop:
             unit.optimizer = optimizer
         if mover is not None:
             mover.begin(self.job.units, self.accelerator.device)
-        prepared: nn.Module = model
+        prepared: nn.Module = model.train()
         return prepared
 
     # -- the whole run ------------------------------------------------------------------------------------
@@ -82,7 +84,7 @@ class Loop:
         for block, batch in zip(self.order[self.updates :], self.loaded(), strict=True):
             loss = self.update(block, batch)
             self.updates += 1
-            self.report(Advance(1, {"loss": loss}))
+            self.report(Advance(1, {} if loss is None else {"loss": loss}))
             if self.updates in self.refits:
                 self.refit()
             if self.evaluates_every and self.updates % self.evaluates_every == 0 and self.updates < len(self.order):
@@ -90,8 +92,23 @@ class Loop:
             if every and self.updates % every == 0 and self.updates < len(self.order):
                 self.save()
             self.report(Advance(0))
-            self.begun = time.perf_counter()
+            self.timed()
+        self.settle()
         return self.evaluate()
+
+    def settle(self) -> None:
+        """Waits for the updates that were asked of the device, and makes sure that their losses are finite."""
+        self.watch.read()
+        if self.untimed:
+            seconds = (time.perf_counter() - self.begun) / self.untimed
+            self.took.extend([seconds] * self.untimed)
+            self.trained += seconds * self.untimed
+            self.untimed = 0
+
+    def timed(self) -> None:
+        """What follows counts as time of the next update."""
+        if not self.untimed:
+            self.begun = time.perf_counter()
 
     def resume(self) -> None:
         state = newest_state(self.job.folder / CHECKPOINTS)
@@ -105,6 +122,7 @@ class Loop:
         truncate_metrics(self.metrics_path, loaded.metrics_bytes)
 
     def save(self) -> None:
+        self.settle()
         if self.job.mover is not None:
             self.job.mover.settle()
         if self.accelerator.is_main_process:
@@ -125,7 +143,7 @@ class Loop:
             rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,
         )
-        batches = iter(load_batches(self.job.examples, sampler, self.recipe.data.workers))
+        batches = iter(load_batches(self.job.examples, sampler, self.recipe.data.workers, self.accelerator.device))
         for block in self.order[self.updates :]:
             done = self.job.units[block].done
             seed_all(derive(self.recipe.seed, "load", block, done, self.accelerator.process_index))
@@ -133,8 +151,11 @@ class Loop:
 
     # -- one update ---------------------------------------------------------------------------------------
 
-    def update(self, block: int, batch: Batch) -> float:
-        """One update of a block (and of the shared periphery); returns its mean unweighted loss."""
+    def update(self, block: int, batch: Batch) -> float | None:
+        """One update of a block (and of the shared periphery); returns its mean unweighted loss.
+
+        On a CUDA device that is None but for updates that are logged: nothing else waits for the device.
+        """
         self.bring(block)
         unit = self.job.units[block]
         units = [unit, *([self.job.periphery] if self.job.periphery else [])]
@@ -142,28 +163,30 @@ class Loop:
         self.job.method.begin(self.job, block)
         for active in units:
             active.prepare_update()
-        self.job.network.train()
+        if not self.job.network.training:
+            self.job.network.train()
         inputs, labels = self.to_device(batch)
         inputs = self.job.network.task.dropped(inputs, self.recipe.train.label_dropout)
         sigma = self.draw_sigma(block, labels)
         losses = self.backward(block, inputs, labels, sigma)
-        loss = self.job.network.task.mean(losses, labels)
-        if not torch.isfinite(losses).all():
-            raise self.not_finite(block, unit, losses, sigma)
+        loss = self.job.network.task.mean_there(losses, labels)
+        self.watch.saw(unit, self.updates + 1, losses, sigma)
         norm = self.clip(units)
         rate = unit.learning_rate()
         for active in units:
             active.optimizer.step()
-        logs = (self.updates + 1) % self.recipe.log.every == 0 or self.updates + 1 == len(self.order)
-        holds = held(self.job) if logs else {}
+        logged = (self.updates + 1) % self.recipe.log.every == 0 or self.updates + 1 == len(self.order)
+        holds = held(self.job) if logged else {}
         for active in units:
             active.finish_update()
         self.counted += len(labels) * self.accelerator.num_processes
-        self.took.append(time.perf_counter() - self.begun)
-        self.trained += self.took[-1]
-        if logs:
-            self.log(unit, {"block": block, "loss": loss, "lr": rate, "grad_norm": norm}, holds)
-        return loss
+        self.untimed += 1
+        if logged or not self.watch.late:
+            self.settle()
+        if logged:
+            told = None if norm is None else float(norm)
+            self.log(unit, {"block": block, "loss": float(loss), "lr": rate, "grad_norm": told}, holds)
+        return None if self.untimed else float(loss)
 
     def bring(self, block: int) -> None:
         """Makes sure that the block that trains is on the device."""
@@ -184,16 +207,19 @@ class Loop:
         """A level for every example, [N], or for every label, as the plan says."""
         shape = self.job.network.task.level_shape(labels)
         uniform = stratified(shape.numel()).view(shape)
-        return self.job.method.levels(self.job, block, labels, uniform).to(self.accelerator.device)
+        drawn = self.job.method.levels(self.job, block, labels, uniform)
+        return drawn.to(self.accelerator.device, non_blocking=True)
 
     def backward(self, block: int, inputs: Inputs, labels: Tensor, sigma: Tensor) -> Tensor:
         """Accumulates the gradients of a batch, a part at a time; returns its unweighted losses."""
         parts, method = self.recipe.train.accumulate, self.job.method
         total = self.job.network.task.counted(labels).sum()
         losses = []
-        for part, chosen in enumerate(torch.arange(len(labels)).chunk(parts)):
+        size = -(-len(labels) // parts)
+        for start in range(0, len(labels), size):
+            chosen = slice(start, start + size)
             here = {name: value[chosen] for name, value in inputs.items()}
-            held = self.accelerator.no_sync(self.model) if part + 1 < parts else nullcontext()
+            held = self.accelerator.no_sync(self.model) if start + size < len(labels) else nullcontext()
             with held, nullcontext() if method.prepared else self.accelerator.autocast():
                 found = method.learn(
                     self.job,
@@ -207,32 +233,23 @@ class Loop:
             losses.append(found)
         return torch.cat(losses)
 
-    def clip(self, units: list[Unit]) -> float | None:
+    def clip(self, units: list[Unit]) -> Tensor | None:
         if self.recipe.train.clip is None:
             return None
         parameters = [p for unit in units for p in unit.parameters.values()]
-        norm = self.accelerator.clip_grad_norm_(parameters, self.recipe.train.clip)
-        return None if norm is None else float(norm)
-
-    def not_finite(self, block: int, unit: Unit, losses: Tensor, sigma: Tensor) -> DBConvertError:
-        bad = sigma[(~torch.isfinite(losses)).reshape(len(sigma), -1).any(1)]
-        levels = "" if self.job.layers is not None else f", sigma {float(bad.min()):.4g} to {float(bad.max()):.4g}"
-        state = newest_state(self.job.folder / CHECKPOINTS)
-        kept = f"; the last whole state is {state}" if state else ""
-        return DBConvertError(
-            f"the loss is not finite for {len(bad)} of {len(losses)} examples",
-            where=f"{unit.name}, its update {unit.done + 1}, update {self.updates + 1} of the run{levels}",
-            hint=f"lower optimizer.lr, clip gradients with train.clip, or look at those examples{kept}",
-        )
+        norm: Tensor | None = self.accelerator.clip_grad_norm_(parameters, self.recipe.train.clip)
+        return norm
 
     # -- noise --------------------------------------------------------------------------------------------
 
     def refit(self) -> None:
         """Fits the noise to what the network has learnt; every process trains on with the same."""
+        self.settle()
         before, rule = self.job.noise, self.job.network.plan.noise
         found: list[NoiseFit | None] = [None]
         if self.accelerator.is_main_process:
-            found = [refitted(before, rule, self.scorer(), self.job.examples, self.updates)]
+            with self.figures():
+                found = [refitted(before, rule, self.scorer(), self.job.examples, self.updates)]
         after = broadcast_object_list(found)[0]
         self.change_noise(after)
         self.report(Note(told(before, after)))
@@ -265,13 +282,17 @@ class Loop:
         job = self.job
         if job.validation is None:
             return {}
-        found = self.scorer().score(job.validation, job.layers)
+        self.settle()
+        with self.figures():
+            found = self.scorer().score(job.validation, job.layers)
         rounded = {name: round(value, 6) for name, value in found.items()}
-        self.write(
-            {"update": self.updates, "trained": round(self.trained, 4), "eval": rounded},
-            {f"eval/{k}": v for k, v in found.items()},
-        )
+        line = {"update": self.updates, "trained": round(self.trained, 4), "eval": rounded}
+        self.write(line, {f"eval/{k}": v for k, v in found.items()})
         return found
+
+    def figures(self) -> AbstractContextManager[None]:
+        """Figures are computed in 32 bits where weights have as many, in training's mixed precision otherwise."""
+        return self.accelerator.autocast() if self.recipe.train.precision == "bf16-true" else nullcontext()
 
     def scorer(self) -> Scorer:
         return Scorer(

@@ -10,17 +10,15 @@ from torch import Tensor, nn
 from dbconvert.data.batches import OrderedBatches, seed_all
 from dbconvert.data.examples import LABEL
 from dbconvert.data.images import entering
-from dbconvert.engine.holdings import WORD, weights
 from dbconvert.engine.layer_kinds import layer_kinds
 from dbconvert.engine.method import Job
 from dbconvert.engine.network import BlockwiseNetwork
+from dbconvert.engine.optimizers import moment_bytes, state_bytes
 from dbconvert.errors import DBConvertError
-from dbconvert.graph.account import parameter_bytes, saved_bytes, state_bytes
+from dbconvert.graph.account import parameter_bytes, saved_bytes
 from dbconvert.graph.proof import unchanged_state
 from dbconvert.schema import record
 from dbconvert.tasks.base import Inputs
-
-MOMENTS = {"adamw": 2, "sgd": 1}
 
 
 @record
@@ -70,7 +68,7 @@ def measure(job: Job, device: torch.device) -> MemoryReport:
         UnitMemory(
             unit.name,
             max(sum(p.numel() for p in turn) for turn in turns(job, block)),
-            max(state_bytes(turn, MOMENTS[options.name]) for turn in turns(job, block)),
+            max(state_bytes(turn, options) for turn in turns(job, block)),
             activations(job, block, device),
         )
         for block, unit in job.units.items()
@@ -88,13 +86,15 @@ def resident(job: Job, block: int) -> tuple[int, int]:
     owned = {id(p): network.owner(name) for name, p in network.model.named_parameters()}
     there = {id(p): p for p in network.parameters() if train.inactive == "resident" or owned[id(p)] in (None, block)}
     sets = [job.method.turns(job, b) for b in job.units] + ([[job.periphery.parameters]] if job.periphery else [])
-    learning = [[[p for p in turn.values() if id(p) in there] for turn in turns] for turns in sets]
-    state = sum(max(beyond_parameters(turn, MOMENTS[options.name]) for turn in turns) for turns in learning)
-    count, size = sum(p.numel() for p in there.values()), parameter_bytes(there.values()) + state
+    learning = [p for turns in sets for p in max((turn.values() for turn in turns), key=parameter_bytes)]
+    trained = {id(p): p for p in learning if id(p) in there}
+    frozen = parameter_bytes(p for key, p in there.items() if key not in trained)
+    count, size = sum(p.numel() for p in there.values()), state_bytes(trained.values(), options) + frozen
     if train.prefetch:
-        other = (weights(unit.parameters.values(), options.name) for b, unit in job.units.items() if b != block)
-        brought = max(other, key=lambda one: one.elements)
-        count, size = count + brought.elements, size + WORD * brought.elements + brought.state
+        others = (list(unit.parameters.values()) for b, unit in job.units.items() if b != block)
+        brought = max(others, key=parameter_bytes)
+        count += sum(p.numel() for p in brought)
+        size += parameter_bytes(brought) + moment_bytes(brought, options)
     return count, size
 
 
@@ -102,11 +102,6 @@ def turns(job: Job, block: int) -> list[list[nn.Parameter]]:
     """The sets of parameters of which an update of a block trains one, each with the shared periphery."""
     shared = job.periphery.parameters.values() if job.periphery else []
     return [[*turn.values(), *shared] for turn in job.method.turns(job, block)]
-
-
-def beyond_parameters(parameters: list[nn.Parameter], moments: int) -> int:
-    """Bytes of gradients and optimiser state."""
-    return state_bytes(parameters, moments) - parameter_bytes(parameters)
 
 
 def activations(job: Job, block: int, device: torch.device) -> int:

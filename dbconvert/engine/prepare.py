@@ -25,8 +25,9 @@ from dbconvert.engine.split import split
 from dbconvert.engine.stores import Store
 from dbconvert.errors import UsageError
 from dbconvert.events import Note, Reporter
+from dbconvert.overrides import keys, parse_overrides
 from dbconvert.plan import NoiseFit, Plan
-from dbconvert.recipe import LatentOptions, Recipe, keys, parse_overrides, read_recipe
+from dbconvert.recipe import LatentOptions, Recipe, read_recipe
 from dbconvert.shipped import shipped
 from dbconvert.tasks.registry import choose_task, reasons
 
@@ -97,6 +98,7 @@ def prepare(
     network.task.kernel = recipe.train.attention
     if recipe.train.checkpointing:
         network.run.checkpointed = range(plan.anatomy.depth)
+    network.run.remakes = recipe.train.recompute_modulation
     noise = get_noise(package, network, None if missing else examples, keep=keep_noise)
     tell(report, plan, noise, recipe)
     held_out = None if rehearsal else data.validation

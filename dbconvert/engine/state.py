@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dbconvert.checkpoint import load_tensors, save_tensors
 from dbconvert.engine.network import BlockwiseNetwork
+from dbconvert.engine.optimizers import joined, parts
 from dbconvert.engine.units import Unit
 from dbconvert.errors import DBConvertError
 from dbconvert.files import MARKER, atomic_folder
@@ -98,7 +99,8 @@ def optimizer_state(units: list[Unit]) -> tuple[dict[str, Tensor], dict[str, flo
     scalars: dict[str, float] = {}
     for unit in units:
         for key, parameter in unit.parameters.items():
-            for name, value in unit.optimizer.state.get(parameter, {}).items():
+            kept = unit.optimizer.state.get(parameter, {})
+            for name, value in [pair for slot, whole in kept.items() for pair in parts(slot, whole).items()]:
                 place = f"{unit.name}|{key}|{name}"
                 if isinstance(value, Tensor):
                     tensors[place] = value
@@ -115,10 +117,7 @@ def restore_optimizer(unit: Unit, tensors: dict[str, Tensor], scalars: dict[str,
             found.setdefault(key, {})[slot] = value
     for key, parameter in unit.parameters.items():
         if key in found:
-            unit.optimizer.state[parameter] = {
-                slot: value.to(parameter.device) if isinstance(value, Tensor) else value
-                for slot, value in found[key].items()
-            }
+            unit.optimizer.state[parameter] = joined(found[key], parameter, unit.optimizer)
 
 
 def truncate_metrics(path: Path, size: int) -> None:

@@ -19,6 +19,7 @@ from dbconvert.engine.memory import MemoryReport, measure
 from dbconvert.engine.method import Job
 from dbconvert.engine.methods import METHODS
 from dbconvert.engine.metrics import Metrics
+from dbconvert.engine.optimizers import refuse_unsupported
 from dbconvert.engine.package import (
     NOISE,
     NOISE_KEY,
@@ -99,6 +100,7 @@ def train(
     alone += [f"train.inactive={recipe.train.inactive}"] * (recipe.train.inactive != "resident")
     if alone and accelerator.num_processes > 1:
         raise UsageError(f"{alone[0]} runs in one process only", hint="start it without accelerate")
+    refuse_unsupported(recipe, accelerator.device, accelerator.num_processes)
     report = report if accelerator.is_main_process else silent
     with open_store(recipe.train.inactive, folder, accelerator.device) or nullcontext() as store:
         return carry_out(origin, folder, block, accelerator, store, report)
@@ -189,7 +191,7 @@ def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
     AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
     return Accelerator(
         cpu=recipe.train.cpu,
-        mixed_precision="bf16" if recipe.train.precision == "bf16" else "no",
+        mixed_precision="no" if recipe.train.precision == "fp32" else "bf16",
         log_with=list(recipe.log.trackers) or None,
         project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder)),
         # A block's update leaves the other blocks' parameters unused.

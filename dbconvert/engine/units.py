@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dbconvert.engine.optimizers import make_optimizer, step_in_backward
 from dbconvert.recipe import OptimizerOptions
 
 
@@ -39,31 +38,28 @@ class Unit:
         # One order, however the network registers them: norms are summed alike in single and joint runs.
         self.parameters = dict(sorted(self.parameters.items()))
         self.optimizer = make_optimizer(self.parameters, self.options)
+        if self.options.in_backward:
+            for parameter in self.parameters.values():
+                parameter.register_post_accumulate_grad_hook(self.step_in_backward)  # type: ignore[no-untyped-call]
 
     def learning_rate(self) -> float:
         return self.options.lr * schedule(self.done, self.total, self.options, self.pace)
 
     def prepare_update(self) -> None:
+        rate = self.learning_rate()
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate()
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+
+    def step_in_backward(self, parameter: nn.Parameter) -> None:
+        step_in_backward(parameter, self.optimizer)
 
     def finish_update(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.parameters.values():
+            parameter.grad = None
         self.done += 1
-
-
-def make_optimizer(parameters: Mapping[str, nn.Parameter], options: OptimizerOptions) -> Optimizer:
-    """Vectors (norms, biases) are not decayed, as is usual."""
-    matrices = [p for p in parameters.values() if p.dim() > 1]
-    vectors = [p for p in parameters.values() if p.dim() <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": options.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if options.name == "sgd":
-        return torch.optim.SGD(groups, lr=options.lr, momentum=options.betas[0])
-    return torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, fused=True)
 
 
 def schedule(done: int, total: int, options: OptimizerOptions, pace: int = 1) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dbconvert.graph.remade import counted_by
 from dbconvert.graph.tape import tensors
 from dbconvert.graph.values import replaced
 
@@ -30,7 +31,7 @@ def saved_bytes(loss: Callable[[], Tensor], parameters: Iterable[nn.Parameter]) 
             # that nothing ever frees.
             kept[storage._cdata] = (storage.nbytes(), tensor)
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda _: None):  # type: ignore[arg-type, return-value]
+    with counted_by(pack), torch.autograd.graph.saved_tensors_hooks(pack, lambda _: None):  # type: ignore[arg-type, return-value]
         result = loss()
     total = sum(size for size, _ in kept.values())
     kept.clear()
@@ -40,11 +41,6 @@ def saved_bytes(loss: Callable[[], Tensor], parameters: Iterable[nn.Parameter]) 
 
 def parameter_bytes(parameters: Iterable[nn.Parameter]) -> int:
     return sum(p.numel() * p.element_size() for p in {id(p): p for p in parameters}.values())
-
-
-def state_bytes(parameters: Iterable[nn.Parameter], moments: int) -> int:
-    """Parameters, their gradients and `moments` optimiser tensors of the same size."""
-    return (2 + moments) * parameter_bytes(parameters)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from dbconvert.graph.functions import Arguments, Intercepted, Results, uncounted
 from dbconvert.graph.joined import AroundModule, PartModule
 from dbconvert.graph.looped import LOOPED
 from dbconvert.graph.recompute import recomputed
+from dbconvert.graph.remade import StandIn, remade, run_again
 from dbconvert.graph.run import Filled, Run, Volatile
 from dbconvert.graph.values import imitate, item, look_up, put_in, replaced
 
@@ -46,17 +47,20 @@ class Site(Volatile):
     def active(self) -> bool:
         return self.scale is not None or self.by is not None
 
-    def act(self, value: Tensor, axes: Axes | None = None, instead: Tensor | None = None) -> Tensor:
+    def act(
+        self, value: Tensor, axes: Axes | None = None, instead: Tensor | None = None, again: StandIn | None = None
+    ) -> Tensor:
         """The value modulated or gated.
 
         Args:
             axes: the site's own by default.
             instead: fills up what the gate takes away.
+            again: makes the value again.
         """
         axes = axes or self.at.axes
         with uncounted():
             if self.shift is not None and self.scale is not None:
-                return modulate(value, self.shift, self.scale, axes)
+                return remade(partial(modulate, axes=axes), value, self.shift, self.scale, again)
             if self.by is None:
                 return value
             gated = gate(value, self.by, axes)
@@ -73,6 +77,7 @@ class SiteModule(nn.Module):
         on_output = []
         results: Results = {}
         arguments: Arguments = {}
+        again: StandIn | None = None
         for site in sites:
             at = site.at
             if at.call is not None:
@@ -90,11 +95,13 @@ class SiteModule(nn.Module):
                 out = super().forward(*args, **kwargs)
         else:
             out = super().forward(*args, **kwargs)
+            if len(on_output) == 1 and isinstance(out, Tensor) and not kwargs:
+                again = run_again(self, super().forward, args)
         for site in on_output:
             path = site.at.output if isinstance(site.at, GateSite) else ()
             against = site.at.against if isinstance(site.at, GateSite) else None
             instead = None if against is None else look_up(*given, against)
-            out = replaced(out, path, site.act(item(out, path), instead=instead))
+            out = replaced(out, path, site.act(item(out, path), instead=instead, again=again))
         return out
 
 

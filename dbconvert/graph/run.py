@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dbconvert.anatomy import Path
 from dbconvert.graph.looped import LoopPass
+from dbconvert.graph.remade import remaking
 from dbconvert.graph.tape import argument_leaves
 from dbconvert.graph.values import item, put_in, replaced
 
@@ -54,9 +55,12 @@ class Run(Volatile):
             is to be added next.
         checkpointed: layers of which autograd keeps what enters them, and which run again for the backward pass; of
             all passes.
+        remakes: whether conditioned values are made again for the backward pass, see `dbconvert.graph.remade`; in all
+            passes.
     """
 
     checkpointed: Collection[int] = ()
+    remakes: bool = False
 
     active: range | None = None
     condition: Tensor | None = None
@@ -88,7 +92,9 @@ class Run(Volatile):
         return layer in self.checkpointed and torch.is_grad_enabled()
 
     def attending(self, key: object) -> AbstractContextManager[Any]:
-        return nullcontext() if self.attention is None else self.attention(key)
+        """What a layer, or a part of one, runs in."""
+        attention = nullcontext() if self.attention is None else self.attention(key)
+        return remaking(attention) if self.remakes and self.condition is not None else attention
 
     def given(self, stream: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
         """A layer's arguments with those beside the stream changed."""

@@ -96,7 +96,7 @@ class ImageDiffusion(Task):
         names = self.picture.labels if share else ()
         for name in names:
             labels = inputs[name]
-            none = (torch.rand(labels.shape) < share).to(labels.device)
+            none = (torch.rand(labels.shape) < share).to(labels.device, non_blocking=True)
             inputs = {**inputs, name: labels.masked_fill(none, self.target.classes - 1)}
         return inputs
 
