@@ -50,8 +50,9 @@ class Baseline:
     optional: bool = False
 
 
+WHOLE = "end-to-end"
 SHALLOW = Baseline("shallow control", ("train.method=shallow",), BLOCKS_ONLY)
-ALWAYS = (Baseline("end-to-end", ("train.method=end-to-end",), BLOCKS_ONLY + CUT), SHALLOW)
+ALWAYS = (Baseline(WHOLE, ("train.method=end-to-end",), BLOCKS_ONLY + CUT), SHALLOW)
 """The baselines of every comparison."""
 END_TO_END = ALWAYS[0].overrides
 CHECKPOINTED = ("train.checkpointing=true", "train.accumulate=1")

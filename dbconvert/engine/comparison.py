@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dbconvert.amounts import size
+from dbconvert.engine.against import WHOLE
 from dbconvert.engine.grid import Cell
 from dbconvert.schema import record, to_data
 
@@ -139,12 +139,8 @@ class Comparison:
 
     @property
     def equal_time(self) -> dict[int, float]:
-        """By seed: the seconds of training after which the first of its rows was done."""
-        found: dict[int, float] = {}
-        for row in self.rows:
-            if row.curve:
-                found[row.cell.seed] = min(found.get(row.cell.seed, math.inf), row.curve[-1].seconds)
-        return found
+        """By seed: the seconds that end-to-end training took, evaluations not counted."""
+        return {row.cell.seed: row.curve[-1].seconds for row in self.rows if row.curve and row.cell.baseline == WHOLE}
 
     def by_name(self) -> dict[str, list[Row]]:
         """The rows of all seeds, the grid before the baselines."""
@@ -192,7 +188,7 @@ class Comparison:
         notes += sorted({machine_words(row) for row in done})
         if self.equal_time:
             after = ", ".join(f"{seconds:.1f} s (seed {seed})" for seed, seconds in self.equal_time.items())
-            notes.append(f"equal time: the last evaluation within {after} of training, when the first row was done")
+            notes.append(f"equal time: the last evaluation within {after} of training, as long as end-to-end took")
         failures: dict[tuple[str, str, str], list[str]] = {}
         for row in self.rows:
             if row.status != "done":

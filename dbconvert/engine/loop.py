@@ -285,6 +285,8 @@ class Loop:
         self.settle()
         with self.figures():
             found = self.scorer().score(job.validation, job.layers)
+        if job.mover is not None:
+            job.mover.dismiss()
         rounded = {name: round(value, 6) for name, value in found.items()}
         line = {"update": self.updates, "trained": round(self.trained, 4), "eval": rounded}
         self.write(line, {f"eval/{k}": v for k, v in found.items()})
