@@ -150,9 +150,10 @@ class Target:
         classes: rows of the target table; for images, of the network's own table of classes.
         width: its columns, the width of the stream; for images, their channels.
         placement: `replace` puts the noisy target in the place of one token's embedding, `token` adds it to that token,
-            `append` makes it one token more, `add` adds it to every position; `sequence` gives every position one of
-            its own, behind the clean ones; `mask` puts a learnt vector in a token's place; `state` makes it the state
-            of a looped core; `image` puts the noisy image in the image's place.
+            `append` makes it one token more, `add` adds it to every position; `positions` adds to every position one
+            of its own; `sequence` gives every position one of its own, behind the clean ones; `mask` puts a learnt
+            vector in a token's place; `state` makes it the state of a looped core; `image` puts the noisy image in the
+            image's place.
         token: index of the token that the head reads.
         parameter: of `replace`, the parameter that is the token's embedding.
         readout: what the head reads, where that is a choice.
@@ -166,7 +167,7 @@ class Target:
 
     classes: int
     width: int
-    placement: Entry | Literal["sequence", "mask", "state", "image"]
+    placement: Entry | Literal["sequence", "positions", "mask", "state", "image"]
     token: int | None = None
     parameter: str | None = None
     readout: Readout | None = None

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dbconvert.conditioning.modulation import Curve, Start
+from dbconvert.data_options import DataOptions
 from dbconvert.diffusion.predictions import Predicted, Times
 from dbconvert.errors import UsageError
 from dbconvert.overrides import keys, merge, parse_overrides, without_displaced
@@ -23,8 +24,6 @@ MIXED = 0.5
 Weight = Literal["none", "edm"]
 Inactive = Literal["resident", "host", "disk"]
 OptimizerName = Literal["adamw", "adamw8bit", "sgd"]
-Mode = Literal["RGB", "L"]
-"""Colour or grey."""
 
 
 @record
@@ -53,105 +52,6 @@ class SplitOptions:
     context: Context = "raw"
     prediction: Predicted | None = None
     times: Times | None = None
-
-
-@record
-class ImageOptions:
-    """How pictures become tensors: cut out if `crop`, resized to `size`, scaled to [0, 1], augmented, then
-    (x - mean) / std.
-
-    Args:
-        mode: what picture files are read as; None reads grey ones with one channel and all others with three.
-        crop: only the largest square in the middle of a picture.
-    """
-
-    size: Positive | None = None
-    mode: Mode | None = None
-    crop: bool = False
-    mean: tuple[float, ...] = (0.0,)
-    std: tuple[float, ...] = (1.0,)
-
-
-@record
-class RandAugment:
-    """RandAugment (Cubuk et al. 2020): `operations` random ones a picture, of magnitude 0 to 30."""
-
-    operations: Positive = 2
-    magnitude: Count = 9
-
-
-@record
-class LatentOptions:
-    """Pictures as the latents of a VAE: encoded once, kept on disk, and drawn anew from their posterior every epoch.
-
-    Args:
-        vae: of diffusers, an AutoencoderKL: a folder or a hub id, of which `revision` may name one.
-        scale: latents are multiplied by it; by default the VAE's own scaling_factor.
-        cache: the folder to keep latents in, of one VAE and one size of pictures; by default one for each in the cache
-            of `data.cache`.
-        batch: pictures that are encoded, or decoded, together.
-    """
-
-    vae: str
-    revision: str | None = None
-    scale: PositiveFloat | None = None
-    cache: str | None = None
-    batch: Positive = 16
-
-
-@record
-class DataOptions:
-    """Where examples come from.
-
-    Args:
-        source: a built-in name, a hub id, a local folder, a parquet file, or `file.py:function`, which returns a
-            map-style dataset of dicts for a part's name. Text also comes from text files (one document each), and from
-            tables of documents (JSON, CSV).
-        train, validation, test: names of the parts, or of files beside the source. A single file of text or of
-            documents is cut by position, 90 / 5 / 5 %; `all` is the whole of it. `train[:1%]` and `train[1%:]` are
-            pieces of a part, by documents, or by characters of a text file; without % they count documents.
-        input, label: names of the columns; `input: null` takes the network's own argument name, or the only
-            column that is not the label.
-        tile: the source is a folder of mosaics of pictures of so many pixels a side (`dbconvert.data.mosaics`).
-        flip: mirror half of the training pictures.
-        latents: encode pictures by a VAE first. `image.mean` and `image.std` are not used then: the VAE has a range.
-        workers: processes that load batches.
-        tokenizer: `byte`, `char` (the characters of the training part), or a Transformers folder or hub id.
-        text: name of the column that holds the text.
-        length: tokens an example.
-        pack: documents follow each other, each with an end-of-document token (or a line break, where the tokenizer
-            has none), and are cut into examples; what is left over at the end is not used. `false` makes every
-            document an example, cut or padded to `length`.
-        documents: whether tokens of an example see those of other documents in it (`joined`), or not (`masked`).
-        limit: at most so many documents a part, the first ones.
-        config, revision: of a hub id, e.g. `refs/convert/parquet` where the repository itself is a script.
-        streaming: a hub id is read over the network, and only its tokens are stored. Local files are always read
-            where they are.
-        cache: folder of tokenised text; by default $DBCONVERT_CACHE, else dbconvert in the user's cache folder.
-    """
-
-    source: str | None = None
-    train: str = "train"
-    validation: str | None = "validation"
-    test: str | None = "test"
-    input: str | None = None
-    label: str = "label"
-    image: ImageOptions | None = None
-    tile: Positive | None = None
-    flip: bool = False
-    randaugment: RandAugment | None = None
-    latents: LatentOptions | None = None
-    workers: Count = 0
-    tokenizer: str | None = None
-    text: str = "text"
-    length: Positive | None = None
-    pack: bool = True
-    documents: Literal["joined", "masked"] = "joined"
-    limit: Positive | None = None
-    config: str | None = None
-    revision: str | None = None
-    streaming: bool = False
-    cache: str | None = None
 
 
 @record
@@ -189,7 +89,11 @@ class TrainOptions:
             others every `steps_per_turn` updates; or `lora`, which trains low-rank additions to a pretrained network.
         steps: updates a block; or `epochs` over the training data a block. An override of one displaces the other.
         batch: examples an update, over all processes.
-        order: which block is next: `random`, or `rotate`, `steps_per_turn` at a time.
+        order: which block is next: `random`; or `rotate`, `steps_per_turn` at a time; or `stagewise`, one block after
+            the other, each to its end: a shared periphery is trained with the first and frozen then.
+        after: where `--block` trains one that hears others, or whose z comes through them: finished runs of the blocks
+            before it; by default the newest of this package under runs/.
+        states: of such a block whose z are all on-policy: a folder to keep what the earlier ones bring to each example.
         periphery: `shared` trains stem, target table and readout with every block; `frozen-target` freezes a
             unit-norm table and gives each block its own stem and readout, so that blocks are independent.
         weight: `none` is the plain loss, `edm` multiplies it by w(sigma); by default the task's own, which is `edm`
@@ -209,6 +113,7 @@ class TrainOptions:
         prefetch: the next block is brought while the active one trains: the device holds two then.
         checkpointing: autograd keeps of each layer only what enters it, and runs it again for its backward pass.
         recompute_modulation: autograd keeps neither normed nor modulated values of a block, and makes them again.
+        compile: torch.compile, a layer at a time.
         backpropagate: rounds that `truncated-bptt` goes back; 8 by default, or all where there are fewer.
         checkpoint_every: in updates of the whole run; 0 writes none.
     """
@@ -217,7 +122,9 @@ class TrainOptions:
     steps: Positive | None = None
     epochs: Positive | None = None
     batch: Positive = 128
-    order: Literal["random", "rotate"] = "random"
+    order: Literal["random", "rotate", "stagewise"] = "random"
+    after: tuple[str, ...] = ()
+    states: str | None = None
     steps_per_turn: Positive = 1
     periphery: Literal["shared", "frozen-target"] = "shared"
     weight: Weight | None = None
@@ -230,6 +137,7 @@ class TrainOptions:
     prefetch: bool = False
     checkpointing: bool = False
     recompute_modulation: bool = False
+    compile: bool = False
     accumulate: Positive = 1
     clip: PositiveFloat | None = 1.0
     backpropagate: Positive | None = None

@@ -1,4 +1,4 @@
-"""Converted language models for tests, without a package on disk."""
+"""Converted networks of tokens for tests, without a package on disk."""
 
 from types import SimpleNamespace
 
@@ -29,12 +29,16 @@ def loud(model):
 def causal_network(row, blocks=2, table=None, context="raw"):
     """(network in blocks with random conditioning, its noise intervals) of an acceptance row."""
     model, inputs = loud(row.build())
-    anatomy = analyse(model, inputs, stack=row.stack)
+    return in_blocks(model, analyse(model, inputs, stack=row.stack), CausalLM, blocks, table, context)
+
+
+def in_blocks(model, anatomy, kind, blocks=2, table=None, context="raw"):
+    """The same of any network and task."""
     ref = SourceRef("model_file", "build_model", "", (), "")
-    opened = Opened(SimpleNamespace(ref=ref), model, inputs, None, 0, anatomy, Example(model, anatomy))
+    opened = Opened(SimpleNamespace(ref=ref), model, {}, None, 0, anatomy, Example(model, anatomy))
     options = SplitOptions(start="original", table=table, context=context)
-    plan, fit = decide(opened, options, NoiseRule(), CausalLM, cut(anatomy.depth, blocks=blocks))
-    task = CausalLM(anatomy, plan.target)
+    plan, fit = decide(opened, options, NoiseRule(), kind, cut(anatomy.depth, blocks=blocks))
+    task = kind(anatomy, plan.target)
     run = converted(model, plan, task)
     network = BlockwiseNetwork(model, run, task, plan, tuple(range(blocks)), "shared").eval()
     network.sigma_data = fit.sigma_data
@@ -47,4 +51,4 @@ def causal_network(row, blocks=2, table=None, context="raw"):
     return network, fit.intervals()
 
 
-__all__ = ["causal_network", "is_causal", "loud"]
+__all__ = ["causal_network", "in_blocks", "is_causal", "loud"]

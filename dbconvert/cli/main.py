@@ -43,6 +43,7 @@ SEED = Annotated[int, typer.Option(help="Seed of the random initialisation.")]
 TRUST = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the Python code that a Transformers folder or hub id brings.")
 ]
+TASK = Annotated[str | None, typer.Option(help="What the network is for; inferred when only one fits.")]
 DROP = Annotated[bool, typer.Option("--drop-extra", help="Leave out weights that the network does not have.")]
 PROVE = Annotated[bool, typer.Option("--prove", help="Prove a large network on its own weights, whatever they take.")]
 CONTEXT = Annotated[str, typer.Option(help="What a block hears of the one before it: raw, features or estimate.")]
@@ -90,7 +91,7 @@ def split(
     layers: Annotated[str | None, typer.Option(help="Layers of each block, e.g. 4,4,4.")] = None,
     layers_per_block: Annotated[int | None, typer.Option(help="Layers of every block but the last.")] = None,
     stack: STACK = None,
-    task: Annotated[str | None, typer.Option(help="What the network is for; inferred when only one fits.")] = None,
+    task: TASK = None,
     data: Annotated[
         str | None, typer.Option(help="digits, pydoc, a hub id, a folder, text, parquet, or file.py:function.")
     ] = None,
@@ -125,9 +126,10 @@ def split(
 ) -> None:
     """Cut a network into blocks and write a package that trains."""
     from dbconvert.cli import render
+    from dbconvert.data_options import DataOptions
     from dbconvert.engine.split import split as run
     from dbconvert.plan import NoiseRule
-    from dbconvert.recipe import DataOptions, SplitOptions
+    from dbconvert.recipe import SplitOptions
     from dbconvert.schema import parse
 
     options = {
@@ -186,6 +188,7 @@ def estimate(
     precision: Annotated[str, typer.Option(help="fp32, or bf16 (autocast: weights stay in 32 bits).")] = "fp32",
     optimizer: Annotated[str, typer.Option(help="adamw, adamw8bit or sgd.")] = "adamw",
     context: CONTEXT = "raw",
+    task: TASK = None,
     stack: STACK = None,
     seed: SEED = 0,
     trust_remote_code: TRUST = False,
@@ -205,6 +208,7 @@ def estimate(
         "case": {"batch": batch, "length": length, "size": size, "precision": precision},
         "optimizer": optimizer,
         "context": context,
+        "task": task,
     }
     request = parse(Request, options, file="the command line")
     with render.refusals(as_json=as_json), render.progress() as report:

@@ -50,6 +50,8 @@ def seed_all(value: int) -> None:
 
 def block_order(blocks: list[int], steps: int, order: str, steps_per_turn: int, seed: int) -> list[int]:
     """Which block each update of a run trains: every block `steps` times."""
+    if order == "stagewise":
+        return [block for block in blocks for _ in range(steps)]
     if order == "rotate":
         turns = -(-steps // steps_per_turn)
         lengths = [min(steps_per_turn, steps - t * steps_per_turn) for t in range(turns)]

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 from dbconvert.data.digits import PARTS, Digits
 from dbconvert.data.mosaics import open_mosaic, parts_of
+from dbconvert.data.puzzles import PARTS as PUZZLE_PARTS
+from dbconvert.data.puzzles import PUZZLES
 from dbconvert.data.pydoc import PARTS as TOPIC_PARTS
 from dbconvert.data.pydoc import topic_rows
+from dbconvert.data_options import DataOptions, PuzzleOptions
 from dbconvert.errors import DBConvertError, UsageError
-from dbconvert.recipe import DataOptions
 from dbconvert.sources.python_files import explained, load_file, neighbours_importable
 
-BUILT_IN = {"digits": (PARTS, Digits), "pydoc": (TOPIC_PARTS, topic_rows)}
+BUILT_IN: dict[str, tuple[Collection[str], Callable[[str, PuzzleOptions], Any]]] = {
+    "digits": (PARTS, lambda part, _: Digits(part)),
+    "pydoc": (TOPIC_PARTS, lambda part, _: topic_rows(part)),
+    **{name: (PUZZLE_PARTS, puzzle) for name, puzzle in PUZZLES.items()},
+}
 """Name: its parts, and what opens one of them."""
 
 
@@ -33,8 +40,10 @@ def open_part(options: DataOptions, part: str) -> Any:
             "no data is given",
             hint="add data.source=NAME: digits, a hub id, a folder, parquet, mosaics, file.py:function",
         )
+    if options.puzzle is not None and source not in PUZZLES:
+        raise UsageError(f"data.puzzle is for {', '.join(PUZZLES)}, and the source is {source}", hint="leave it out")
     if source in BUILT_IN:
-        return built_in(source, part)
+        return built_in(source, part, options.puzzle or PuzzleOptions())
     if ".py:" in source:
         return from_function(source, part)
     path = Path(source)
@@ -50,11 +59,11 @@ def open_part(options: DataOptions, part: str) -> Any:
     )
 
 
-def built_in(name: str, part: str) -> Any:
+def built_in(name: str, part: str, puzzle: PuzzleOptions) -> Any:
     parts, open_one = BUILT_IN[name]
     if part not in parts:
         raise UsageError(f"{name} has no part {part}", hint=f"parts: {', '.join(parts)}")
-    return open_one(part)
+    return open_one(part, puzzle)
 
 
 def from_function(source: str, part: str) -> Any:

@@ -11,11 +11,13 @@ from torch.utils.data import Dataset, default_collate
 from dbconvert.anatomy import Anatomy
 from dbconvert.data.images import resized, to_picture, unit
 from dbconvert.data.pictures import Kept, Pictures
+from dbconvert.data_options import DataOptions, ImageOptions
 from dbconvert.errors import DBConvertError, UsageError
-from dbconvert.recipe import DataOptions, ImageOptions
 
 LABEL = "__label__"
 """Key of the labels in a batch; no argument of a network is called this."""
+IGNORED = -100
+"""Label of a position that does not count, as padding."""
 SAMPLED = 10_000
 Batch = dict[str, Tensor]
 

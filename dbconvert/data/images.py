@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dbconvert.data.pictures import middle
 from dbconvert.data.randaugment import LARGEST, randaugment
+from dbconvert.data_options import DataOptions, ImageOptions, Mode
 from dbconvert.errors import DBConvertError, UsageError
-from dbconvert.recipe import DataOptions, ImageOptions, Mode
 
 Augment = Callable[[Tensor], Tensor]
 PICTURES, POSTERIOR = 4, 6

@@ -20,10 +20,10 @@ from dbconvert.data.batches import load_batches
 from dbconvert.data.content import content_digest
 from dbconvert.data.examples import LABEL, Batch, Examples
 from dbconvert.data.token_cache import cache_folder, locked
+from dbconvert.data_options import DataOptions, LatentOptions
 from dbconvert.errors import DBConvertError, UsageError
 from dbconvert.events import Advance, Note, Reporter, Stage, silent
 from dbconvert.files import write_text
-from dbconvert.recipe import DataOptions, LatentOptions
 from dbconvert.schema import Positive, identity, parse, read_json, record, to_json
 from dbconvert.sources.vae import Vae, open_vae
 from dbconvert.tensorfile import Stored, read_header

@@ -15,8 +15,8 @@ from torch import Tensor
 from dbconvert.data.images import pixels
 from dbconvert.data.parts import sliced
 from dbconvert.data.pictures import Pictures
+from dbconvert.data_options import Mode
 from dbconvert.errors import DBConvertError, UsageError
-from dbconvert.recipe import Mode
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 LABELS = "_labels.u8"

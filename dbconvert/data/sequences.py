@@ -7,12 +7,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dbconvert.data import tokens as keys
-from dbconvert.data.examples import LABEL, Batch
+from dbconvert.data.examples import IGNORED, LABEL, Batch
 from dbconvert.data.tokens import TextExamples
 from dbconvert.errors import DBConvertError
 
-IGNORED = -100
-"""Label of a position that does not count, as padding."""
 DOCUMENTS = "__documents__"
 """Key in a batch of the document that each position belongs to, [N, S]; no argument of a network is called this."""
 

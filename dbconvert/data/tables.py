@@ -9,9 +9,9 @@ from typing import Any
 from dbconvert.data.datasets import library
 from dbconvert.data.documents import Documents, missing_column, text_of
 from dbconvert.data.parts import SHARES, sliced, span
+from dbconvert.data_options import DataOptions
 from dbconvert.errors import DBConvertError, UsageError
 from dbconvert.files import sha256_file
-from dbconvert.recipe import DataOptions
 from dbconvert.schema import identity
 
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}

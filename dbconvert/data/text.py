@@ -13,9 +13,9 @@ from dbconvert.data.datasets import BUILT_IN, open_part
 from dbconvert.data.documents import Documents, digest_of, limited, read_utf8, text_of
 from dbconvert.data.parts import SHARES, deal, sliced, span
 from dbconvert.data.tables import FORMATS, from_repository, from_table_file
+from dbconvert.data_options import DataOptions
 from dbconvert.errors import UsageError
 from dbconvert.files import sha256_file
-from dbconvert.recipe import DataOptions
 from dbconvert.schema import identity
 
 KINDS = f"{', '.join(BUILT_IN)}, a text file, JSON lines, parquet, a folder of them, a hub id, or file.py:function"

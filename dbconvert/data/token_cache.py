@@ -18,10 +18,10 @@ from filelock import FileLock
 
 from dbconvert.data.documents import Documents
 from dbconvert.data.tokenizers import Tokenizer
+from dbconvert.data_options import DataOptions
 from dbconvert.errors import DBConvertError, UsageError
 from dbconvert.events import Reporter, Stage, silent
 from dbconvert.files import atomic_file, matches, quick_digest, write_error, write_text
-from dbconvert.recipe import DataOptions
 from dbconvert.schema import Count, identity, parse, read_json, record, to_json
 
 FORMAT = 1

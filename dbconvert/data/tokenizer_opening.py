@@ -8,8 +8,8 @@ from pathlib import Path
 from dbconvert.data.documents import Documents
 from dbconvert.data.text import open_documents
 from dbconvert.data.tokenizers import KINDS, ByteTokenizer, CharTokenizer, Description, Tokenizer, TransformersTokenizer
+from dbconvert.data_options import DataOptions
 from dbconvert.errors import DBConvertError, UsageError
-from dbconvert.recipe import DataOptions
 from dbconvert.sources.tokenizers import holds_tokenizer, load_tokenizer
 
 

@@ -13,9 +13,9 @@ from torch.utils.data import Dataset
 from dbconvert.data.text import open_documents
 from dbconvert.data.token_cache import TokenFile, cache_folder, tokenised
 from dbconvert.data.tokenizers import Tokenizer
+from dbconvert.data_options import DataOptions
 from dbconvert.errors import DBConvertError, UsageError
 from dbconvert.events import Reporter, silent
-from dbconvert.recipe import DataOptions
 
 TOKENS, DOCUMENTS, VALID = "tokens", "documents", "valid"
 """Keys of a batch."""

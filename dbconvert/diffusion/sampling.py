@@ -55,10 +55,17 @@ def draw_tokens(scores: Tensor, temperature: float, generator: torch.Generator |
     return (scores.float() / temperature - (-uniform.log()).log()).argmax(-1)
 
 
-def euler_step(z: Tensor, denoised: Tensor, sigma: float, sigma_next: float) -> Tensor:
+def euler_step(z: Tensor, denoised: Tensor, sigma: float | Tensor, sigma_next: float | Tensor) -> Tensor:
     """z + (sigma_next - sigma) (z - D) / sigma, which is a z + (1 - a) D with a = sigma_next / sigma.
 
-    The paper prints the opposite sign in its Eq. (3)-(5); that form adds noise.
+    The paper prints the opposite sign in its Eq. (3)-(5); that form adds noise. Levels may be one for all or one an
+    example, [N]: the same levels give the same bits.
     """
-    keep = sigma_next / sigma
+    here, there = (
+        level.to(z) if isinstance(level, Tensor) else torch.full((), level, dtype=z.dtype, device=z.device)
+        for level in (sigma, sigma_next)
+    )
+    keep = there / here
+    if keep.dim():
+        keep = keep.reshape(keep.shape + (1,) * (z.dim() - keep.dim()))
     return keep * z + (1 - keep) * denoised

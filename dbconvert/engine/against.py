@@ -18,6 +18,8 @@ BLOCKS_ONLY = (
     "noise.refit",
     "train.order",
     "train.steps_per_turn",
+    "train.after",
+    "train.states",
     "train.periphery",
     "train.inactive",
     "train.prefetch",
@@ -89,6 +91,19 @@ PEERS = (
 )
 """What people use today to train in less memory, and blocks that are away while they do not train."""
 LABEL_PLACE = ("split.entry", "split.readout")
+TOLD = ("split.context", "train.z", "train.mixed")
+DEPTH = tuple(
+    Baseline(f"{context}, {z}", (f"split.context={context}", f"train.z={z}"), TOLD, NOISE)
+    for context, z in (
+        ("raw", "noised"),  # the paper's form
+        ("features", "noised"),
+        ("estimate", "noised"),
+        ("raw", "on-policy"),
+        ("raw", "mixed"),
+        ("features", "mixed"),
+    )
+)
+"""Forms of training in blocks, by what these hear of each other."""
 AGAINST: dict[str, tuple[Baseline, ...]] = {
     "forward-forward": (
         Baseline(
@@ -105,6 +120,7 @@ AGAINST: dict[str, tuple[Baseline, ...]] = {
             (*BLOCKS_ONLY, *CUT, "train.checkpointing"),
         ),
     ),
+    "depth": DEPTH,
     "peers": PEERS,
 }
 """Those that are asked for, by the word for them."""

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from dbconvert.engine.cascade import approach
+from dbconvert.engine.cascade import approach, forward_layers
+from dbconvert.engine.kept_states import instead
 from dbconvert.engine.method import Forward, Job, Method, Trained, noise_weight, trainable
 from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.engine.units import Unit
@@ -32,7 +33,8 @@ class Blocks(Method):
         blocks, options = len(network.plan.blocks), recipe.optimizer
         units = {b: Unit(f"block-{b}", trainable(network.block_tensors(b)), options, steps) for b in network.present}
         shared = trainable(network.periphery_tensors()) if network.periphery == "shared" else {}
-        periphery = Unit("periphery", shared, options, steps * blocks, blocks) if shared else None
+        pace = 1 if recipe.train.order == "stagewise" else blocks
+        periphery = Unit("periphery", shared, options, steps * pace, pace) if shared else None
         return Trained(units, periphery, steps)
 
     def levels(self, job: Job, block: int, labels: Tensor, uniform: Tensor) -> Tensor:
@@ -43,6 +45,7 @@ class Blocks(Method):
     ) -> tuple[Tensor, Tensor]:
         eps = job.network.task.draw(inputs, device=labels.device)
         sigma, before = approach(job.network, job.intervals, block, sigma, job.recipe.train)
+        before, inputs = instead(job, before, inputs)
         return forward(block, inputs, labels, sigma, eps, before=before), sigma
 
     def weight(self, job: Job, sigma: Tensor) -> Tensor:
@@ -53,6 +56,9 @@ class Blocks(Method):
 
     def layer_calls(self, plan: Plan) -> int:
         return most_layers(plan)
+
+    def forward_layers(self, task: Task, plan: Plan, recipe: Recipe) -> float:
+        return forward_layers(task, plan, recipe.train)
 
     def evaluations(self, task: Task, plan: Plan, recipe: Recipe) -> int:
         return recipe.eval.steps or task.evaluations or len(plan.blocks) + 1

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from dbconvert.diffusion.intervals import Intervals
-from dbconvert.engine.listening import Arrival
+from dbconvert.engine.listening import Arrival, put
 from dbconvert.engine.network import BlockwiseNetwork
-from dbconvert.engine.on_policy import OwnState, evaluated, own_levels, own_state
+from dbconvert.engine.on_policy import Denoised, OwnState, evaluated, met, own_levels, own_state, usual
 from dbconvert.errors import UsageError
+from dbconvert.plan import Plan
 from dbconvert.recipe import TrainOptions
+from dbconvert.tasks.base import Task
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,7 @@ class Cascade:
             if self.own is None or not self.own.any():
                 return arrival
             own = self.own  # where nothing is heard, the other examples need no earlier block
-            some = Arrival(
-                {name: value[own] for name, value in arrival.inputs.items()}, arrival.z[own], arrival.sigma[own]
-            )
+            some = arrival.some(own, network.plan.anatomy.axes)
             found = self.walk(network, block, some, labels[own], own[own])
             inputs = {name: put(value, own, found.inputs[name]) for name, value in arrival.inputs.items()}
             return Arrival(inputs, put(arrival.z, own, found.z), put(arrival.sigma, own, found.sigma))
@@ -61,7 +61,7 @@ class Cascade:
             here = replace(chain[k], heard=heard)
             here = here if state is None else state.meet(k, here)
             said = evaluated(network, k, here)
-            heard = network.delivered(said.expected if context == "estimate" else None, here.z)
+            heard = network.delivered(said.expected if context == "estimate" else None, here.z, here.inputs)
             if state is not None:
                 state.move(here, said)
         arrival = replace(arrival, heard=heard)
@@ -81,13 +81,6 @@ class Cascade:
             noisier = task.noisier(z, sigma, level, draw.to(z.device), labels)
             chain.insert(0, replace(arrival, z=noisier, sigma=level))
         return chain
-
-
-def put(values: Tensor, where: Tensor, others: Tensor) -> Tensor:
-    """values [N, ..] with those of some examples, [N] bool, replaced."""
-    values = values.clone()
-    values[where] = others
-    return values
 
 
 @contextmanager
@@ -120,6 +113,20 @@ def approach(
         own = torch.arange(len(sigma), device=sigma.device) < count
         sigma = own_levels(network.task, intervals, block, sigma, own)
     return sigma, Cascade(intervals, own) if own is not None or network.plan.context != "raw" else None
+
+
+def forward_layers(task: Task, plan: Plan, train: TrainOptions) -> float:
+    """Layers of earlier blocks, and of the own one, that run without gradient in an update; the mean over blocks."""
+    intervals, total = plan.preview.intervals(), 0.0
+    share = {"noised": 0.0, "mixed": train.mixed, "on-policy": 1.0}[train.z]
+    sizes = [len(plan.layers_of(block)) for block in range(len(plan.blocks))]
+    state = own_state(task)
+    for block, size in enumerate(sizes):
+        first = 0 if state is Denoised else max(0, block - 1)
+        total += sum(sizes[:block]) if plan.context != "raw" else share * sum(sizes[first:block])
+        if state is Denoised:
+            total += share * size * (len(met(usual(task, intervals), intervals, block)) - 1) / 2
+    return total / len(sizes)
 
 
 def noised(network: BlockwiseNetwork, intervals: Intervals, generator: torch.Generator) -> Cascade | None:

@@ -48,6 +48,8 @@ LIBRARIES = ("dbconvert", "torch", "transformers")
 PARTS = ("parameters", "gradients", "optimizer")
 Line = dict[str, Any]
 """Of metrics.jsonl."""
+FORWARD_AND_BACKWARD = 3
+"""What a layer's forward and backward pass cost, in forward passes."""
 
 
 def versions() -> dict[str, str]:
@@ -149,9 +151,11 @@ def memory_figures(memory: MemoryReport, lines: list[Line], peaks: Peaks) -> dic
 def work_figures(plan: Plan, recipe: Recipe, info: RunInfo) -> dict[str, float | None]:
     """Layers that run in an update (the most, over blocks), updates, evaluations of a prediction."""
     task, method = task_of(plan), METHODS[info.method]
+    layers = method.layer_calls(plan)
     predicts = not (task.bounded or task.generative)
     return {
-        "layers": method.layer_calls(plan),
+        "layers": layers,
+        "passes": layers + method.forward_layers(task, plan, recipe) / FORWARD_AND_BACKWARD,
         "updates": info.updates,
         "evaluations": method.evaluations(task, plan, recipe) if predicts else None,
     }

@@ -78,6 +78,10 @@ def whole(value: float) -> str:
     return f"{value:,.0f}"
 
 
+def hundredths(value: float) -> str:
+    return f"{value:,.2f}"
+
+
 def duration(value: float) -> str:
     return f"{1000 * value:.1f} ms" if value < 1 else f"{value:.2f} s"
 
@@ -100,6 +104,7 @@ COLUMNS = (
     Column("epoch", "time an epoch", duration, "time and work"),
     Column("parameters", "parameters", whole, "time and work"),
     Column("layers", "layers an update", whole, "time and work"),
+    Column("passes", "with forward passes", hundredths, "time and work"),
     Column("updates", "updates", whole, "time and work"),
     Column("evaluations", "evaluations a prediction", whole, "time and work"),
 )

@@ -64,7 +64,8 @@ def converted(model: nn.Module, plan: Plan, task: Task | None, *, seed: int = 0)
 
 def hearings(plan: Plan) -> nn.ModuleDict:
     """One for each block that has a predecessor. A network that is one block has one too: it is tried as any block."""
-    anatomy, features = plan.anatomy, plan.context == "features"
+    anatomy, images = plan.anatomy, plan.target is not None and plan.target.placement == "image"
+    features = plan.context == "features" or images  # of an expected image the stem makes a stream
     heard = anatomy.width if features or plan.target is None else plan.target.width
     listening = range(1, len(plan.blocks)) or range(1)
     return nn.ModuleDict({str(b): Hearing(heard, anatomy.width, anatomy.axes, norm=features) for b in listening})
@@ -97,11 +98,14 @@ def whole_network(plan: Plan, source: Source) -> BlockwiseNetwork:
     return BlockwiseNetwork(model, run, task, plan, tuple(range(len(plan.blocks))), "shared")
 
 
-def single_block(plan: Plan, source: Source, block: int, tensors: Mapping[str, Tensor]) -> BlockwiseNetwork:
+def single_block(
+    plan: Plan, source: Source, block: int, tensors: Mapping[str, Tensor], *, first: int | None = None
+) -> BlockwiseNetwork:
     """One block alone: built without weights, then only its own tensors and a stem and readout are filled in.
 
     Args:
         tensors: of the block and the periphery, by key.
+        first: all blocks from this one on are there too, each with its own stem and readout.
 
     Raises:
         DBConvertError: they do not fit.
@@ -110,10 +114,13 @@ def single_block(plan: Plan, source: Source, block: int, tensors: Mapping[str, T
     with empty_weights():
         model = source.build()
         run = converted(model, plan, task)
-    strip(model, plan.anatomy, plan.layers_of(block))
-    network = BlockwiseNetwork(model, run, task, plan, (block,), "single")
-    drop_other_blocks(network, block)
+    present = range(block if first is None else first, block + 1)
+    strip(model, plan.anatomy, range(plan.layers_of(present[0]).start, plan.layers_of(block).stop))
+    network = BlockwiseNetwork(model, run, task, plan, tuple(present), "single" if len(present) == 1 else "shared")
+    drop_other_blocks(network)
     fill(network, tensors)
+    if len(present) > 1:
+        network.give_own_periphery()
     return network
 
 
@@ -165,13 +172,13 @@ def fill_part(
         put(network.model, key, given[key], homes.get(key))
 
 
-def drop_other_blocks(network: BlockwiseNetwork, block: int) -> None:
+def drop_other_blocks(network: BlockwiseNetwork) -> None:
     """Removes the conditioning of all other blocks."""
     for name, parts in network.conditioning.named_children():
         if not isinstance(parts, nn.ModuleDict | nn.ParameterDict):
             continue
         for key in list(parts):
-            if network.owner(f"{PREFIX}.{name}.{key}.") not in (block, None):
+            if network.owner(f"{PREFIX}.{name}.{key}.") not in (*network.present, None):
                 del parts[key]
 
 

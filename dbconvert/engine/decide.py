@@ -71,16 +71,18 @@ def refuse_context(options: SplitOptions, task: type[Task] | None, blocks: int) 
     """Raises UsageError where blocks cannot hear each other."""
     if options.context == "raw":
         return
+    looped = task is not None and task.looped
+    if blocks < 2 or looped:
+        raise UsageError(
+            f"context `{options.context}` is what a block hears of the one before it, and there is only one",
+            why="a looped core is one block that serves all levels: its predecessor is itself" if looped else "",
+            hint="leave it at `raw`" + (", and see train.z=on-policy" if looped else ", or cut into more blocks"),
+        )
     offered = () if task is None else tuple(name for name in task.contexts if name != "raw")
     if options.context not in offered:
         whose = "a network without a task" if task is None else f"task {task.name}"
         known = f"it has {', '.join(offered)}" if offered else "leave it at `raw`"
         raise UsageError(f"{whose} has no context `{options.context}`", hint=known)
-    if blocks < 2:
-        raise UsageError(
-            f"context `{options.context}` is what a block hears of the one before it, and there is only one",
-            hint="leave it at `raw`, or cut into more blocks",
-        )
 
 
 def decide(
@@ -199,7 +201,9 @@ def cautions(plan: Plan) -> list[str]:
 def listening(plan: Plan) -> str:
     """What it means that blocks hear each other."""
     what = "the stream that left its layers" if plan.context == "features" else "its estimate of the target"
+    if plan.context == "estimate" and plan.target is not None and plan.target.placement == "image":
+        what = "what the stem makes of the image that it expects"
     return (
         f"context {plan.context}: every block hears {what} from the one before it, so that blocks are not independent: "
-        "each needs the forward pass of its predecessors, and none can be trained alone"
+        "each needs the forward pass of its predecessors, and one trained alone wants their finished runs"
     )

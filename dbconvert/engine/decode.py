@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from dbconvert.data.images import denormalise
+from dbconvert.data_options import DataOptions
 from dbconvert.engine.runs import RUN
 from dbconvert.errors import UsageError
-from dbconvert.recipe import DataOptions
 from dbconvert.sources.vae import Vae, open_vae
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 
+from dbconvert.data_options import DataOptions
 from dbconvert.engine.assemble import assemble
 from dbconvert.engine.evaluate import evaluate
 from dbconvert.engine.memory import MemoryReport
@@ -18,7 +19,7 @@ from dbconvert.engine.split import split
 from dbconvert.engine.train import train
 from dbconvert.events import Note, Reporter, silent
 from dbconvert.files import MARKER, write_text
-from dbconvert.recipe import DataOptions, SplitOptions, read_recipe
+from dbconvert.recipe import SplitOptions, read_recipe
 from dbconvert.schema import to_data
 from dbconvert.shipped import shipped
 

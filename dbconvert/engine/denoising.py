@@ -12,6 +12,7 @@ from torch import Tensor
 from dbconvert.data.batches import derive
 from dbconvert.diffusion.intervals import Intervals
 from dbconvert.diffusion.preconditioning import Preconditioning
+from dbconvert.engine.cascade import Cascade, noised
 from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.tasks.base import Inputs
 
@@ -42,17 +43,18 @@ class Denoising:
         for index, (inputs, labels) in enumerate(batches):
             generator = torch.Generator().manual_seed(derive(self.seed, "eval", index))
             eps = self.network.task.draw(inputs, generator=generator).to(labels.device)
-            for name, value in self.batch(inputs, labels, eps).items():
+            for name, value in self.batch(inputs, labels, eps, generator).items():
                 totals[name] += value * len(labels)
             count += len(labels)
         return {name: total / count for name, total in totals.items()}
 
-    def batch(self, inputs: Inputs, labels: Tensor, eps: Tensor) -> dict[str, float]:
+    def batch(self, inputs: Inputs, labels: Tensor, eps: Tensor, generator: torch.Generator) -> dict[str, float]:
         distribution, found, whole = self.intervals.distribution, {}, 0.0
+        before = None if self.layers is not None else noised(self.network, self.intervals, generator)
         for block in self.present:
             low, high = distribution.cdf(torch.tensor(self.intervals.owned(block), dtype=torch.float64))
             sigma = distribution.icdf(low + midpoints(len(labels)) * (high - low))
-            found[f"loss_block_{block}"] = self.loss(block, inputs, labels, sigma, eps)
+            found[f"loss_block_{block}"] = self.loss(block, inputs, labels, sigma, eps, before)
             whole += found[f"loss_block_{block}"] * self.intervals.share(block)
         if len(self.present) == self.intervals.blocks:
             found["loss"] = whole
@@ -60,17 +62,19 @@ class Denoising:
             block = self.intervals.block_of(level)
             if block in self.present:
                 sigma = torch.full((len(labels),), level)
-                found[f"loss_sigma_{level:.4g}"] = self.loss(block, inputs, labels, sigma, eps)
+                found[f"loss_sigma_{level:.4g}"] = self.loss(block, inputs, labels, sigma, eps, before)
         return found
 
     @property
     def present(self) -> tuple[int, ...]:
         return self.network.present if self.layers is None else tuple(range(self.intervals.blocks))
 
-    def loss(self, block: int, inputs: Inputs, labels: Tensor, sigma: Tensor, eps: Tensor) -> float:
+    def loss(
+        self, block: int, inputs: Inputs, labels: Tensor, sigma: Tensor, eps: Tensor, before: Cascade | None
+    ) -> float:
         network, level = self.network, sigma.to(labels.device, torch.float32)
         runs = block if self.layers is None else None
-        losses = network(runs, inputs, labels, level, eps, layers=self.layers)
+        losses = network(runs, inputs, labels, level, eps, layers=self.layers, before=before)
         return network.task.mean(losses * Preconditioning(network.sigma_data).weight(level), labels)
 
 

@@ -53,7 +53,7 @@ def estimate(
     )
     refuse_uncuttable(opened.anatomy)
     case, optimizer, memory = with_usual_length(opened, request.case), request.optimizer, request.memory
-    network = as_one_block(opened, request.context)
+    network = as_one_block(opened, request.context, request.task)
     report(Stage("measuring the updates"))
     rows = rows_at(opened, network, case, optimizer)
     smallest = {setting: fewest(rows, setting, memory) for setting in SETTINGS}
@@ -100,10 +100,10 @@ def with_usual_length(opened: Opened, case: Case) -> Case:
     return case
 
 
-def as_one_block(opened: Opened, context: Context = "raw") -> BlockwiseNetwork:
+def as_one_block(opened: Opened, context: Context = "raw", task_name: str | None = None) -> BlockwiseNetwork:
     """The network converted as one block of all layers, from which every run of layers can be tried."""
     anatomy = opened.anatomy
-    chosen = choose_task(anatomy, None)
+    chosen = choose_task(anatomy, task_name)
     options, whole = SplitOptions(start="original", context=context), cut(anatomy.depth, blocks=1)
     refuse_context(options, chosen, blocks=2)
     rule: Rule = "mask" if chosen is not None and chosen.rule == "mask" else "edm"

@@ -22,12 +22,14 @@ class Request:
         memory: of the device, in bytes; None chooses nothing.
         case: batch, length, size and precision of an update.
         context: what blocks hear of each other.
+        task: None is the only one that fits the network.
     """
 
     memory: Positive | None = None
     case: Case = Case()
     optimizer: OptimizerName = "adamw"
     context: Context = "raw"
+    task: str | None = None
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 from dbconvert.data.batches import Data
 from dbconvert.data.datasets import BUILT_IN
 from dbconvert.data.examples import LABEL
+from dbconvert.data_options import DataOptions
 from dbconvert.engine.generated import generated
 from dbconvert.engine.likeness import likeness
 from dbconvert.engine.load import Loaded, load
@@ -20,7 +21,7 @@ from dbconvert.engine.reading import find_tokenizer, open_examples
 from dbconvert.errors import UsageError
 from dbconvert.events import Reporter, Stage, silent
 from dbconvert.overrides import merge, parse_overrides
-from dbconvert.recipe import DataOptions, EvalOptions, SampleOptions
+from dbconvert.recipe import EvalOptions, SampleOptions
 from dbconvert.schema import parse, to_data
 
 

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from dbconvert.checkpoint import INDEX_SUFFIX, load_tensors, read_metadata, save_tensors
 from dbconvert.data.content import tensors_digest
 from dbconvert.data.images import normalise
+from dbconvert.data_options import ImageOptions
 from dbconvert.diffusion.frechet import Gatherer, Moments
 from dbconvert.engine.assemble import CHECKPOINT
 from dbconvert.engine.inception import INCEPTION, open_inception
 from dbconvert.engine.load import Loaded, load
 from dbconvert.engine.runs import RUN
 from dbconvert.errors import DBConvertError, UsageError
-from dbconvert.recipe import ImageOptions
 from dbconvert.schema import identity
 from dbconvert.sources.model_file import ModelFile
 from dbconvert.sources.picture_readers import open_picture_reader

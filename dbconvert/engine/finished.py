@@ -85,6 +85,7 @@ def refuse_mixture(finished: list[FinishedRun]) -> None:
             where=", ".join(str(run.folder) for run in finished),
             hint="train single blocks with train.periphery=frozen-target",
         )
+    refuse_others(finished)
     owners: dict[int, Path] = {}
     for run in finished:
         for block in run.info.blocks:
@@ -98,6 +99,19 @@ def refuse_mixture(finished: list[FinishedRun]) -> None:
             where=", ".join(str(run.folder) for run in finished),
             hint=f"dbconvert train {first.info.package} --block {missing[0]} train.periphery=frozen-target",
         )
+
+
+def refuse_others(finished: list[FinishedRun]) -> None:
+    """Raises DBConvertError where a block was trained after another predecessor than the one that is here."""
+    files = {name: digest for run in finished for name, digest in run.info.files.items() if name != PERIPHERY}
+    for run in finished:
+        for name, digest in run.info.before.items():
+            if files.get(name, digest) != digest:
+                raise DBConvertError(
+                    f"{run.folder} was trained after another {name.removesuffix('.safetensors')} than the one given",
+                    why="it has learnt to use what that one delivers",
+                    hint="assemble it with the runs that it was trained after, or train it again",
+                )
 
 
 def merged(finished: list[FinishedRun]) -> dict[str, Stored]:

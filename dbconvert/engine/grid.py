@@ -10,7 +10,18 @@ from pathlib import Path
 
 import yaml
 
-from dbconvert.engine.against import AGAINST, ALWAYS, NOISE, ON_THE_WAY, ONE_BLOCK, SHALLOW, STAY, WATCHED, Baseline
+from dbconvert.engine.against import (
+    AGAINST,
+    ALWAYS,
+    DEPTH,
+    NOISE,
+    ON_THE_WAY,
+    ONE_BLOCK,
+    SHALLOW,
+    STAY,
+    WATCHED,
+    Baseline,
+)
 from dbconvert.engine.package import PLAN
 from dbconvert.engine.prepare import read_origin
 from dbconvert.errors import UsageError
@@ -132,7 +143,7 @@ def lay_out(request: Request, versions: Mapping[str, str]) -> list[Planned]:
             heeded = {k: v for k, v in request.varied.items() if matches(k, baseline.heeds) or not ignored(k, idles)}
             for combination in combinations(heeded):
                 planned = plan_cell(request, baseline, combination, seed, part, versions)
-                if not is_end_to_end(baseline, planned.recipe):
+                if not is_end_to_end(baseline, planned.recipe) and not is_untold(baseline, planned.recipe):
                     found.setdefault(planned.cell.identity, planned)
     return list(found.values())
 
@@ -154,6 +165,14 @@ def is_end_to_end(baseline: Baseline, recipe: Recipe) -> bool:
     """Whether the shallow control of a recipe is its end-to-end training: one block holds all layers."""
     looped = recipe.task is not None and named(recipe.task).looped
     return baseline is SHALLOW and recipe.split.blocks == 1 and not looped
+
+
+def is_untold(baseline: Baseline, recipe: Recipe) -> bool:
+    """Whether blocks cannot be told of each other as a form of DEPTH has it, as far as the recipe says."""
+    lone = recipe.split.blocks == 1
+    task = None if recipe.task is None else named(recipe.task)
+    known = task is None or (recipe.split.context in task.contexts and recipe.train.z in task.zs)
+    return baseline in DEPTH and (not known or (lone and recipe.split.context != "raw"))
 
 
 def baselines_denoise(recipe: Recipe) -> bool:

@@ -59,7 +59,7 @@ def sample(
             yield output
             if more:
                 denoised = network.task.denoised(network.model, output)
-                said[block] = network.delivered(denoised, z)
+                said[block] = network.delivered(denoised, z, inputs)
                 z = euler_step(z, denoised, sigma, grid[i + 1])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from dbconvert.data.batches import Data
@@ -21,11 +22,15 @@ def make_job(
     examples: Data,
     validation: Data | None,
     folder: Path,
+    only: int | None = None,
 ) -> Job:
+    """Args: only: the block that is trained, where others are there for what they deliver."""
     if recipe.train.precision == "bf16-true":
         keep_in_bf16(network)
     method.settle(network, recipe)
     made = method.trained(network, recipe, steps)
+    if only is not None:
+        made = replace(made, units={only: made.units[only]})
     freeze_all_but(network, [*made.units.values(), *([made.periphery] if made.periphery else [])])
     layers = method.layers(network.plan)
     return Job(

@@ -8,6 +8,7 @@ from dbconvert.data.batches import Data, in_order
 from dbconvert.data.content import content_digest
 from dbconvert.data.latents import Latents
 from dbconvert.data.token_cache import cache_folder
+from dbconvert.data_options import DataOptions
 from dbconvert.diffusion.frechet import Moments, frechet_distance
 from dbconvert.engine.decode import opened_vae, pictures
 from dbconvert.engine.features import FeatureNetwork, kept_moments, moments_of, open_features
@@ -17,7 +18,7 @@ from dbconvert.engine.metrics import Metrics
 from dbconvert.engine.sample import Sampling, draw, drawing_task, labels_of
 from dbconvert.errors import UsageError
 from dbconvert.events import Note, Reporter, Stage, silent
-from dbconvert.recipe import DataOptions, SampleOptions
+from dbconvert.recipe import SampleOptions
 
 FOLDER = "features"
 

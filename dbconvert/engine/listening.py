@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dbconvert.anatomy import Axes
+from dbconvert.conditioning.modulation import fit
 from dbconvert.graph.two_streams import positions_axis
 from dbconvert.tasks.base import Change, Inputs
 
@@ -23,16 +24,37 @@ class Arrival:
 
     Args:
         inputs: arguments of the network, batch of N.
-        z: noisy targets, [N, d] or [N, S, d], or which tokens are hidden, [N, S].
+        z: noisy targets, [N, d], [N, S, d] or images, or which tokens are hidden, [N, S].
         sigma: their levels, [N] or [N, S].
-        heard: what the block before delivers, as the stream's axes have it: of the last positions that the block runs
-            on, or of more than these. Positions before them hear nothing.
+        heard: what the block before delivers: one vector an example, [N, d]; or as the stream's axes have it, and then
+            of the last positions that the block runs on, or of more than these. Positions before them hear nothing.
     """
 
     inputs: Inputs
     z: Tensor
     sigma: Tensor
     heard: Tensor | None = None
+
+    def some(self, where: Tensor, axes: Axes) -> Arrival:
+        """Of some examples, [N] bool."""
+        inputs = {name: value[where] for name, value in self.inputs.items()}
+        return Arrival(inputs, self.z[where], self.sigma[where], rows_of(self.heard, where, axes))
+
+
+def rows_of(heard: Tensor | None, where: Tensor, axes: Axes) -> Tensor | None:
+    """What some examples hear, [N] bool; where other axes are folded into the batch an example has several rows."""
+    if heard is None:
+        return None
+    axis = 0 if heard.dim() == 2 else axes.batch
+    rows = where.repeat_interleave(heard.shape[axis] // len(where))
+    return heard.movedim(axis, 0)[rows].movedim(0, axis)
+
+
+def put(values: Tensor, where: Tensor, others: Tensor) -> Tensor:
+    """values [N, ..] with those of some examples, [N] bool, replaced."""
+    values = values.clone()
+    values[where] = others
+    return values
 
 
 def listening(hearing: Callable[[Tensor], Tensor], heard: Tensor, axes: Axes, entry: Change | None) -> Change:
@@ -41,10 +63,14 @@ def listening(hearing: Callable[[Tensor], Tensor], heard: Tensor, axes: Axes, en
     Args:
         hearing: what is heard to as many positions of the stream's width.
     """
-    sequence = positions_axis(axes)
 
     def enter(stream: Tensor) -> Tensor:
         stream = stream if entry is None else entry(stream)
+        if heard.dim() < stream.dim():
+            return stream + hearing(fit(heard, stream, axes)).to(stream.dtype)
+        if heard.dim() != 3:
+            return stream + hearing(heard).to(stream.dtype)
+        sequence = positions_axis(axes)
         there, told = stream.shape[sequence], heard.shape[sequence]
         count = min(there, told)
         added = hearing(heard.narrow(sequence, told - count, count)).to(stream.dtype)
@@ -52,12 +78,6 @@ def listening(hearing: Callable[[Tensor], Tensor], heard: Tensor, axes: Axes, en
         return stream + F.pad(added, [0, 0] * behind + [there - count, 0])
 
     return enter
-
-
-def as_stream(values: Tensor, axes: Axes) -> Tensor:
-    """[N, P, d] with its axes where the stream's are."""
-    order = [0 if i == axes.batch else 2 if i == axes.channel + 3 else 1 for i in range(3)]
-    return values.permute(order)
 
 
 def newest(before: Tensor | None, now: Tensor, axes: Axes) -> Tensor:

@@ -15,6 +15,7 @@ from dbconvert.checkpoint import INDEX_SUFFIX, load_checkpoint, locate_checkpoin
 from dbconvert.data.images import entering
 from dbconvert.data.tokenizer_opening import from_description
 from dbconvert.data.tokenizers import Description, Tokenizer
+from dbconvert.data_options import DataOptions
 from dbconvert.diffusion.intervals import Intervals
 from dbconvert.engine import kept_tokenizer
 from dbconvert.engine.assemble import CHECKPOINT, DATA_KEY, DROPOUT_KEY, source_folder
@@ -39,7 +40,7 @@ from dbconvert.engine.train import NETWORK_FILE
 from dbconvert.errors import DBConvertError, UsageError
 from dbconvert.files import inside
 from dbconvert.plan import NoiseFit, Plan, parse_plan, read_plan
-from dbconvert.recipe import DataOptions, Recipe, read_recipe
+from dbconvert.recipe import Recipe, read_recipe
 from dbconvert.schema import parse, read_json
 from dbconvert.sources.base import Source
 from dbconvert.sources.resolve import HUB_ID, has_code, reopen_source

@@ -8,7 +8,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from dbconvert.data.batches import OrderedBatches, block_order, derive, load_bat
 from dbconvert.data.examples import LABEL, Batch
 from dbconvert.data.images import augmentation, entering
 from dbconvert.diffusion.intervals import stratified
+from dbconvert.engine.compiling import compiled_graphs, uncompiled
 from dbconvert.engine.held import held
 from dbconvert.engine.method import Job
 from dbconvert.engine.metrics import Metrics, Scorer
@@ -48,6 +49,7 @@ class Loop:
         self.order = block_order(list(job.units), job.steps, train.order, train.steps_per_turn, self.recipe.seed)
         self.model = self.prepare()
         self.updates = self.untimed = 0
+        self.graphs = compiled_graphs() if self.recipe.train.compile else 0
         self.took: list[float] = []
         self.trained = 0.0
         every = self.recipe.eval.every
@@ -157,8 +159,7 @@ class Loop:
         On a CUDA device that is None but for updates that are logged: nothing else waits for the device.
         """
         self.bring(block)
-        unit = self.job.units[block]
-        units = [unit, *([self.job.periphery] if self.job.periphery else [])]
+        unit, units = self.job.units[block], self.job.units_of(block)
         seed_all(derive(self.recipe.seed, "update", block, unit.done, self.accelerator.process_index))
         self.job.method.begin(self.job, block)
         for active in units:
@@ -274,6 +275,8 @@ class Loop:
             "trained": round(self.trained, 4),
             "holds": holds,
         }
+        if self.recipe.train.compile:
+            line["compiled_graphs"] = compiled_graphs() - self.graphs
         self.started, self.counted, self.took = time.perf_counter(), 0, []
         self.write(line, {f"{unit.name}/{k}": v for k, v in values.items() if k != "block" and v is not None})
 
@@ -292,9 +295,13 @@ class Loop:
         self.write(line, {f"eval/{k}": v for k, v in found.items()})
         return found
 
-    def figures(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def figures(self) -> Iterator[None]:
         """Figures are computed in 32 bits where weights have as many, in training's mixed precision otherwise."""
-        return self.accelerator.autocast() if self.recipe.train.precision == "bf16-true" else nullcontext()
+        train = self.recipe.train
+        cast = self.accelerator.autocast() if train.precision == "bf16-true" else nullcontext()
+        with cast, uncompiled() if train.compile else nullcontext():
+            yield
 
     def scorer(self) -> Scorer:
         return Scorer(

@@ -85,7 +85,8 @@ def resident(job: Job, block: int) -> tuple[int, int]:
     options, network, train = job.recipe.optimizer, job.network, job.recipe.train
     owned = {id(p): network.owner(name) for name, p in network.model.named_parameters()}
     there = {id(p): p for p in network.parameters() if train.inactive == "resident" or owned[id(p)] in (None, block)}
-    sets = [job.method.turns(job, b) for b in job.units] + ([[job.periphery.parameters]] if job.periphery else [])
+    mine = {unit.name: job.method.turns(job, b) for b, unit in job.units.items()}
+    sets = [mine.get(unit.name, [unit.parameters]) for unit in job.all_units()]
     learning = [p for turns in sets for p in max((turn.values() for turn in turns), key=parameter_bytes)]
     trained = {id(p): p for p in learning if id(p) in there}
     frozen = parameter_bytes(p for key, p in there.items() if key not in trained)
@@ -99,8 +100,8 @@ def resident(job: Job, block: int) -> tuple[int, int]:
 
 
 def turns(job: Job, block: int) -> list[list[nn.Parameter]]:
-    """The sets of parameters of which an update of a block trains one, each with the shared periphery."""
-    shared = job.periphery.parameters.values() if job.periphery else []
+    """The sets of parameters of which an update of a block trains one, each with what it shares with others."""
+    shared = [p for unit in job.units_of(block) if unit is not job.units[block] for p in unit.parameters.values()]
     return [[*turn.values(), *shared] for turn in job.method.turns(job, block)]
 
 
@@ -119,6 +120,7 @@ def activations(job: Job, block: int, device: torch.device) -> int:
     with unchanged_state(network), torch.random.fork_rng(devices=[]):
         network.train()
         seed_all(0)
+        job.units_of(block)
         uniform = torch.rand(network.task.level_shape(labels))
         sigma = job.method.levels(job, block, labels, uniform).to(device)
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,13 @@ Forward = Callable[..., Tensor]
 """`BlockwiseNetwork.forward`, of the network itself or as accelerate prepared it."""
 
 
+class States(Protocol):
+    """What earlier blocks bring to a block, by example."""
+
+    def at(self, index: Tensor, device: torch.device, batch_axis: int) -> tuple[Tensor, Tensor | None]:
+        """z and what is heard of the examples of these numbers."""
+
+
 @dataclass
 class Job:
     """What a loop works on.
@@ -36,6 +44,7 @@ class Job:
         periphery: the unit that every block trains too, None where blocks have their own.
         steps: updates a block.
         mover: of blocks that are not always on the device; None leaves all of them there.
+        states: what earlier blocks bring to the one that is trained, where that is kept.
     """
 
     method: Method
@@ -50,10 +59,25 @@ class Job:
     recipe: Recipe
     folder: Path
     mover: Mover | None = None
+    states: States | None = None
 
     @property
     def intervals(self) -> Intervals:
         return self.noise.intervals()
+
+    @property
+    def stagewise(self) -> bool:
+        """Whether the shared periphery stays as the first block's training leaves it."""
+        return self.recipe.train.order == "stagewise" and self.method.blocks
+
+    def units_of(self, block: int) -> list[Unit]:
+        """What an update of a block changes; all else of it has no gradient from here on."""
+        shared = self.periphery is not None and not (self.stagewise and block != min(self.units))
+        if self.periphery is None:
+            return [self.units[block]]
+        for parameter in self.periphery.parameters.values():
+            parameter.requires_grad_(shared)
+        return [self.units[block], *([self.periphery] if shared else [])]
 
     def all_units(self) -> list[Unit]:
         return [*self.units.values(), *([self.periphery] if self.periphery else [])]
@@ -188,6 +212,10 @@ class Method:
     def layer_calls(self, plan: Plan) -> int:
         """Layers that run in an update, the most over blocks."""
         return plan.anatomy.depth * plan.anatomy.calls
+
+    def forward_layers(self, task: Task, plan: Plan, recipe: Recipe) -> float:
+        """Layers that run without gradient in an update, the mean over all updates."""
+        return 0.0
 
     def evaluations(self, task: Task, plan: Plan, recipe: Recipe) -> int:
         """Network evaluations of a prediction ; of a block where blocks run."""

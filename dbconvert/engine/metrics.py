@@ -13,6 +13,7 @@ from dbconvert.data.batches import Data, derive, in_order
 from dbconvert.data.examples import LABEL
 from dbconvert.data.images import entering
 from dbconvert.data.sequences import Sequences
+from dbconvert.data_options import ImageOptions
 from dbconvert.diffusion.intervals import Intervals
 from dbconvert.engine.bound import Bound
 from dbconvert.engine.cascade import Cascade, at_rest, noised
@@ -21,7 +22,7 @@ from dbconvert.engine.evidence import Evidence
 from dbconvert.engine.infer import Begin, ends, sample
 from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.engine.shares import cross_entropies, entropy_shares
-from dbconvert.recipe import EvalOptions, ImageOptions
+from dbconvert.recipe import EvalOptions
 from dbconvert.tasks.base import Inputs
 
 LARGEST_SCORES = 2**26
@@ -104,6 +105,7 @@ class Scorer:
             "accuracy_first": task.mean(task.correct(first, labels), labels),
             "loss_first": task.mean(task.losses(first, labels), labels),
         }
+        found.update({f"{name}_zero": value for name, value in task.figures(last, labels).items()})
         return {**found, **self.drawn(inputs, labels, generator), **self.after_moves(inputs, labels, generator)}
 
     def drawn(self, inputs: Inputs, labels: Tensor, generator: torch.Generator) -> Metrics:
@@ -169,14 +171,19 @@ class Scorer:
         return self.network.task.mean(losses, labels)
 
     def plain(self, examples: Data, layers: range) -> Metrics:
-        """Accuracy and loss of the unconditioned network."""
+        """Accuracy, loss and what else the task counts, of the unconditioned network."""
         task = self.network.task
-        right = lost = 0.0
+        totals: dict[str, float] = defaultdict(float)
         for inputs, labels in self.batches(examples):
             output = self.network.plain(inputs, layers)
-            right += task.mean(task.correct(output, labels), labels) * len(labels)
-            lost += task.mean(task.losses(output, labels), labels) * len(labels)
-        return {"accuracy": right / len(examples), "loss": lost / len(examples)}
+            found = {
+                "accuracy": task.mean(task.correct(output, labels), labels),
+                "loss": task.mean(task.losses(output, labels), labels),
+                **task.figures(output, labels),
+            }
+            for name, value in found.items():
+                totals[name] += value * len(labels)
+        return {name: total / len(examples) for name, total in totals.items()}
 
     def batches(self, examples: Data) -> Iterator[tuple[Inputs, Tensor]]:
         for loaded in in_order(examples, self.at_once(examples)):

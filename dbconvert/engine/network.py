@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from dbconvert.anatomy import Change
 from dbconvert.diffusion.preconditioning import Preconditioning
 from dbconvert.engine.chunks import Measure, in_chunks
-from dbconvert.engine.listening import CONTEXT, Arrival, as_stream, listening
+from dbconvert.engine.listening import CONTEXT, Arrival, listening
 from dbconvert.engine.periphery import OwnPeriphery, check_keys, own_key
 from dbconvert.errors import DBConvertError
 from dbconvert.graph.inject import PREFIX, Conditioning
 from dbconvert.graph.looped import LoopPass, Memory
 from dbconvert.graph.run import Run
+from dbconvert.graph.two_streams import as_stream
 from dbconvert.plan import Plan
 from dbconvert.tasks.base import Change as Acting
 from dbconvert.tasks.base import Corruption, Inputs, Passage, Task, leaf
@@ -53,6 +54,7 @@ class BlockwiseNetwork(nn.Module):
         walk: the outputs of its steps, where it takes some: from a draw of the generator, or from the mean.
         prelude: what the modules before a looped core gave, while that is kept.
         bring: makes sure that a block can run, where blocks are not always on the device.
+        ran: the block that has just run.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class BlockwiseNetwork(nn.Module):
         self.walk: Callable[[BlockwiseNetwork, Inputs, torch.Generator | None], Iterator[Tensor]] | None = None
         self.prelude: Memory | None = None
         self.bring: Callable[[int], None] | None = None
+        self.ran = 0
 
     @property
     def conditioning(self) -> Conditioning:
@@ -216,7 +219,7 @@ class BlockwiseNetwork(nn.Module):
         self.run.reset()
         self.run.hold = hold
         self.run.keep = tells and self.plan.context == "features"
-        self.run.active = self.plan.layers_of(block)
+        self.run.active, self.ran = self.plan.layers_of(block), block
         passage.steer(self.run)
         if self.run.keep:
             self.run.last = None
@@ -227,18 +230,26 @@ class BlockwiseNetwork(nn.Module):
             self.run.loop.memory = self.prelude
         return changed(self.output(self.call(block, passage)), passage.result)
 
-    def delivered(self, expected: Tensor | None, z: Tensor) -> Tensor | None:
+    def delivered(self, expected: Tensor | None, z: Tensor, inputs: Inputs | None = None) -> Tensor | None:
         """What the block that has just run tells the next one, see `Arrival.heard`.
 
         Args:
-            expected: the target that it expects, [N, S, d]; only `estimate` needs it.
+            expected: the target that it expects, of the targets' shape; only `estimate` needs it.
             z: what it was given.
+            inputs: likewise; of an image the stem makes a stream, for which it needs them.
         """
         if self.plan.context == "features":
             leaving: Tensor | None = self.run.leaving
             return None if leaving is None else leaving.detach()
         if self.plan.context == "raw" or expected is None:
             return None
+        stem = self.task.stem_passage(self.model, self.ran, expected, inputs or {}, Preconditioning(self.sigma_data))
+        if stem is not None:
+            self.run.reset()
+            self.run.active, self.run.keep = range(0), True
+            with torch.no_grad():
+                self.call(self.ran, stem)
+            return self.run.leaving
         return as_stream(self.task.told(self.model, expected, z), self.plan.anatomy.axes)
 
     @contextmanager

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from dbconvert.diffusion.intervals import Intervals
 from dbconvert.diffusion.sampling import draw_tokens, euler_step, levels
 from dbconvert.engine.chunks import piece_by_piece
-from dbconvert.engine.listening import Arrival
+from dbconvert.engine.listening import Arrival, put
 from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.tasks.base import Task, along
 
@@ -23,16 +24,16 @@ class Said:
     """One evaluation of a block, without gradient.
 
     Args:
-        features: what entered its head, [N, S, d].
+        output: what the network gave, or what entered its head, [N, S, d], where that is text.
     """
 
     network: BlockwiseNetwork
     block: int
-    features: Tensor
+    output: Tensor
 
     @cached_property
     def expected(self) -> Tensor:
-        """The target that it expects, [N, S, d]."""
+        """The target that it expects, of the targets' shape."""
         return self.made(partial(self.network.task.expected, self.network.model))
 
     def drawn(self, generator: torch.Generator | None) -> Tensor:
@@ -40,14 +41,16 @@ class Said:
         return self.made(partial(draw_tokens, temperature=1.0, generator=generator))
 
     def made(self, make: Callable[[Tensor], Tensor]) -> Tensor:
+        if not self.network.task.text:
+            return make(self.output)
         read = partial(self.network.read, self.block)
-        return piece_by_piece(read, make, self.features, self.network.task.target.classes)
+        return piece_by_piece(read, make, self.output, self.network.task.target.classes)
 
 
 def evaluated(network: BlockwiseNetwork, block: int, here: Arrival) -> Said:
-    hold: list[Tensor] = []
-    network.denoise(block, here.inputs, here.z, here.sigma, hold, here.heard, tells=True)
-    return Said(network, block, hold[0])
+    hold: list[Tensor] | None = [] if network.task.text else None
+    output = network.denoise(block, here.inputs, here.z, here.sigma, hold, here.heard, tells=True)
+    return Said(network, block, output if hold is None else hold[0])
 
 
 @dataclass
@@ -92,14 +95,15 @@ class OwnState(ABC):
 class Denoised(OwnState):
     """Euler steps towards the expected target at the levels of the usual grid, from z = 0 at sigma_max on.
 
-    The last block meets it twice: at its upper level, and at sigma_min after a step of its own.
+    A block that the grid meets more than once takes the steps between by itself: the last one, which meets its upper
+    level and sigma_min, and a looped core, which serves all levels.
     """
 
     z: Tensor | None = None
     grid: list[float] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.grid = levels(self.intervals)
+        self.grid = usual(self.network.task, self.intervals)
 
     @property
     def first(self) -> int:
@@ -114,24 +118,23 @@ class Denoised(OwnState):
         self.z = euler_step(here.z, said.expected, self.grid[said.block], self.grid[said.block + 1])
 
     def arrive(self, there: Arrival) -> Arrival:
-        met = self.meet(self.block, there)
-        again = self.own & (there.sigma < met.sigma).reshape(len(self.own), -1).any(-1)
-        if not again.any():
-            return met
-        self.move(met, evaluated(self.network, self.block, met))
-        assert self.z is not None
-        return replace(there, z=torch.where(along(again, met.z), self.z, met.z))
+        z = self.meet(self.block, there).z
+        level = there.sigma.reshape(len(self.own), -1)[:, 0]
+        for here, after in pairwise(met(self.grid, self.intervals, self.block)):
+            further = self.own & (level < torch.full_like(level, here))
+            if not further.any():
+                break
+            at = replace(there, z=z, sigma=torch.full_like(there.sigma, here))
+            some = at.some(further, self.network.plan.anatomy.axes)
+            expected = evaluated(self.network, self.block, some).expected
+            z = put(z, further, euler_step(some.z, expected, here, after))
+        return replace(there, z=z)
 
 
 @dataclass
-class Shown(OwnState):
-    """Tokens that the block before shows between a time of its own and the block's, as it draws them.
-
-    It sets out from the truth at an even time of that block: a text that is drawn from t = 1 on would have nothing to
-    do with the labels.
-    """
-
-    tokens: Tensor | None = None
+class FromTruth(OwnState):
+    """Sets out from the truth, at a level of the block before that is drawn as in training: a state that comes from
+    nothing would have nothing to do with the labels."""
 
     @property
     def first(self) -> int:
@@ -140,9 +143,34 @@ class Shown(OwnState):
     def level(self, block: int, level: Tensor) -> Tensor:
         if block != self.block - 1:
             return level
-        low, high = self.intervals.owned(block)
-        drawn = low + torch.rand(len(level), generator=self.generator).to(level) * (high - low)
+        uniform = torch.rand(len(level), generator=self.generator)
+        drawn = self.intervals.distribution.between(*self.intervals.owned(block), uniform).to(level)
         return torch.where(self.own, drawn, level)
+
+
+@dataclass
+class Stepped(FromTruth):
+    """One Euler step of the block before, from there to the level of the example."""
+
+    at: Tensor | None = None
+    step: tuple[Tensor, Tensor] | None = None
+
+    def move(self, here: Arrival, said: Said) -> None:
+        if said.block == self.block - 1:
+            self.at, self.step = here.sigma, (here.z, said.expected)
+
+    def arrive(self, there: Arrival) -> Arrival:
+        if self.at is None or self.step is None:
+            return there
+        z = euler_step(*self.step, self.at, there.sigma)
+        return replace(there, z=torch.where(along(self.own, z), z, there.z))
+
+
+@dataclass
+class Shown(FromTruth):
+    """Tokens that the block before shows between there and the time of the example, as it draws them."""
+
+    tokens: Tensor | None = None
 
     def move(self, here: Arrival, said: Said) -> None:
         if said.block == self.block - 1:
@@ -162,20 +190,33 @@ class Shown(OwnState):
         return embedding.argument
 
 
-def own_state(task: Task) -> type[OwnState]:
+def own_state(task: Task | type[Task]) -> type[OwnState]:
+    if task.generative:
+        return Stepped
     return Shown if task.rule == "mask" else Denoised
+
+
+def usual(task: Task, intervals: Intervals) -> list[float]:
+    """The levels at which a prediction is made unless it is asked for otherwise."""
+    return levels(intervals, task.evaluations)
+
+
+def met(grid: list[float], intervals: Intervals, block: int) -> list[float]:
+    """Those at which the sampler meets a block."""
+    return [level for level in grid if intervals.block_of(level) == block]
 
 
 def own_levels(task: Task, intervals: Intervals, block: int, sigma: Tensor, own: Tensor) -> Tensor:
     """sigma [N] or [N, S] with that of the examples `own` [N] at the levels where the sampler meets a block.
 
-    It passes all times where tokens are hidden; else the usual grid, which meets the last block at two levels: one of
-    them is drawn.
+    Where tokens are hidden or images made it passes all levels; else those of the usual grid, of which one is drawn
+    where it meets the block more than once.
     """
-    if task.rule == "mask":
+    if own_state(task) is not Denoised:
         return sigma
-    grid = levels(intervals)
-    at = torch.full((len(sigma),), grid[block])
-    if block == intervals.blocks - 1:
-        at = torch.where(torch.rand(len(sigma)) < 0.5, grid[-1], at)
+    grid = met(usual(task, intervals), intervals, block)
+    at = torch.full((len(sigma),), grid[0])
+    if len(grid) > 1:
+        drawn = (torch.rand(len(sigma)) * len(grid)).long()
+        at = torch.tensor(grid[::-1])[drawn]
     return torch.where(along(own, sigma), along(at.to(sigma), sigma), sigma)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dbconvert.engine.compiling import refuse_uncompiled
 from dbconvert.errors import UsageError
 from dbconvert.recipe import OptimizerName, OptimizerOptions, Recipe
 
@@ -22,8 +22,6 @@ SMALL_TENSOR, GROUP, TABLE = 4096, 256, 1024
 scale a group and a table of so many bytes that says what each code means (Dettmers et al. 2022, arXiv 2110.02861)."""
 CODES = ("codes", "scale", "qmap")
 """The tensors that such a state is made of."""
-COMPILING = ("cpu", "cuda", "xpu")
-"""Devices that torch.compile, which torchao's optimisers run through, makes kernels for."""
 
 
 def make_optimizer(parameters: Mapping[str, nn.Parameter], options: OptimizerOptions) -> Optimizer:
@@ -87,19 +85,6 @@ def refuse_unsupported(recipe: Recipe, device: torch.device, processes: int) -> 
         wanted = "optimizer.name=adamw8bit" if options.name == "adamw8bit" else "train.precision=bf16-true"
         low_bit(wanted)
         refuse_uncompiled(wanted, device)
-
-
-def refuse_uncompiled(wanted: str, device: torch.device) -> None:
-    """Raises UsageError where torch.compile, which `wanted` runs through, makes no kernels."""
-    why = None
-    if device.type not in COMPILING:
-        why = f"torch.compile makes kernels for {', '.join(COMPILING)}"
-    elif device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
-        why = "torch.compile makes kernels for the CPU with a C++ compiler, and none is installed"
-    elif device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0):
-        why = "torch.compile makes kernels for CUDA devices of compute capability 7.0 and above"
-    if why is not None:
-        raise UsageError(f"{wanted} does not run on {device.type}", why=why, hint="leave it out, or use another device")
 
 
 # -- state ----------------------------------------------------------------------------------------------------

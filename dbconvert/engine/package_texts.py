@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dbconvert.data_options import DataOptions
 from dbconvert.engine.decide import listening
 from dbconvert.plan import NoiseFit, Plan
-from dbconvert.recipe import DataOptions, Recipe
+from dbconvert.recipe import Recipe
 from dbconvert.schema import to_data, to_yaml
 from dbconvert.tasks.image_diffusion import picture_in_words
 from dbconvert.tasks.label_place import in_words
@@ -12,6 +13,7 @@ from dbconvert.tasks.registry import reasons
 
 EPOCHS = 100
 ALONE = "dbconvert train . --block 0 train.periphery=frozen-target   # one block, an independent job"
+AFTER = "dbconvert train . --block 1 train.periphery=frozen-target   # the next one, after that"
 SECTIONS = ("data", "optimizer", "train", "eval", "log")
 
 
@@ -71,10 +73,10 @@ def package_readme(plan: Plan, noise: NoiseFit) -> str:
         "",
         "![noise intervals](noise.png)",
         "",
-        *([f"{listening(plan).capitalize()}.", ""] if plan.context != "raw" else []),
+        *([independence(plan), ""] if len(plan.blocks) > 1 else []),
         "```bash",
         "dbconvert train . data.source=...            # all blocks; or: accelerate launch train.py",
-        *([ALONE] if plan.context == "raw" else []),
+        *([ALONE] if plan.context == "raw" else [ALONE, AFTER]),
         "dbconvert assemble -o model.safetensors      # the newest complete run",
         "```",
         "",
@@ -90,6 +92,16 @@ def package_readme(plan: Plan, noise: NoiseFit) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def independence(plan: Plan) -> str:
+    """What blocks need of each other."""
+    if plan.context != "raw":
+        return f"{listening(plan).capitalize()}."
+    return (
+        "With train.z=noised, the default, blocks need nothing of each other; with on-policy or mixed each needs the "
+        "forward pass of those before it, or their finished runs where it trains alone."
+    )
 
 
 def placement_words(plan: Plan) -> list[str]:

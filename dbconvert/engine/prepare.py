@@ -9,7 +9,9 @@ from typing import Any
 
 from dbconvert.data.batches import Data
 from dbconvert.data.tokenizers import Tokenizer
+from dbconvert.data_options import LatentOptions
 from dbconvert.engine.convert import fill_blocks, hollow_network, single_block, whole_network
+from dbconvert.engine.finished import FinishedRun
 from dbconvert.engine.holdings import WORD, Weights, weights
 from dbconvert.engine.jobs import make_job
 from dbconvert.engine.method import Job
@@ -19,6 +21,7 @@ from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.engine.noise import fit_noise, refuse_misfit
 from dbconvert.engine.package import MODEL, PLAN, RECIPE, Package, open_package
 from dbconvert.engine.paths import settled
+from dbconvert.engine.predecessors import find, refuse_other_noise, tensors_of, told_of
 from dbconvert.engine.reading import find_tokenizer, open_examples, stand_in
 from dbconvert.engine.requests import refuse, refuse_full_table, refuse_stand_ins
 from dbconvert.engine.split import split
@@ -27,7 +30,7 @@ from dbconvert.errors import UsageError
 from dbconvert.events import Note, Reporter
 from dbconvert.overrides import keys, parse_overrides
 from dbconvert.plan import NoiseFit, Plan
-from dbconvert.recipe import LatentOptions, Recipe, read_recipe
+from dbconvert.recipe import Recipe, read_recipe
 from dbconvert.shipped import shipped
 from dbconvert.tasks.registry import choose_task, reasons
 
@@ -50,13 +53,18 @@ class Origin:
 
 @dataclass
 class Prepared:
-    """A job, and what it was made from."""
+    """A job, and what it was made from.
+
+    Args:
+        before: SHA-256 of the weights of earlier blocks, see `RunInfo`.
+    """
 
     job: Job
     package: Package
     plan: Plan
     noise: NoiseFit
     tokenizer: Tokenizer | None
+    before: dict[str, str]
 
 
 def prepare(
@@ -94,18 +102,24 @@ def prepare(
     refuse_full_table(plan, recipe, examples)
     steps = steps_of(recipe, len(examples))
     mover = None if store is None else make_mover(package, plan, recipe, store)
-    network = build_network(package, plan, recipe, block) if mover is None else mover.network
+    finished = find(plan, recipe, block, package.folder)
+    recipe = replace(recipe, train=replace(recipe.train, after=tuple(str(run.folder) for run in finished)))
+    before = told_of(finished, folder)
+    network = build_network(package, plan, recipe, block, finished) if mover is None else mover.network
     network.task.kernel = recipe.train.attention
     if recipe.train.checkpointing:
         network.run.checkpointed = range(plan.anatomy.depth)
     network.run.remakes = recipe.train.recompute_modulation
     noise = get_noise(package, network, None if missing else examples, keep=keep_noise)
+    refuse_other_noise(finished, noise)
+    for run in finished:
+        report(Note(f"after {run.folder}"))
     tell(report, plan, noise, recipe)
     held_out = None if rehearsal else data.validation
     validation = None if held_out is None else open_examples(data, held_out, plan, tokenizer, report)
-    job = make_job(METHODS[recipe.train.method], network, noise, recipe, steps, examples, validation, folder)
+    job = make_job(METHODS[recipe.train.method], network, noise, recipe, steps, examples, validation, folder, block)
     job.mover = mover
-    return Prepared(job, package, plan, noise, tokenizer)
+    return Prepared(job, package, plan, noise, tokenizer, before)
 
 
 def unread(recipe: Recipe) -> bool:
@@ -123,6 +137,9 @@ def tell(report: Reporter, plan: Plan, noise: NoiseFit, recipe: Recipe) -> None:
     if plan.noise.refit:
         when = " and ".join(f"{100 * share:g} %" for share in plan.noise.refit)
         report(Note(f"noise is fitted again after {when} of the updates"))
+    if plan.context != "raw" or recipe.train.z != "noised":
+        told = f"context {plan.context}, z {recipe.train.z}"
+        report(Note(f"{told}: before an update of a block those before it run forward, without gradient"))
     kind = "label entropy" if noise.rule == "auto" else "noise mass"
     report(Note(f"noise {noise.rule} ({noise.basis}): blocks hold {shares} of the {kind}"))
 
@@ -172,7 +189,10 @@ def with_absolute_paths(recipe: Recipe, folder: Path, on_command_line: set[tuple
     read = replace(recipe.data, source=data, tokenizer=tokenizer, cache=cache, latents=latents)
     judges: dict[str, Any] = {name: settled(getattr(recipe.eval, name), base(("eval", name))) for name in JUDGES}
     told = replace(recipe.eval, **judges)
-    return replace(recipe, source=source, package=package, weights=weights, data=read, eval=told)
+    after = tuple(str(settled(run, base(("train", "after")))) for run in recipe.train.after)
+    states = recipe.train.states and str((base(("train", "states")) / recipe.train.states).resolve())
+    train = replace(recipe.train, after=after, states=states)
+    return replace(recipe, source=source, package=package, weights=weights, data=read, train=train, eval=told)
 
 
 def with_paths(latents: LatentOptions, vae: Path, cache: Path) -> LatentOptions:
@@ -236,8 +256,16 @@ def settle_task(plan: Plan, recipe: Recipe) -> Plan:
 # -- data, network, noise ---------------------------------------------------------------------------------------
 
 
-def build_network(package: Package, plan: Plan, recipe: Recipe, block: int | None) -> BlockwiseNetwork:
-    """The network with the package's weights: whole, or one block with nothing of the others in memory."""
+def build_network(
+    package: Package, plan: Plan, recipe: Recipe, block: int | None, finished: list[FinishedRun]
+) -> BlockwiseNetwork:
+    """The network with the package's weights: whole, or one block with nothing of the others in memory, but for those
+    before it that are finished and that it has to be told of."""
+    if block is not None and finished:
+        tensors = {k: v for b in range(block + 1) for k, v in package.tensors(block=b).items()}
+        network = single_block(plan, package.source(), block, tensors, first=0)
+        network.load({**network.tensors(), **tensors_of(finished)}, where="the runs of the blocks before")
+        return network
     if block is not None:
         return single_block(plan, package.source(), block, package.tensors(block=block))
     network = whole_network(plan, package.source())

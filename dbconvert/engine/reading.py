@@ -14,14 +14,16 @@ from dbconvert.data.datasets import open_part
 from dbconvert.data.examples import LABEL, Examples
 from dbconvert.data.latents import open_latents
 from dbconvert.data.sequences import Blank, Sequences
+from dbconvert.data.tagged import Tagged
 from dbconvert.data.tokenizer_opening import open_tokenizer
 from dbconvert.data.tokenizers import Tokenizer
 from dbconvert.data.tokens import open_text
+from dbconvert.data_options import DataOptions
 from dbconvert.engine.convert import task_of
 from dbconvert.errors import DBConvertError, UsageError
 from dbconvert.events import Reporter, silent
 from dbconvert.plan import Plan
-from dbconvert.recipe import DataOptions, Recipe
+from dbconvert.recipe import Recipe
 from dbconvert.tasks.registry import named
 
 
@@ -56,6 +58,8 @@ def open_examples(
         UsageError, DBConvertError: there is no such part, it cannot be read, or it does not fit the network.
     """
     assert plan.target is not None
+    if named(str(plan.task)).tagged:
+        return Tagged(open_part(data, part), data, as_read(plan), plan.target.classes)
     if tokenizer is None:
         pictures = Examples(open_part(data, part), data, as_read(plan), plan.target.classes)
         if data.latents is None:
@@ -95,4 +99,8 @@ def stand_in(recipe: Recipe, plan: Plan) -> Data:
         given.name: torch.zeros(given.shape[1:], dtype=getattr(torch, given.dtype)) for given in anatomy.inputs
     }
     options = DataOptions(label=LABEL)
+    task = task_of(plan)
+    if task.tagged:
+        labels = task.stand_in({name: value[None] for name, value in item.items()})[0]
+        return Tagged([{**item, LABEL: labels}] * recipe.train.batch, options, anatomy, plan.target.classes)
     return Examples([{**item, LABEL: 0}] * recipe.train.batch, options, anatomy, plan.target.classes)

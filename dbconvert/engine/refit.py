@@ -54,6 +54,11 @@ def refuse_alone(plan: Plan, recipe: Recipe) -> None:
             "noise.refit needs all blocks trained together, and train.periphery=frozen-target trains them apart",
             hint="leave noise.refit out, where blocks are to be independent jobs",
         )
+    if plan.noise.refit and recipe.train.method == "blocks" and recipe.train.order == "stagewise":
+        raise UsageError(
+            "noise.refit gives blocks other levels, and train.order=stagewise has finished the first ones by then",
+            hint="leave noise.refit out, or train with another train.order",
+        )
 
 
 def points(shares: Iterable[float], updates: int) -> frozenset[int]:

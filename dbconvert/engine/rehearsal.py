@@ -148,7 +148,7 @@ class Rehearsal:
         """The block's own layers stand for those before it: what they deliver has the same shape."""
         with at_rest(network):
             said = evaluated(network, block, arrival)
-            return replace(arrival, heard=network.delivered(said.expected, arrival.z))
+            return replace(arrival, heard=network.delivered(said.expected, arrival.z, arrival.inputs))
 
     def output_loss(self, layers: range | None, inputs: Inputs) -> Tensor:
         """Of a network without a task: the cross-entropy of all it gives, or the square where it has no head."""

@@ -6,6 +6,7 @@ import torch
 
 from dbconvert.data.batches import Data
 from dbconvert.engine.convert import task_of
+from dbconvert.engine.kept_states import refuse_states
 from dbconvert.engine.methods import METHODS
 from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.engine.refit import refuse_alone
@@ -19,10 +20,12 @@ def refuse(plan: Plan, recipe: Recipe, block: int | None) -> None:
     """Raises UsageError for what cannot be trained as it is asked for."""
     check_z(plan, recipe)
     check_block(block, plan, recipe)
+    refuse_states(plan, recipe, block)
     check_table(plan, recipe)
     check_weight(plan, recipe)
     check_dropout(plan, recipe)
     check_attention(plan, recipe)
+    check_compile(plan, recipe)
     check_method(plan, recipe)
     check_samples(recipe)
     check_inactive(plan, recipe, block)
@@ -64,12 +67,38 @@ def check_table(plan: Plan, recipe: Recipe) -> None:
             "the targets are the network's own embeddings, which blocks with their own stems would not share",
             hint="split with --table fresh (split.table=fresh in a recipe)",
         )
-    told = plan.context == "estimate" and plan.target is not None and plan.target.table == "none"
+    told = plan.context == "estimate" and plan.target is not None and plan.target.placement == "mask"
     if told and recipe.train.periphery == "frozen-target" and recipe.train.method == "blocks":
         raise UsageError(
             "the estimate that blocks hear is told in the network's own embeddings, which blocks with their own stems "
             "would not share",
             hint="split with --context features (split.context=features in a recipe)",
+        )
+
+
+def check_compile(plan: Plan, recipe: Recipe) -> None:
+    """Refuses what compiled layers cannot do."""
+    train = recipe.train
+    if not train.compile:
+        return
+    if train.method == "forward-forward":
+        raise UsageError(
+            "train.compile does not go with train.method=forward-forward",
+            why="its layers go backward one by one, from within the pass",
+            hint="leave one of them out",
+        )
+    if train.recompute_modulation:
+        raise UsageError(
+            "train.compile does not go with train.recompute_modulation",
+            why="the compiler decides itself what is kept for the backward pass, and makes modulated values again",
+            hint="leave one of them out",
+        )
+    cuda = torch.cuda.is_available() and not train.cpu
+    if task_of(plan).doubled and (train.attention == "flex" or (train.attention == "auto" and cuda)):
+        raise UsageError(
+            f"train.compile does not go with train.attention={train.attention}",
+            why="FlexAttention compiles itself, for masks that a compiled layer would have to hold fixed",
+            hint="add train.attention=sdpa",
         )
 
 
@@ -118,7 +147,7 @@ def check_attention(plan: Plan, recipe: Recipe) -> None:
 def check_method(plan: Plan, recipe: Recipe) -> None:
     """Refuses a form of training that this network cannot have, or this task: some are told one label an example."""
     task, method = named(str(plan.task)), METHODS[recipe.train.method]
-    if method.labelled and (task.text or task.denoiser):
+    if method.labelled and (task.text or task.tagged or task.denoiser):
         raise UsageError(
             f"train.method={recipe.train.method} is for one label an example, and the task is {plan.task}",
             hint="use train.method=end-to-end",
@@ -154,18 +183,6 @@ def check_block(block: int | None, plan: Plan, recipe: Recipe) -> None:
         raise UsageError(f"there is no block {block}", hint=f"blocks: 0 to {len(plan.blocks) - 1}")
     if recipe.train.method != "blocks":
         raise UsageError(f"train.method={recipe.train.method} does not train single blocks", hint="leave out --block")
-    if plan.context != "raw":
-        raise UsageError(
-            f"no block can be trained alone: the plan's context is `{plan.context}`, so that each hears what the one "
-            "before it delivers",
-            hint="leave out --block, or split with --context raw",
-        )
-    if recipe.train.z != "noised":
-        raise UsageError(
-            f"no block can be trained alone with train.z={recipe.train.z}: the sampler comes to it through the blocks "
-            "before it",
-            hint="leave out --block, or train with train.z=noised",
-        )
     if recipe.train.periphery != "frozen-target":
         raise UsageError(
             "a single block cannot train the shared periphery, which the other blocks would not see",

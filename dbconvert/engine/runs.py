@@ -41,6 +41,7 @@ class RunInfo:
         block: the one that is trained alone, None for a run of all.
         epoch: updates in which one block, or a baseline, reads the training data once.
         files: SHA-256 of each file in weights/, once complete.
+        before: that of the weights of earlier blocks which a block that is trained alone was told of.
     """
 
     status: Literal["running", "complete"]
@@ -55,6 +56,7 @@ class RunInfo:
     updates: int
     epoch: int | None = None
     files: dict[str, str] = field(default_factory=dict)
+    before: dict[str, str] = field(default_factory=dict)
 
 
 def new_run_folder(name: str) -> Path:

@@ -14,6 +14,7 @@ from dbconvert.data.batches import derive
 from dbconvert.diffusion.intervals import Intervals
 from dbconvert.diffusion.sampling import Grid
 from dbconvert.diffusion.solvers import Course, Solver, SolverName, solver
+from dbconvert.engine.cascade import refuse_gaps
 from dbconvert.engine.decode import opened_vae, pictures, with_vae
 from dbconvert.engine.load import Loaded, load
 from dbconvert.engine.mover import CPU, on_device
@@ -209,6 +210,9 @@ def draw(
     way = solver(sampling.sampler, intervals.distribution, sampling.steps, sampling.grid)
     shape = task.image_shape
     courses = [Course(start * intervals.boundaries[-1]) for start in noise(count, shape, sampling)]
+    heard: list[Tensor | None] = [None] * len(courses)
+    if layers is None:
+        refuse_gaps(network, intervals, way.levels)
     runs = groupby(range(len(way.levels)), key=lambda i: 0 if layers is not None else intervals.block_of(way.levels[i]))
     report(Stage("drawing", len(way.levels) * len(courses)))
     was_training = network.training
@@ -220,8 +224,10 @@ def draw(
                 first = index * sampling.batch
                 rows = slice(first, first + len(course.z))
                 given = {} if more is None else {k: v[rows].to(device) for k, v in more.items()}
-                guide = Guide(network, block, layers, given, None if labels is None else labels[rows].to(device))
+                told, hears = (None if v is None else v.to(device) for v in (labels, heard[index]))
+                guide = Guide(network, block, layers, given, None if told is None else told[rows], hears)
                 courses[index] = guide.through(course, way, evaluations, sampling.guidance, device, report)
+                heard[index] = guide.delivered()
     network.train(was_training)
     images = torch.cat([course.z for course in courses])
     if not images.isfinite().all():
@@ -237,13 +243,17 @@ def noise(count: int, shape: tuple[int, ...], sampling: Sampling) -> Iterator[Te
         yield torch.stack([torch.randn(shape, generator=generator) for generator in seeds])
 
 
-@dataclass(frozen=True)
+@dataclass
 class Guide:
     """One block, or a baseline's layers, at a batch of images.
 
     Args:
         given: what the network takes beside image, time and class.
         labels: [N], None where the network takes none.
+        heard: what the block before has delivered; under guidance of both halves.
+
+    Attributes:
+        said: by the last evaluation: D, and of what.
     """
 
     network: BlockwiseNetwork
@@ -251,6 +261,13 @@ class Guide:
     layers: range | None
     given: Inputs
     labels: Tensor | None
+    heard: Tensor | None = None
+    said: tuple[Tensor, Tensor, Inputs] | None = None
+
+    def delivered(self) -> Tensor | None:
+        """What the next block hears, on the CPU."""
+        heard = None if self.said is None else self.network.delivered(*self.said)
+        return None if heard is None else heard.to(CPU)
 
     def through(
         self,
@@ -286,5 +303,7 @@ class Guide:
             inputs.update(dict.fromkeys(task.picture.labels, labels))
         sigma = torch.full((len(z),), level, device=z.device)
         if self.layers is None:
-            return self.network.denoise(self.block, inputs, z, sigma)
+            expected = self.network.denoise(self.block, inputs, z, sigma, heard=self.heard, tells=True)
+            self.said = expected, z, inputs
+            return expected
         return self.network.untold(inputs, z, sigma, self.layers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from dbconvert.data_options import DataOptions
 from dbconvert.engine.convert import begin_conditioning, converted
 from dbconvert.engine.decide import cautions, decide, decide_blocks, refuse_context
 from dbconvert.engine.network import BlockwiseNetwork
@@ -31,7 +32,7 @@ from dbconvert.events import Note, Reporter, Stage, silent
 from dbconvert.files import atomic_folder, quick_digest, refuse_occupied
 from dbconvert.graph.inject import PREFIX
 from dbconvert.plan import NoiseFit, NoiseRule, Plan
-from dbconvert.recipe import DataOptions, SplitOptions
+from dbconvert.recipe import SplitOptions
 from dbconvert.schema import to_json
 from dbconvert.stream import Item, write_items
 from dbconvert.tasks.base import Task

@@ -14,6 +14,8 @@ from accelerate.utils import ProjectConfiguration
 
 from dbconvert.checkpoint import save_tensors
 from dbconvert.engine import kept_tokenizer
+from dbconvert.engine.compiling import compile_layers, refuse_uncompiled
+from dbconvert.engine.kept_states import keep_states
 from dbconvert.engine.loop import Loop
 from dbconvert.engine.memory import MemoryReport, measure
 from dbconvert.engine.method import Job
@@ -101,6 +103,8 @@ def train(
     if alone and accelerator.num_processes > 1:
         raise UsageError(f"{alone[0]} runs in one process only", hint="start it without accelerate")
     refuse_unsupported(recipe, accelerator.device, accelerator.num_processes)
+    if recipe.train.compile:
+        refuse_uncompiled("train.compile", accelerator.device)
     report = report if accelerator.is_main_process else silent
     with open_store(recipe.train.inactive, folder, accelerator.device) or nullcontext() as store:
         return carry_out(origin, folder, block, accelerator, store, report)
@@ -120,16 +124,22 @@ def carry_out(
         package=str(package.folder.resolve()),
         split=package.plan.identity,
         noise=noise.identity,
-        blocks=job.network.present,
+        blocks=job.network.present if block is None else (block,),
         block=block,
         periphery=recipe.train.periphery,
         updates=sum(unit.total for unit in job.units.values()),
         epoch=epoch_of(recipe, len(job.examples)),
+        before=prepared.before,
     )
     loop = Loop(job, accelerator, report)
     memory = measure(job, accelerator.device)
+    if recipe.train.states is not None:
+        with accelerator.main_process_first():
+            keep_states(job, prepared.before, accelerator.autocast(), report)
+    if recipe.train.compile:
+        compile_layers(job.network)
     if accelerator.is_main_process:
-        write_head(folder, info, recipe, prepared.plan, noise)
+        write_head(folder, info, job.recipe, prepared.plan, noise)
         write_text(folder / MEMORY, to_json(memory))
         kept_tokenizer.keep(prepared.tokenizer, folder)
     start_trackers(accelerator, recipe)
@@ -233,7 +243,7 @@ def finish(folder: Path, info: RunInfo, job: Job) -> None:
     metadata = {PLAN_KEY: info.split, NOISE_KEY: info.noise or ""}
     parts = {NETWORK_FILE: network.tensors()}
     if job.layers is None:
-        parts = {block_file(b): network.block_tensors(b) for b in network.present}
+        parts = {block_file(b): network.block_tensors(b) for b in info.blocks}
         parts[PERIPHERY] = network.periphery_tensors()
     files = {}
     for name, tensors in parts.items():

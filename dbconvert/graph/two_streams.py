@@ -147,6 +147,14 @@ def positions_axis(axes: Axes) -> int:
     return next(i for i in range(3) if i not in (axes.batch, axes.channel + 3))
 
 
+def as_stream(values: Tensor, axes: Axes) -> Tensor:
+    """[N, P, d] with its axes where the stream's are; [N, d] as it is."""
+    if values.dim() == 2:
+        return values
+    order = [0 if i == axes.batch else 2 if i == axes.channel + 3 else 1 for i in range(3)]
+    return values.permute(order)
+
+
 SAMPLED = 4096
 
 

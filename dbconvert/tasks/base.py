@@ -97,6 +97,8 @@ class Task(ABC):
     """The target tables it can use, the default first."""
     text: ClassVar[bool] = False
     """Whether its examples are tokens."""
+    tagged: ClassVar[bool] = False
+    """Whether its data has a label for every position."""
     ahead: ClassVar[int] = 0
     """How many positions before its label the unconditioned network tells it."""
     lead: ClassVar[int] = 0
@@ -288,6 +290,12 @@ class Task(ABC):
         """What the next block is told of an expected target: what it has beyond the mean, at unit scale, [N, S, d]."""
         raise self.without("estimate that blocks could be told")
 
+    def stem_passage(
+        self, model: nn.Module, block: int, expected: Tensor, inputs: Inputs, scaling: Preconditioning
+    ) -> Passage | None:
+        """A pass of the stem of an expected target, whose stream the next block hears; None where `told` says it."""
+        return None
+
     # -- figures ------------------------------------------------------------------------------------------
 
     @abstractmethod
@@ -313,6 +321,10 @@ class Task(ABC):
     @abstractmethod
     def correct(self, output: Tensor, labels: Tensor) -> Tensor:
         """Whether each label is met, bool, of the labels' shape."""
+
+    def figures(self, output: Tensor, labels: Tensor) -> dict[str, float]:
+        """More of how good predictions are, by name."""
+        return {}
 
     @abstractmethod
     def probabilities(self, output: Tensor) -> Tensor:

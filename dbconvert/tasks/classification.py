@@ -17,9 +17,10 @@ from dbconvert.anatomy import Anatomy
 from dbconvert.conditioning.modulation import fit
 from dbconvert.graph.placing import with_token
 from dbconvert.graph.two_streams import positions_axis
-from dbconvert.plan import Entry, Readout, Rule, Target
+from dbconvert.plan import Context, Entry, Readout, Rule, Target
+from dbconvert.recipe import Z
 from dbconvert.tasks.base import Change, Corruption, Headline, Inputs, Passage, Task
-from dbconvert.tasks.discrete import denoise_before_head, fresh_table, register_readouts, register_table
+from dbconvert.tasks.discrete import above_mean, denoise_before_head, fresh_table, register_readouts, register_table
 from dbconvert.tasks.label_place import own_token, placed, reading
 
 
@@ -32,6 +33,8 @@ class Classification(Task):
 
     name: ClassVar[str] = "classification"
     rule: ClassVar[Rule] = "auto"
+    contexts: ClassVar[tuple[Context, ...]] = ("raw", "features", "estimate")
+    zs: ClassVar[tuple[Z, ...]] = ("noised", "on-policy", "mixed")
     headlines: ClassVar[tuple[Headline, ...]] = (
         Headline("accuracy from z = 0", "accuracy_zero", "accuracy"),
         Headline("accuracy over draws", "accuracy_draw"),
@@ -116,6 +119,10 @@ class Classification(Task):
 
     def denoised(self, model: nn.Module, output: Tensor) -> Tensor:
         return output.float().softmax(-1) @ self.table(model)
+
+    def told(self, model: nn.Module, expected: Tensor, z: Tensor) -> Tensor:
+        """One vector an example, which every position hears."""
+        return above_mean(expected, self.table(model))
 
     def stand_in(self, inputs: Inputs) -> Tensor:
         first = next(iter(inputs.values()))

@@ -14,10 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from dbconvert.anatomy import Anatomy, Picture
+from dbconvert.diffusion.intervals import Intervals
+from dbconvert.diffusion.preconditioning import Preconditioning
 from dbconvert.errors import UsageError
-from dbconvert.plan import Rule, Table, Target
-from dbconvert.recipe import Weight
+from dbconvert.plan import Context, Rule, Table, Target
+from dbconvert.recipe import Weight, Z
 from dbconvert.tasks.base import Corruption, Headline, Inputs, Passage, Task, along, conditioning
+
+CLEAN = 0.01
+"""Noise of an image that counts as none, as a share of sigma_data."""
 
 
 class ImageDiffusion(Task):
@@ -32,6 +37,8 @@ class ImageDiffusion(Task):
     denoiser: ClassVar[bool] = True
     generative: ClassVar[bool] = True
     weight: ClassVar[Weight] = "edm"
+    contexts: ClassVar[tuple[Context, ...]] = ("raw", "features", "estimate")
+    zs: ClassVar[tuple[Z, ...]] = ("noised", "on-policy", "mixed")
     headlines: ClassVar[tuple[Headline, ...]] = (
         Headline("Frechet distance", "frechet", "frechet"),
         Headline("weighted loss", "loss", "loss"),
@@ -116,6 +123,10 @@ class ImageDiffusion(Task):
 
     # -- a forward pass -----------------------------------------------------------------------------------
 
+    def handover(self, intervals: Intervals, block: int) -> float:
+        """A block denoises all through its interval, in as many evaluations as one likes."""
+        return intervals.owned(block)[0]
+
     def target_shape(self, inputs: Inputs) -> tuple[int, ...]:
         return tuple(inputs[self.picture.argument].shape)
 
@@ -132,6 +143,12 @@ class ImageDiffusion(Task):
             return by.skip * z + by.out * output[:, : z.shape[1]]
 
         return Passage(fed, corruption.condition, result=denoised)
+
+    def stem_passage(
+        self, model: nn.Module, block: int, expected: Tensor, inputs: Inputs, scaling: Preconditioning
+    ) -> Passage:
+        sigma = torch.full((len(expected),), CLEAN * scaling.sigma_data, device=expected.device)
+        return self.passage(model, block, inputs, Corruption(expected, sigma, sigma, scaling))
 
     def plain_passage(self, inputs: Inputs) -> Passage:
         images = inputs[self.picture.argument]

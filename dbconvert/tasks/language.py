@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dbconvert.anatomy import Anatomy, Embedding, Path, SideAxes
-from dbconvert.data.sequences import IGNORED
+from dbconvert.data.examples import IGNORED
 from dbconvert.tasks.base import Inputs, Task
 
 

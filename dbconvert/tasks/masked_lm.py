@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dbconvert.anatomy import Anatomy
-from dbconvert.data.sequences import DOCUMENTS, IGNORED
+from dbconvert.data.examples import IGNORED
+from dbconvert.data.sequences import DOCUMENTS
 from dbconvert.diffusion.intervals import Intervals
 from dbconvert.diffusion.preconditioning import Preconditioning
 from dbconvert.errors import DBConvertError

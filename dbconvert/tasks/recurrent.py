@@ -21,6 +21,7 @@ from dbconvert.graph.loop_trial import ask_loop
 from dbconvert.graph.looped import LoopPass
 from dbconvert.graph.two_streams import positions_axis
 from dbconvert.plan import Target
+from dbconvert.recipe import Z
 from dbconvert.tasks.base import Corruption, Inputs, Passage, along
 from dbconvert.tasks.discrete import denoised_features, modulated, register_readouts, register_table
 from dbconvert.tasks.next_token import NextToken, one_later
@@ -40,6 +41,7 @@ class Recurrent(NextToken):
     lead: ClassVar[int] = 1
     looped: ClassVar[bool] = True
     moves: ClassVar[tuple[int, ...]] = (4, 8, 16)
+    zs: ClassVar[tuple[Z, ...]] = ("noised", "on-policy", "mixed")
 
     # -- deciding -----------------------------------------------------------------------------------------
 

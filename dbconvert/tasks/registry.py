@@ -10,8 +10,16 @@ from dbconvert.tasks.classification import Classification
 from dbconvert.tasks.image_diffusion import ImageDiffusion
 from dbconvert.tasks.masked_lm import MaskedLM
 from dbconvert.tasks.recurrent import Recurrent
+from dbconvert.tasks.token_classification import TokenClassification
 
-TASKS: tuple[type[Task], ...] = (Classification, CausalLM, MaskedLM, Recurrent, ImageDiffusion)
+TASKS: tuple[type[Task], ...] = (
+    Classification,
+    TokenClassification,
+    CausalLM,
+    MaskedLM,
+    Recurrent,
+    ImageDiffusion,
+)
 
 
 def refusal(task: type[Task], anatomy: Anatomy) -> str | None:

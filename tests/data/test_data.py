@@ -11,9 +11,9 @@ from dbconvert.data.datasets import open_part
 from dbconvert.data.digits import PARTS, Digits
 from dbconvert.data.examples import LABEL, Examples
 from dbconvert.data.images import augmentation, flip, normalise, to_image
+from dbconvert.data_options import DataOptions, ImageOptions, RandAugment
 from dbconvert.errors import DBConvertError, UsageError
 from dbconvert.graph.analysis import analyse
-from dbconvert.recipe import DataOptions, ImageOptions, RandAugment
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from dbconvert.data.datasets import open_part
 from dbconvert.data.examples import LABEL, Examples
 from dbconvert.data.images import drawn, to_image
 from dbconvert.data.latents import open_latents
+from dbconvert.data_options import DataOptions, ImageOptions, LatentOptions, RandAugment
 from dbconvert.errors import DBConvertError, UsageError
-from dbconvert.recipe import DataOptions, ImageOptions, LatentOptions, RandAugment
 from dbconvert.sources.vae import open_vae
 
 

@@ -10,9 +10,9 @@ from dbconvert.data import pictures
 from dbconvert.data.datasets import open_part
 from dbconvert.data.examples import LABEL, Examples
 from dbconvert.data.images import to_image
+from dbconvert.data_options import DataOptions, ImageOptions
 from dbconvert.errors import DBConvertError, UsageError
 from dbconvert.graph.analysis import analyse
-from dbconvert.recipe import DataOptions, ImageOptions
 
 TILE, COLUMNS, ROWS = 16, 3, 2
 

@@ -11,8 +11,8 @@ from commands import python
 
 from dbconvert.data.parts import Slice, sliced
 from dbconvert.data.text import open_documents
+from dbconvert.data_options import DataOptions
 from dbconvert.errors import DBConvertError, UsageError
-from dbconvert.recipe import DataOptions
 
 ROWS = [f"document {i}" for i in range(70)]
 TEXT = "".join(f"line {i}\n" for i in range(300))
@@ -89,7 +89,7 @@ dataset_info:
 ASK = """
 import sys
 from dbconvert.data.text import open_documents
-from dbconvert.recipe import DataOptions
+from dbconvert.data_options import DataOptions
 options = DataOptions(source="org/corpus", streaming="streamed" in sys.argv, revision="refs/pr/1")
 for part in sys.argv[2:]:
     print(part, *open_documents(options, part), sep="|")

@@ -9,8 +9,8 @@ import pytest
 
 from dbconvert.data.tables import place_of
 from dbconvert.data.text import open_documents
+from dbconvert.data_options import DataOptions
 from dbconvert.errors import DBConvertError, UsageError
-from dbconvert.recipe import DataOptions
 
 PARTS = ("train", "validation", "test")
 TEXT = "".join(f"line {i} über\n" for i in range(200))

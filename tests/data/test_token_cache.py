@@ -12,8 +12,8 @@ import pytest
 from dbconvert.data.documents import Documents
 from dbconvert.data.token_cache import cache_folder, smallest, tokenised
 from dbconvert.data.tokenizers import ByteTokenizer, CharTokenizer
+from dbconvert.data_options import DataOptions
 from dbconvert.errors import DBConvertError
-from dbconvert.recipe import DataOptions
 
 
 class Counted:

@@ -8,8 +8,8 @@ from tokenizer_files import END, MASK, PAD, save_bpe
 
 from dbconvert.data.tokenizer_opening import from_description, open_tokenizer
 from dbconvert.data.tokenizers import ByteTokenizer, CharTokenizer, Description, TransformersTokenizer
+from dbconvert.data_options import DataOptions
 from dbconvert.errors import DBConvertError, UsageError
-from dbconvert.recipe import DataOptions
 from dbconvert.schema import parse, to_json
 from dbconvert.sources.tokenizers import load_tokenizer
 

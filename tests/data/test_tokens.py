@@ -10,8 +10,8 @@ from dbconvert.data.batches import OrderedBatches, in_order, load_batches
 from dbconvert.data.tokenizer_opening import open_tokenizer
 from dbconvert.data.tokenizers import ByteTokenizer
 from dbconvert.data.tokens import open_text
+from dbconvert.data_options import DataOptions
 from dbconvert.errors import DBConvertError, UsageError
-from dbconvert.recipe import DataOptions
 
 TEXT = "".join(f"line {i}\n" for i in range(200))
 LINES = '{"text": "one"}\n{"text": ""}\n{"text": "two and three"}\n'

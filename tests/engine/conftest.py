@@ -7,8 +7,9 @@ import torch
 
 import dbconvert
 from dbconvert.checkpoint import load_tensors
+from dbconvert.data_options import DataOptions, ImageOptions
 from dbconvert.engine.loop import Loop
-from dbconvert.recipe import DataOptions, ImageOptions, SplitOptions
+from dbconvert.recipe import SplitOptions
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 QUICK = [

@@ -13,9 +13,10 @@ from engine.conftest import ALONE, QUICK, write_model
 
 import dbconvert
 from dbconvert.checkpoint import load_tensors, read_metadata, save_tensors
+from dbconvert.data_options import DataOptions
 from dbconvert.errors import DBConvertError, UsageError
 from dbconvert.files import sha256_file
-from dbconvert.recipe import DataOptions, SplitOptions
+from dbconvert.recipe import SplitOptions
 
 
 def copy_run(run, name):

@@ -9,10 +9,11 @@ from small_text import FOX
 
 import dbconvert
 from dbconvert.checkpoint import load_tensors
+from dbconvert.data_options import DataOptions
 from dbconvert.engine.outline import outline
 from dbconvert.engine.requests import refuse_stand_ins
 from dbconvert.errors import UsageError
-from dbconvert.recipe import DataOptions, Recipe, SplitOptions, TrainOptions
+from dbconvert.recipe import Recipe, SplitOptions, TrainOptions
 
 pytestmark = pytest.mark.usefixtures("quick_splits")
 ON = "train.checkpointing=true"

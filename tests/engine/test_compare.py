@@ -158,6 +158,27 @@ def test_what_cannot_be_compared(recipe, asked, message):
     assert message in str(error.value)
 
 
+def test_forms_by_what_blocks_hear_of_each_other(recipe, tmp_path, here):
+    """The paper's form is the recipe itself, and is trained once; forward passes are counted in a column."""
+    found = compare(recipe, against=["depth"], out=str(tmp_path / "c"))
+    told = {row.cell.name: row.figures for row in found.rows}
+    forms = ["blocks", "end-to-end", "shallow control", "features, noised", "estimate, noised", "raw, on-policy"]
+    assert list(told) == [*forms, "raw, mixed", "features, mixed"] and not found.failed
+    passes = {name: figures["passes"] - figures["layers"] for name, figures in told.items()}
+    assert passes["blocks"] == passes["end-to-end"] == passes["shallow control"] == 0
+    first, last = 3, 2  # layers of five in two blocks: the first ones run for half of all updates
+    assert passes["features, noised"] == pytest.approx(first / 2 / 3)
+    assert passes["raw, on-policy"] == pytest.approx((first + last / 2) / 2 / 3)
+    assert passes["features, mixed"] == pytest.approx((first + last / 4) / 2 / 3)
+    assert "| with forward passes |" in found.markdown()
+
+
+def test_forms_that_the_task_does_not_have_are_left_out():
+    recurrent = names("huginn_text_tiny", "split.blocks=1", against=["depth"])
+    assert [name for name, _ in recurrent][-2:] == ["raw, on-policy, split.blocks=1", "raw, mixed, split.blocks=1"]
+    assert not any("features" in name or "estimate" in name for name, _ in recurrent)
+
+
 def test_somebody_elses_folder_is_left_alone(recipe, tmp_path):
     (tmp_path / "theirs.txt").touch()
     with pytest.raises(UsageError, match="no comparison wrote"):

@@ -138,11 +138,12 @@ def test_noise_is_refitted_to_blocks_that_hear_each_other(place, corpus, tmp_pat
 
 def test_the_split_says_that_blocks_are_not_independent(place, tmp_path):
     told = commands.as_json("split", place / "gpt.py", "--context", "features", "-o", tmp_path / "p", "--json")
-    assert told["context"] == "features" and "none can be trained alone" in told["warnings"][0]
+    assert told["context"] == "features" and "one trained alone wants their finished runs" in told["warnings"][0]
     readme = (tmp_path / "p" / "README.md").read_text()
-    assert "not independent" in readme and "--block" not in readme
+    assert "not independent" in readme and "--block 1" in readme and "wants their finished runs" in readme
     assert json.loads((tmp_path / "p" / "plan.json").read_text())["context"] == "features"
-    assert "--block 0" in (place / "raw" / "README.md").read_text()
+    alone = (place / "raw" / "README.md").read_text()
+    assert "--block 0" in alone and "With train.z=noised, the default, blocks need nothing of each other" in alone
 
 
 def test_activations_count_what_is_heard(place, corpus):
@@ -173,9 +174,9 @@ def test_estimates_count_what_training_measures(place, corpus, context):
     assert held.gradients < away.parameters < held.parameters and away.optimizer == 2 * away.gradients
 
 
-def test_estimates_of_tasks_without_a_context():
-    with pytest.raises(UsageError, match="task classification has no context `features`"):
-        dbconvert.estimate(str(EXAMPLES / "vit.py"), request=Request(context="features"))
+def test_a_looped_core_has_no_predecessor():
+    with pytest.raises(UsageError, match="its predecessor is itself"):
+        dbconvert.split(str(EXAMPLES / "huginn.py"), options=SplitOptions(context="features"), dry_run=True)
 
 
 # -- masked text ------------------------------------------------------------------------------------------------
@@ -236,27 +237,12 @@ def test_plans_and_recipes_without_these_words_mean_the_paper_s_form(place):
 # -- errors -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("context", "overrides", "message"),
-    [
-        ("features", [], "no block can be trained alone: the plan's context is `features`"),
-        ("raw", ["train.z=on-policy"], "no block can be trained alone with train.z=on-policy"),
-        ("raw", ["train.z=mixed"], "no block can be trained alone with train.z=mixed"),
-    ],
-)
-def test_no_block_alone(place, corpus, tmp_path, context, overrides, message):
-    with pytest.raises(UsageError, match=message):
-        overrides = [*corpus, "train.periphery=frozen-target", *overrides]
-        dbconvert.train(str(place / context), overrides=overrides, block=1, out=str(tmp_path / "r"))
-    assert not (tmp_path / "r").exists()
-
-
-def test_tasks_without_a_context(tmp_path):
-    vit = str(EXAMPLES / "vit.py")
-    with pytest.raises(UsageError, match="task classification has no context `features`"):
-        dbconvert.split(vit, options=SplitOptions(context="features"), dry_run=True)
-    with pytest.raises(UsageError, match=r"task classification has no train\.z `mixed`"):
-        dbconvert.train("vit_digits", overrides=["train.z=mixed"], out=str(tmp_path / "r"))
+def test_networks_without_an_estimate(tmp_path):
+    """No task fits: what leaves the layers could be heard, but nothing says what is expected, and nothing trains."""
+    source = tmp_path / "model.py"
+    source.write_text((EXAMPLES / "gpt.py").read_text().replace("self.head(self.norm(x))", "self.norm(x)"))
+    with pytest.raises(UsageError, match="a network without a task has no context `estimate`"):
+        dbconvert.split(str(source), options=SplitOptions(context="estimate"), dry_run=True)
 
 
 def test_one_block_hears_nothing(place):

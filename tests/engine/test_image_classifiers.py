@@ -11,9 +11,10 @@ import transformers
 from PIL import Image
 
 import dbconvert
+from dbconvert.data_options import DataOptions, ImageOptions
 from dbconvert.errors import DBConvertError, Refused
 from dbconvert.plan import read_plan
-from dbconvert.recipe import DataOptions, ImageOptions, SplitOptions
+from dbconvert.recipe import SplitOptions
 
 pytestmark = pytest.mark.usefixtures("quick_splits")
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,7 @@ from torch import nn
 
 import dbconvert
 from dbconvert.checkpoint import load_tensors
-from dbconvert.engine import optimizers
+from dbconvert.engine import compiling, optimizers
 from dbconvert.engine.optimizers import GROUP, make_optimizer, state_bytes, state_size
 from dbconvert.engine.units import Unit
 from dbconvert.errors import UsageError
@@ -130,6 +130,14 @@ def same_weights_of_blocks(one, other):
     )
 
 
+def test_bf16_weights_are_put_together_and_evaluated(package, tmp_path):
+    out, checkpoint = str(tmp_path / "run"), tmp_path / "model.safetensors"
+    run = dbconvert.train(str(package), overrides=[*QUICK, *TRUE, "eval.every=4"], out=out)
+    dbconvert.assemble([out], out=str(checkpoint))
+    found = dbconvert.evaluate(str(checkpoint), part="validation", overrides=["eval.draws=1", "eval.sigmas=2"])
+    assert found.metrics["loss_zero"] == pytest.approx(run.metrics["loss_zero"], rel=0.02)
+
+
 # -- refusals ---------------------------------------------------------------------------------------------------
 
 
@@ -163,6 +171,6 @@ def test_devices_and_processes_without_support_are_refused(monkeypatch):
         optimizers.refuse_unsupported(recipe, torch.device("mps"), 1)
     with pytest.raises(UsageError, match="2 processes"):
         optimizers.refuse_unsupported(recipe, torch.device("cpu"), 2)
-    monkeypatch.setattr(optimizers.shutil, "which", lambda _: None)
+    monkeypatch.setattr(compiling.shutil, "which", lambda _: None)
     with pytest.raises(UsageError, match="does not run on cpu"):
         optimizers.refuse_unsupported(recipe, torch.device("cpu"), 1)

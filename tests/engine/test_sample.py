@@ -14,12 +14,13 @@ from small_dit import SMALL, write_model
 
 import dbconvert
 from dbconvert.data.images import denormalise
+from dbconvert.data_options import DataOptions, ImageOptions
 from dbconvert.engine.mover import block_parameters
 from dbconvert.engine.outline import outline
 from dbconvert.engine.sample import Sampling, draw, drawing_task, labels_of, sample
 from dbconvert.errors import DBConvertError, UsageError
 from dbconvert.events import Advance
-from dbconvert.recipe import DataOptions, ImageOptions, SplitOptions
+from dbconvert.recipe import SplitOptions
 
 pytestmark = pytest.mark.usefixtures("quick_splits")
 DATA = DataOptions(source="digits", image=ImageOptions(mean=(0.5,), std=(0.5,)))

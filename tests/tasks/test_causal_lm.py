@@ -6,7 +6,8 @@ import torch
 from language import causal_network
 from torch.nn import functional as F
 
-from dbconvert.data.sequences import DOCUMENTS, IGNORED
+from dbconvert.data.examples import IGNORED
+from dbconvert.data.sequences import DOCUMENTS
 from dbconvert.engine.generate import Decoding, Writer, can_cache
 from dbconvert.errors import UsageError
 from dbconvert.graph.analysis import analyse

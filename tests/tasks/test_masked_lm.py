@@ -6,7 +6,8 @@ import networks
 import pytest
 import torch
 
-from dbconvert.data.sequences import DOCUMENTS, IGNORED
+from dbconvert.data.examples import IGNORED
+from dbconvert.data.sequences import DOCUMENTS
 from dbconvert.engine.convert import hearings
 from dbconvert.engine.listening import CONTEXT
 from dbconvert.engine.network import BlockwiseNetwork

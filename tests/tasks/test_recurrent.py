@@ -11,7 +11,8 @@ import torch
 from loops import Looped, RandomState, recurrent_network
 from torch.nn import functional as F
 
-from dbconvert.data.sequences import DOCUMENTS, IGNORED
+from dbconvert.data.examples import IGNORED
+from dbconvert.data.sequences import DOCUMENTS
 from dbconvert.engine.bound import Bound
 from dbconvert.engine.decide import decide_blocks, decide_target
 from dbconvert.engine.generate import Decoding, Writer
