@@ -149,11 +149,13 @@ class TrainOptions:
 class EvalOptions:
     """When and how to evaluate; `steps: null` samples with B + 1 network evaluations.
 
-    `every` so many updates of the run, as a whole number, or once in such a share of them (0.05); 0 only at the end.
+    `every` so many updates of the run, as a whole number, or once in such a share of them (0.05); 0 only at the end. Of
+    the part at most so many `examples`, spread evenly over it; 0 is all of it.
     `draws` are those of a prediction, and the levels of each block in a bound of the likelihood.
     """
 
     every: Count | Share = 0
+    examples: Count = 0
     batch: Positive = 256
     draws: Count = 8
     steps: Positive | None = None

@@ -126,5 +126,5 @@ AGAINST: dict[str, tuple[Baseline, ...]] = {
 """Those that are asked for, by the word for them."""
 ON_THE_WAY = ("peers",)
 """Words whose rows are compared at equal time too."""
-WATCHED = ("eval.every=0.05", "log.every=10")
+WATCHED = ("eval.every=0.1", "eval.examples=256", "log.every=10")
 """How often quality and what is held are looked at then."""

@@ -120,7 +120,8 @@ def finished(folder: Path, cell: Cell, begun: float) -> Row:
 
 
 def eval_overrides(options: EvalOptions) -> list[str]:
-    return [f"eval.{key}={json.dumps(value)}" for key, value in to_data(options).items()]
+    """A cell is evaluated on the whole part once it is trained."""
+    return [f"eval.{key}={json.dumps(value)}" for key, value in {**to_data(options), "examples": 0}.items()]
 
 
 def headlines(plan: Plan, info: RunInfo, metrics: Metrics) -> dict[str, float | None]:

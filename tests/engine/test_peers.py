@@ -12,12 +12,14 @@ from engine.conftest import QUICK, pulled_and_resumed
 
 import dbconvert
 from dbconvert.cli.main import guarded
+from dbconvert.data.batches import Spread
 from dbconvert.engine import compare as comparing
 from dbconvert.engine import grid
 from dbconvert.engine.against import PEERS
-from dbconvert.engine.cell import run_cell
+from dbconvert.engine.cell import memory_figures, run_cell
 from dbconvert.engine.comparison import COLUMNS, Comparison, Point, Row
 from dbconvert.engine.grid import Request, lay_out, parse_vary
+from dbconvert.engine.memory import MemoryReport, UnitMemory
 from dbconvert.engine.peaks import Peaks, anonymous
 from dbconvert.events import Advance, Stage
 from dbconvert.schema import parse
@@ -40,7 +42,7 @@ def test_rows_are_those_of_the_package_with_what_makes_them(package):
     assert list(found) == ["blocks", "end-to-end", "shallow control", *(peer.name for peer in PEERS)]
     assert [one.cell.optional for one in found.values()] == [False] * 3 + [True] * len(PEERS)
     for one in found.values():
-        assert one.recipe.data.validation == "test" and one.recipe.eval.every == 0.05 and one.recipe.log.every == 10
+        assert one.recipe.data.validation == "test" and one.recipe.eval.every == 0.1 and one.recipe.log.every == 10
         assert one.recipe.train.steps == 4
     lean = found["end-to-end, checkpointing, 8-bit, in backward"].recipe
     assert lean.train.checkpointing and lean.train.clip is None and lean.train.method == "end-to-end"
@@ -76,7 +78,7 @@ def compared(package, tmp_path_factory):
     lean = next(one for one in PEERS if "8-bit" in one.name)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(grid.AGAINST, "peers", (*chosen, lean))
-        patch.setattr(grid, "WATCHED", ("eval.every=0.3", "log.every=10"))
+        patch.setattr(grid, "WATCHED", ("eval.every=0.3", "eval.examples=70", "log.every=10"))
         patch.setattr(comparing, "spawn", lambda place: run_cell(place) and 0)
         patch.setitem(sys.modules, "torchao", None)
         patch.setitem(sys.modules, "torchao.optim", None)
@@ -111,13 +113,27 @@ def test_memory_is_split_by_what_it_is_for(compared):
     away, badam = figures["blocks, inactive on disk"], figures["BAdam-style"]
     assert whole["peak_parameters"] == whole["peak_gradients"] == 4 * whole["parameters"] == badam["peak_parameters"]
     assert (
-        badam["peak_gradients"] < 0.6 * whole["peak_gradients"]
-        and badam["peak_optimizer"] < 1.3 * badam["peak_gradients"] * 2
+        badam["peak_gradients"] < 0.6 * whole["peak_gradients"] and badam["peak_optimizer"] < badam["peak_parameters"]
     )
     assert blocks["peak_gradients"] == away["peak_gradients"] < 0.5 * blocks["peak_parameters"]
     assert away["peak_parameters"] == away["peak_gradients"] and 2 * away["peak_optimizer"] < blocks["peak_optimizer"]
     assert blocks["epoch"] == pytest.approx(3 * blocks["step"] * (1197 // 16), rel=0.1)
     assert whole["epoch"] == pytest.approx(whole["step"] * (1197 // 16), rel=0.1)
+
+
+def test_on_a_cuda_device_the_allocator_tells_the_peak_and_the_rest_is_other():
+    unit = UnitMemory("network", trainable=10, state=160, activations=500)
+    report = MemoryReport((unit,), used_parameters=10, resident_parameters=25, resident_state=220)
+    most = {"parameters": 40, "gradients": 40, "optimizer": 80, "spare": 60}
+    lines = [{"holds": {**most, "optimizer": 0}}, {"holds": most}, {"update": 2, "eval": {}}]
+    peaks = Peaks(device=True)
+    peaks.device, peaks.host = 1000, 7
+    found = memory_figures(report, lines, peaks)
+    assert (found["peak"], found["other"], found["host"], found["parameters"]) == (940, 280, 7, 10)
+    assert [found[part] for part in PARTS] == [40, 40, 80, 500]
+    peaks.device = 600  # activations are gone before the last gradients are there
+    found = memory_figures(report, lines, peaks)
+    assert (found["peak"], found["other"]) == (660, 0)
 
 
 def test_quality_on_the_way_is_told_at_equal_time(compared):
@@ -126,8 +142,8 @@ def test_quality_on_the_way_is_told_at_equal_time(compared):
         curve = rows[name]["curve"]
         assert [point["update"] for point in curve] == updates
         assert all(a["seconds"] < b["seconds"] for a, b in pairwise(curve))
-        told = {key: value for key, value in rows[name]["quality"].items() if value is not None}
-        assert {key: curve[-1]["quality"][key] for key in told} == pytest.approx(told, abs=1e-6)
+        assert all(round(70 * point["quality"]["accuracy from z = 0"], 3).is_integer() for point in curve)
+        assert rows[name]["examples"] == 300
     header = (out / "table.md").read_text().splitlines()[0]
     assert "| accuracy from z = 0, at equal time |" in header and "state held" not in header
 
@@ -184,6 +200,20 @@ def test_peaks_are_those_of_updates():
         peaks(Advance(0))
         peaks(Advance(1))
     assert 35 * MB < peaks.host < 120 * MB and peaks.device is None and not peaks.thread.is_alive()
+
+
+def test_some_examples_are_spread_over_the_part():
+    part = Rows(10)
+    assert [Spread(part, 4).__getitems__([0, 3]), len(Spread(part, 4)), len(Spread(part, 99))] == [[0, 7], 4, 10]
+    assert Spread(part, 99).__getitems__([9]) == [9] and Spread(part, 4).characters_per_token is None
+
+
+class Rows(list):
+    def __init__(self, count):
+        super().__init__(range(count))
+
+    def __getitems__(self, indices):
+        return [self[i] for i in indices]
 
 
 def test_evaluations_come_by_shares_and_time_goes_on_where_it_was(package, tmp_path):
