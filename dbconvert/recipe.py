@@ -14,7 +14,9 @@ from dbconvert.overrides import keys, merge, parse_overrides, without_displaced
 from dbconvert.plan import Context, Entry, Kernel, NoiseRule, Readout, Table
 from dbconvert.schema import Count, Positive, PositiveFloat, Share, parse, read_yaml, record
 
-Method = Literal["blocks", "end-to-end", "shallow", "truncated-bptt", "forward-forward", "noprop-dt"]
+Method = Literal[
+    "blocks", "end-to-end", "shallow", "truncated-bptt", "forward-forward", "noprop-dt", "badam", "lisa", "lora"
+]
 BACKPROPAGATE = 8
 """Rounds that `truncated-bptt` goes back by default, as the paper's baseline does."""
 Z = Literal["noised", "on-policy", "mixed"]
@@ -83,7 +85,8 @@ class TrainOptions:
             first block's layers, end-to-end, for B times the steps, a looped core once; or `truncated-bptt`, which
             trains a looped core end-to-end with gradients through its last rounds only; or `forward-forward`, in which
             every layer learns alone to tell right labels from wrong ones; or `noprop-dt`, in which every block learns
-            alone to denoise the label at one level.
+            alone to denoise the label at one level; or `badam` and `lisa`, which run all layers and train some of them,
+            others every `steps_per_turn` updates; or `lora`, which trains low-rank additions to a pretrained network.
         steps: updates a block; or `epochs` over the training data a block. An override of one displaces the other.
         batch: examples an update, over all processes.
         order: which block is next: `random`; or `rotate`, `steps_per_turn` at a time; or `stagewise`, one block after
@@ -146,10 +149,13 @@ class TrainOptions:
 class EvalOptions:
     """When and how to evaluate; `steps: null` samples with B + 1 network evaluations.
 
+    `every` so many updates of the run, as a whole number, or once in such a share of them (0.05); 0 only at the end. Of
+    the part at most so many `examples`, spread evenly over it; 0 is all of it.
     `draws` are those of a prediction, and the levels of each block in a bound of the likelihood.
     """
 
-    every: Count = 0
+    every: Count | Share = 0
+    examples: Count = 0
     batch: Positive = 256
     draws: Count = 8
     steps: Positive | None = None

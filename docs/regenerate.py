@@ -27,6 +27,7 @@ from context_tables import context_parts
 from dit_tables import dit_parts
 from families import family_parts
 from masked_tables import masked_parts
+from memory_tables import memory_parts
 from recurrent_tables import recurrent_parts
 from refusals import refusal_parts
 from text_tables import text_parts
@@ -44,6 +45,7 @@ PAGES = (
     "docs/will-it-convert.md",
     "docs/text.md",
     "docs/images.md",
+    "docs/memory.md",
 )
 SEEDS = (0, 1, 2)
 VARIANTS = {
@@ -136,6 +138,7 @@ def parts(results: dict[str, Any]) -> dict[str, str]:
         **context_parts(),
         **recurrent_parts(),
         **dit_parts(),
+        **memory_parts(),
     }
 
 

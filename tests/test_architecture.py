@@ -26,6 +26,7 @@ HOMES = {
     "matplotlib": {"engine"},
     "mauve": {"engine"},
     "torch_fidelity": {"engine"},
+    "peft": {"engine"},
     "torchao": {"engine"},
     "transformers": {"sources"},
     "diffusers": {"sources"},

@@ -126,6 +126,26 @@ def as_they_are(batch: Any) -> Any:
     return batch
 
 
+class Spread:
+    """At most `count` examples of a part, spread evenly over it."""
+
+    def __init__(self, examples: Data, count: int) -> None:
+        self.examples, self.count = examples, min(count, len(examples))
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        return self.examples.__getitems__([i * len(self.examples) // self.count for i in indices])
+
+    def label_counts(self) -> Tensor:
+        return self.examples.label_counts()
+
+    @property
+    def characters_per_token(self) -> float | None:
+        return getattr(self.examples, "characters_per_token", None)
+
+
 def in_order(examples: Data, batch: int) -> Iterator[Batch]:
     """All examples once, in their order (evaluation)."""
     for start in range(0, len(examples), batch):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Iterable
+
+from torch import Tensor, nn
 
 from dbconvert.engine.cascade import approach, forward_layers
 from dbconvert.engine.kept_states import instead
@@ -48,6 +50,9 @@ class Blocks(Method):
 
     def weight(self, job: Job, sigma: Tensor) -> Tensor:
         return noise_weight(job, sigma)
+
+    def held(self, network: BlockwiseNetwork) -> Iterable[nn.Parameter]:
+        return network.parameters()
 
     def layer_calls(self, plan: Plan) -> int:
         return most_layers(plan)

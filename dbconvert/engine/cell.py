@@ -21,19 +21,23 @@ import time
 import traceback
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from dbconvert.engine.comparison import Quality, Row
+from dbconvert.engine.comparison import Point, Quality, Row
 from dbconvert.engine.convert import task_of
-from dbconvert.engine.evaluate import Evaluation, evaluate
+from dbconvert.engine.evaluate import evaluate
 from dbconvert.engine.grid import Cell
+from dbconvert.engine.held import SPARE
 from dbconvert.engine.load import read_run
 from dbconvert.engine.memory import MemoryReport
 from dbconvert.engine.methods import METHODS
+from dbconvert.engine.metrics import Metrics
+from dbconvert.engine.peaks import Peaks, preload
 from dbconvert.engine.runs import MEMORY, METRICS, RUN, RunInfo, read_info
 from dbconvert.engine.train import train
-from dbconvert.errors import DBConvertError
+from dbconvert.errors import DBConvertError, UsageError
 from dbconvert.files import write_text
 from dbconvert.plan import Plan
 from dbconvert.recipe import EvalOptions, Recipe, about_samples, read_recipe
@@ -41,6 +45,9 @@ from dbconvert.schema import parse, read_json, to_data, to_json
 
 CELL, RECIPE, RUN_FOLDER, ROW, LOG = "cell.json", "cell.yaml", "run", "row.json", "log.txt"
 LIBRARIES = ("dbconvert", "torch", "transformers")
+PARTS = ("parameters", "gradients", "optimizer")
+Line = dict[str, Any]
+"""Of metrics.jsonl."""
 FORWARD_AND_BACKWARD = 3
 """What a layer's forward and backward pass cost, in forward passes."""
 
@@ -66,7 +73,8 @@ def run_cell(folder: Path) -> Row:
     try:
         row = finished(folder, cell, begun)
     except DBConvertError as error:
-        row = Row(cell, "failed", str(error))
+        impossible = cell.optional and isinstance(error, UsageError)
+        row = Row(cell, "not here" if impossible else "failed", str(error))
     except Exception as error:
         traceback.print_exc()
         row = Row(cell, "failed", f"unexpected {type(error).__name__}: {error}; more in {folder / LOG}")
@@ -76,21 +84,32 @@ def run_cell(folder: Path) -> Row:
 
 def finished(folder: Path, cell: Cell, begun: float) -> Row:
     recipe, run = read_recipe(folder / RECIPE), folder / RUN_FOLDER
+    peaks = Peaks(on_cuda(recipe))
     if run.exists() and not (run / RUN).is_file():
         shutil.rmtree(run)
     if not (run / RUN).is_file() or read_info(run).status != "complete":
         none = [f"eval.{key}={json.dumps(value)}" for key, value in about_samples(recipe.eval).items()]
-        train(str(folder / RECIPE), overrides=none, resume=run.exists(), out=str(run))
+        with peaks:
+            train(str(folder / RECIPE), overrides=none, resume=run.exists(), out=str(run), report=peaks)
     evaluation = evaluate(str(run), part=cell.part, overrides=eval_overrides(recipe.eval))
     info, _, plan, _ = read_run(run)
     memory = parse(MemoryReport, read_json(run / MEMORY), file=str(run / MEMORY))
-    figures = {**memory_figures(memory, info), **work_figures(plan, recipe, info), "step": step_seconds(run)}
-    qualities, quality = headlines(plan, info, evaluation)
+    lines = logged(run)
+    figures = {
+        **memory_figures(memory, lines, peaks),
+        **work_figures(plan, recipe, info),
+        **time_figures(recipe, info, lines),
+    }
     return Row(
         cell,
         "done",
-        qualities=qualities,
-        quality=quality,
+        qualities=tuple(Quality(one.title, one.blocks.startswith("accuracy")) for one in task_of(plan).headlines),
+        quality=headlines(plan, info, evaluation.metrics),
+        curve=tuple(
+            Point(line["update"], line["trained"], headlines(plan, info, line["eval"]))
+            for line in lines
+            if "eval" in line
+        ),
         figures=figures,
         metrics=evaluation.metrics,
         examples=evaluation.examples,
@@ -101,32 +120,37 @@ def finished(folder: Path, cell: Cell, begun: float) -> Row:
 
 
 def eval_overrides(options: EvalOptions) -> list[str]:
-    return [f"eval.{key}={json.dumps(value)}" for key, value in to_data(options).items()]
+    """A cell is evaluated on the whole part once it is trained."""
+    return [f"eval.{key}={json.dumps(value)}" for key, value in {**to_data(options), "examples": 0}.items()]
 
 
-def headlines(plan: Plan, info: RunInfo, evaluation: Evaluation) -> tuple[tuple[Quality, ...], dict[str, float | None]]:
-    """The figures by which the plan's task compares networks, as the evaluation of this one told them."""
+def headlines(plan: Plan, info: RunInfo, metrics: Metrics) -> dict[str, float | None]:
+    """The figures by which the plan's task compares networks, as an evaluation of this one told them, by title."""
     found: dict[str, float | None] = {}
     for headline in task_of(plan).headlines:
         name = headline.blocks if METHODS[info.method].stepwise else headline.plain
-        found[headline.title] = None if name is None else evaluation.metrics.get(name)
-    qualities = tuple(Quality(one.title, one.blocks.startswith("accuracy")) for one in task_of(plan).headlines)
-    return qualities, found
+        found[headline.title] = None if name is None else metrics.get(name)
+    return found
 
 
-def memory_figures(memory: MemoryReport, info: RunInfo) -> dict[str, float | None]:
-    """Of an update, and of the whole run; a baseline holds what it trains, and nothing of the blocks."""
-    blocks = METHODS[info.method].blocks
-    return {
-        "activations": max(one.activations for one in memory.units),
-        "state": max(one.state for one in memory.units),
-        "held": memory.resident_state if blocks else sum(one.state for one in memory.units),
-        "parameters": memory.resident_parameters if blocks else sum(one.trainable for one in memory.units),
-    }
+def memory_figures(memory: MemoryReport, lines: list[Line], peaks: Peaks) -> dict[str, float | None]:
+    """Bytes at the peak of an update, by what they are for; on a CPU the peak is what is counted."""
+    seen = [line["holds"] for line in lines if "holds" in line]
+    activations = max(one.activations for one in memory.units)
+    found: dict[str, float | None] = {"activations": activations, "host": peaks.host}
+    found["parameters"] = memory.used_parameters
+    if seen:
+        most = max(seen, key=lambda one: sum(one[part] for part in PARTS))
+        found.update({f"peak_{part}": most[part] for part in PARTS})
+        counted = found["peak"] = activations + sum(most[part] for part in PARTS)
+        if peaks.device is not None:
+            found["peak"] = max(counted, peaks.device - most[SPARE])
+            found["other"] = found["peak"] - counted
+    return found
 
 
 def work_figures(plan: Plan, recipe: Recipe, info: RunInfo) -> dict[str, float | None]:
-    """Layers that run in an update (the most, over blocks), updates, and network evaluations of a prediction."""
+    """Layers that run in an update (the most, over blocks), updates, evaluations of a prediction."""
     task, method = task_of(plan), METHODS[info.method]
     layers = method.layer_calls(plan)
     predicts = not (task.bounded or task.generative)
@@ -138,16 +162,28 @@ def work_figures(plan: Plan, recipe: Recipe, info: RunInfo) -> dict[str, float |
     }
 
 
-def step_seconds(run: Path) -> float | None:
-    """The median over an update and the loading of its batch; None where none was logged."""
-    path = run / METRICS
-    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines() if path.is_file() else ())
+def time_figures(recipe: Recipe, info: RunInfo, lines: list[Line]) -> dict[str, float | None]:
+    """Medians over updates with the loading of their batches: of one, and of those in which every layer that learns
+    reads the data once. None where none was logged."""
     told = [line["seconds"] for line in lines if "seconds" in line]
-    return statistics.median(told) if told else None
+    if not told or info.epoch is None:
+        return {}
+    step = statistics.median(told)
+    steps = recipe.train.steps or (recipe.train.epochs or 1) * info.epoch
+    return {"step": step, "epoch": step * info.epoch * info.updates / steps}
+
+
+def logged(run: Path) -> list[Line]:
+    path = run / METRICS
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def on_cuda(recipe: Recipe) -> bool:
+    return torch.cuda.is_available() and not recipe.train.cpu
 
 
 def device_words(recipe: Recipe) -> str:
-    if torch.cuda.is_available() and not recipe.train.cpu:
+    if on_cuda(recipe):
         return torch.cuda.get_device_name()
     return f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {platform.machine()}"
 
@@ -155,13 +191,14 @@ def device_words(recipe: Recipe) -> str:
 def end_with_parent() -> None:
     """Ends this process when the one that started it is gone: then the pipe that it reads closes."""
 
-    def watch() -> None:
+    def peaks() -> None:
         os.read(0, 1)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=peaks, daemon=True).start()
 
 
 if __name__ == "__main__":
     end_with_parent()
+    preload()
     run_cell(Path(sys.argv[1]))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dbconvert.amounts import size
+from dbconvert.engine.against import WHOLE
 from dbconvert.engine.grid import Cell
 from dbconvert.schema import record, to_data
 
@@ -22,22 +23,34 @@ class Quality:
 
 
 @record
+class Point:
+    """Quality on the way: after so many updates of the run, and so many seconds of training without evaluations."""
+
+    update: int
+    seconds: float
+    quality: dict[str, float | None]
+
+
+@record
 class Row:
     """What became of a cell.
 
     Args:
-        reason: why it failed.
+        status: `not here` where the machine, the network or what is installed does not allow it.
+        reason: why it failed, or is not here.
         figures: by the keys of COLUMNS.
         quality: by title; None where this form of training has no such figure.
+        curve: quality along the way, where it was evaluated.
         metrics: all that its evaluation told, over so many examples.
         seconds: that the cell took, in the process that finished it.
     """
 
     cell: Cell
-    status: Literal["done", "failed"]
+    status: Literal["done", "failed", "not here"]
     reason: str = ""
     qualities: tuple[Quality, ...] = ()
     quality: dict[str, float | None] = field(default_factory=dict)
+    curve: tuple[Point, ...] = ()
     figures: dict[str, float | None] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     examples: int = 0
@@ -45,15 +58,20 @@ class Row:
     device: str = ""
     seconds: float = 0.0
 
+    def at(self, seconds: float) -> dict[str, float | None]:
+        """The last quality until then."""
+        before = [point.quality for point in self.curve if point.seconds <= seconds]
+        return before[-1] if before else {}
+
 
 @dataclass(frozen=True)
 class Column:
-    """A figure that is told of every row."""
+    """A figure that is told of every row, if any row has it."""
 
     key: str
     title: str
     words: Callable[[float], str]
-    about: Literal["memory and time", "work"]
+    about: Literal["memory", "time and work"]
 
 
 def whole(value: float) -> str:
@@ -68,17 +86,29 @@ def duration(value: float) -> str:
     return f"{1000 * value:.1f} ms" if value < 1 else f"{value:.2f} s"
 
 
-COLUMNS = (
-    Column("activations", "activations", size, "memory and time"),
-    Column("state", "state in use", size, "memory and time"),
-    Column("held", "state held", size, "memory and time"),
-    Column("step", "time a step", duration, "memory and time"),
-    Column("parameters", "parameters", whole, "work"),
-    Column("layers", "layers an update", whole, "work"),
-    Column("passes", "with forward passes", hundredths, "work"),
-    Column("updates", "updates", whole, "work"),
-    Column("evaluations", "evaluations a prediction", whole, "work"),
+SPLIT = (
+    Column("peak_parameters", "in parameters", size, "memory"),
+    Column("peak_gradients", "in gradients", size, "memory"),
+    Column("peak_optimizer", "in optimiser state", size, "memory"),
+    Column("activations", "activations", size, "memory"),
+    Column("other", "other", size, "memory"),
 )
+"""What the peak is made of."""
+COLUMNS = (
+    Column("peak", "peak memory", size, "memory"),
+    *SPLIT,
+    Column("state", "state in use", size, "memory"),
+    Column("held", "state held", size, "memory"),
+    Column("host", "host memory", size, "memory"),
+    Column("step", "time a step", duration, "time and work"),
+    Column("epoch", "time an epoch", duration, "time and work"),
+    Column("parameters", "parameters", whole, "time and work"),
+    Column("layers", "layers an update", whole, "time and work"),
+    Column("passes", "with forward passes", hundredths, "time and work"),
+    Column("updates", "updates", whole, "time and work"),
+    Column("evaluations", "evaluations a prediction", whole, "time and work"),
+)
+"""`state` and `held` are those of older comparisons."""
 NONE = "-"
 
 
@@ -108,6 +138,15 @@ class Comparison:
         told = {title for row in self.rows for title, value in row.quality.items() if value is not None}
         return tuple(dict.fromkeys(one for row in self.rows for one in row.qualities if one.title in told))
 
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return tuple(one for one in COLUMNS if any(row.figures.get(one.key) is not None for row in self.rows))
+
+    @property
+    def equal_time(self) -> dict[int, float]:
+        """By seed: the seconds that end-to-end training took, evaluations not counted."""
+        return {row.cell.seed: row.curve[-1].seconds for row in self.rows if row.curve and row.cell.baseline == WHOLE}
+
     def by_name(self) -> dict[str, list[Row]]:
         """The rows of all seeds, the grid before the baselines."""
         found: dict[str, list[Row]] = {}
@@ -117,25 +156,30 @@ class Comparison:
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """The headers, and a line of words for each name: medians, with the least and the most of several seeds."""
-        headers = ["training", *(self.groups()["quality"]), *(column.title for column in COLUMNS)]
+        headers = ["training", *(title for titles in self.groups().values() for title in titles)]
         return headers, [self.line(name, rows) for name, rows in self.by_name().items()]
 
     def groups(self) -> dict[str, list[str]]:
         """The headers after the first, by what they are about."""
-        found = {"quality": [quality.title for quality in self.qualities] or ["quality"]}
-        for column in COLUMNS:
+        titles = [quality.title for quality in self.qualities]
+        timed = [f"{title}, at equal time" for title in titles if self.equal_time]
+        found = {"quality": [*titles, *timed] or ["quality"]}
+        for column in self.columns:
             found.setdefault(column.about, []).append(column.title)
         return found
 
     def line(self, name: str, rows: list[Row]) -> list[str]:
         done = [row for row in rows if row.status == "done"]
         if not done:
-            lacking = [NONE] * (max(1, len(self.qualities)) - 1 + len(COLUMNS))
-            return [name, f"failed: {rows[0].reason.splitlines()[0]}", *lacking]
+            lacking = [NONE] * (len(self.groups()["quality"]) - 1 + len(self.columns))
+            return [name, f"{rows[0].status}: {rows[0].reason.splitlines()[0]}", *lacking]
         lost = f" ({len(rows) - len(done)} of {len(rows)} seeds failed)" if len(done) < len(rows) else ""
         told = [spread([row.quality.get(q.title) for row in done], q) for q in self.qualities]
+        if times := self.equal_time:
+            now = [row.at(times[row.cell.seed]) if row.cell.seed in times else {} for row in done]
+            told += [spread([one.get(q.title) for one in now], q) for q in self.qualities]
         found = []
-        for column in COLUMNS:
+        for column in self.columns:
             middle = median([row.figures.get(column.key) for row in done])
             found.append(NONE if middle is None else column.words(middle))
         return [name + lost, *told, *found]
@@ -147,10 +191,15 @@ class Comparison:
         parts = {f"{row.cell.part}: {row.examples} examples" for row in done}
         notes = [f"recipe {self.target}; seeds {seeds}; evaluated on {', '.join(sorted(parts)) or 'nothing'}"]
         notes += sorted({machine_words(row) for row in done})
-        failures: dict[tuple[str, str], list[str]] = {}
-        for row in self.failed:
-            failures.setdefault((row.cell.name, row.reason.splitlines()[0]), []).append(str(row.cell.seed))
-        notes += [f"failed: {name}, seed {', '.join(seeds)}: {why}" for (name, why), seeds in failures.items()]
+        if self.equal_time:
+            after = ", ".join(f"{seconds:.1f} s (seed {seed})" for seed, seconds in self.equal_time.items())
+            notes.append(f"equal time: the last evaluation within {after} of training, as long as end-to-end took")
+        failures: dict[tuple[str, str, str], list[str]] = {}
+        for row in self.rows:
+            if row.status != "done":
+                reason = row.reason.splitlines()[0]
+                failures.setdefault((row.status, row.cell.name, reason), []).append(str(row.cell.seed))
+        notes += [f"{how}: {name}, seed {', '.join(seeds)}: {why}" for (how, name, why), seeds in failures.items()]
         notes += [f"cells that were not come to: {self.left}"] if self.left else []
         return notes
 

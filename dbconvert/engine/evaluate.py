@@ -70,7 +70,7 @@ def evaluate(
     made = made if draws else generated(loaded, examples, tokenizer, options, seed, report)
     report(Stage("evaluating"))
     metrics = {**figures(loaded, examples, data, options, seed), **made}
-    return Evaluation(str(data.source), part, len(examples), metrics)
+    return Evaluation(str(data.source), part, min(len(examples), options.examples or len(examples)), metrics)
 
 
 def with_overrides(

@@ -40,6 +40,7 @@ class ForwardForward(Method):
 
     name = "forward-forward"
     labelled = True
+    alone = True
     prepared = False
 
     def refuse(self, plan: Plan, recipe: Recipe) -> None:

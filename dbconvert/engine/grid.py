@@ -10,6 +10,18 @@ from pathlib import Path
 
 import yaml
 
+from dbconvert.engine.against import (
+    AGAINST,
+    ALWAYS,
+    DEPTH,
+    NOISE,
+    ON_THE_WAY,
+    ONE_BLOCK,
+    SHALLOW,
+    STAY,
+    WATCHED,
+    Baseline,
+)
 from dbconvert.engine.package import PLAN
 from dbconvert.engine.prepare import read_origin
 from dbconvert.errors import UsageError
@@ -18,91 +30,6 @@ from dbconvert.plan import read_plan
 from dbconvert.recipe import Recipe
 from dbconvert.schema import identity, record, to_data
 from dbconvert.tasks.registry import named
-
-CUT = ("split.blocks", "split.layers", "split.layers_per_block")
-BLOCKS_ONLY = (
-    "split.start",
-    "split.condition_width",
-    "split.table",
-    "split.context",
-    "split.entry",
-    "split.readout",
-    "split.modulation",
-    "noise.partition",
-    "noise.overlap",
-    "noise.refit",
-    "train.order",
-    "train.steps_per_turn",
-    "train.after",
-    "train.states",
-    "train.periphery",
-    "train.inactive",
-    "train.prefetch",
-    "train.z",
-    "train.mixed",
-    "eval.steps",
-)
-STAY = ("train.inactive=resident", "train.prefetch=false")
-"""Baselines have no blocks that could be away."""
-ONE_BLOCK = ("noise.partition", "noise.overlap", "split.context", "train.order", "train.steps_per_turn")
-"""What changes nothing where one block holds all layers and all levels."""
-NOISE = ("noise.", "train.weight", "eval.draws", "eval.sigmas")
-
-
-@dataclass(frozen=True)
-class Baseline:
-    """A form of training that blocks are compared with.
-
-    Args:
-        overrides: that make it of any recipe.
-        ignores: keys of a recipe that change nothing about it, or their beginnings, with a dot at the end.
-        heeds: keys that change something about it, whatever they do to other baselines.
-    """
-
-    name: str
-    overrides: tuple[str, ...]
-    ignores: tuple[str, ...]
-    heeds: tuple[str, ...] = ()
-
-
-SHALLOW = Baseline("shallow control", ("train.method=shallow",), BLOCKS_ONLY)
-ALWAYS = (Baseline("end-to-end", ("train.method=end-to-end",), BLOCKS_ONLY + CUT), SHALLOW)
-"""The baselines of every comparison."""
-LABEL_PLACE = ("split.entry", "split.readout")
-TOLD = ("split.context", "train.z", "train.mixed")
-DEPTH = tuple(
-    Baseline(f"{context}, {z}", (f"split.context={context}", f"train.z={z}"), TOLD)
-    for context, z in (
-        ("raw", "noised"),  # the paper's form
-        ("features", "noised"),
-        ("estimate", "noised"),
-        ("raw", "on-policy"),
-        ("raw", "mixed"),
-        ("features", "on-policy"),
-        ("estimate", "on-policy"),
-        ("features", "mixed"),
-    )
-)
-"""Forms of training in blocks, by what these hear of each other."""
-AGAINST: dict[str, tuple[Baseline, ...]] = {
-    "forward-forward": (
-        Baseline(
-            "Forward-Forward",
-            ("train.method=forward-forward",),
-            tuple(key for key in (*BLOCKS_ONLY, *CUT) if key not in LABEL_PLACE),
-        ),
-    ),
-    "noprop-dt": (Baseline("NoProp-DT", ("train.method=noprop-dt",), BLOCKS_ONLY, (*LABEL_PLACE, "eval.draws")),),
-    "checkpointing": (
-        Baseline(
-            "end-to-end with activation checkpointing",
-            ("train.method=end-to-end", "train.checkpointing=true"),
-            (*BLOCKS_ONLY, *CUT, "train.checkpointing"),
-        ),
-    ),
-    "depth": DEPTH,
-}
-"""Those that are asked for, by the word for them."""
 
 
 @record
@@ -114,6 +41,7 @@ class Cell:
         baseline: name of the baseline, None for a cell of the grid.
         varied: the varied keys that it depends on.
         part: of the data, on which it is evaluated.
+        optional: where this machine, this network or what is installed does not allow it, it is no failure.
         identity: SHA-256 of its settled recipe, of the part, of what the recipe's files hold, and of the versions.
     """
 
@@ -123,6 +51,7 @@ class Cell:
     seed: int
     part: str
     identity: str
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -210,8 +139,8 @@ def lay_out(request: Request, versions: Mapping[str, str]) -> list[Planned]:
                 planned = plan_cell(request, None, told, seed, part, versions)
             found.setdefault(planned.cell.identity, planned)
         for baseline in (*ALWAYS, *asked):
-            idles = baseline.ignores if baseline in DEPTH else (*baseline.ignores, *idle)
-            heeded = {k: v for k, v in request.varied.items() if k in baseline.heeds or not ignored(k, idles)}
+            idles = (*baseline.ignores, *idle)
+            heeded = {k: v for k, v in request.varied.items() if matches(k, baseline.heeds) or not ignored(k, idles)}
             for combination in combinations(heeded):
                 planned = plan_cell(request, baseline, combination, seed, part, versions)
                 if not is_end_to_end(baseline, planned.recipe) and not is_untold(baseline, planned.recipe):
@@ -225,7 +154,11 @@ def combinations(varied: Mapping[str, tuple[str, ...]]) -> list[dict[str, str]]:
 
 def ignored(key: str, ignores: Iterable[str]) -> bool:
     """Whether a baseline ignores a key; its method is its own."""
-    return key == "train.method" or any(key == one or (one.endswith(".") and key.startswith(one)) for one in ignores)
+    return key == "train.method" or matches(key, ignores)
+
+
+def matches(key: str, ones: Iterable[str]) -> bool:
+    return any(key == one or (one.endswith(".") and key.startswith(one)) for one in ones)
 
 
 def is_end_to_end(baseline: Baseline, recipe: Recipe) -> bool:
@@ -258,16 +191,19 @@ def plan_cell(
     part: str,
     versions: Mapping[str, str],
 ) -> Planned:
-    own = (*baseline.overrides, *STAY) if baseline else ()
+    own = (*STAY, *baseline.overrides) if baseline else ()
     varied = [f"{key}={value}" for key, value in combination.items()]
-    # A cell is evaluated once, when it is trained, on the part that is asked for.
-    overrides = [*request.overrides, *varied, *own, f"seed={seed}", "data.validation=null"]
+    # A cell is evaluated once, when it is trained, on the part that is asked for, if nothing asks for more.
+    along = any(word in ON_THE_WAY for word in request.against)
+    evaluated = [f"data.validation={json.dumps(part)}", *WATCHED] if along else ["data.validation=null"]
+    overrides = [*request.overrides, *varied, *own, f"seed={seed}", *evaluated]
     recipe = read_origin(request.target, overrides).recipe
     named_by = [baseline.name] if baseline else []
     name = ", ".join([*named_by, *varied]) or recipe.train.method
     content = {**to_data(recipe), "log": None}
     told = identity({"recipe": content, "part": part, "files": digests(recipe), "versions": dict(versions)})
-    return Planned(Cell(name, baseline.name if baseline else None, combination, seed, part, told), recipe)
+    optional = baseline is not None and baseline.optional
+    return Planned(Cell(name, baseline.name if baseline else None, combination, seed, part, told, optional), recipe)
 
 
 def digests(recipe: Recipe) -> dict[str, str]:

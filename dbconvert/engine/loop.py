@@ -7,7 +7,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -21,11 +21,12 @@ from dbconvert.data.examples import LABEL, Batch
 from dbconvert.data.images import augmentation, entering
 from dbconvert.diffusion.intervals import stratified
 from dbconvert.engine.compiling import compiled_graphs, uncompiled
+from dbconvert.engine.held import held
 from dbconvert.engine.method import Job
 from dbconvert.engine.metrics import Metrics, Scorer
 from dbconvert.engine.refit import keep, points, refitted, told
 from dbconvert.engine.runs import CHECKPOINTS, METRICS
-from dbconvert.engine.state import load_state, newest_state, save_state, truncate_metrics
+from dbconvert.engine.state import Done, load_state, newest_state, save_state, truncate_metrics
 from dbconvert.engine.units import Unit
 from dbconvert.engine.watch import Watch
 from dbconvert.events import Advance, Note, Reporter, Stage
@@ -50,6 +51,9 @@ class Loop:
         self.updates = self.untimed = 0
         self.graphs = compiled_graphs() if self.recipe.train.compile else 0
         self.took: list[float] = []
+        self.trained = 0.0
+        every = self.recipe.eval.every
+        self.evaluates_every = max(1, round(every * len(self.order))) if isinstance(every, float) else every
         late, told = self.accelerator.device.type == "cuda", job.layers is None
         self.watch = Watch(job.folder / CHECKPOINTS, late=late, told=told)
         shares = () if job.layers is not None else job.network.plan.noise.refit
@@ -85,10 +89,11 @@ class Loop:
             self.report(Advance(1, {} if loss is None else {"loss": loss}))
             if self.updates in self.refits:
                 self.refit()
-            if self.recipe.eval.every and self.updates % self.recipe.eval.every == 0:
+            if self.evaluates_every and self.updates % self.evaluates_every == 0 and self.updates < len(self.order):
                 self.evaluate()
             if every and self.updates % every == 0 and self.updates < len(self.order):
                 self.save()
+            self.report(Advance(0))
             self.timed()
         self.settle()
         return self.evaluate()
@@ -99,6 +104,7 @@ class Loop:
         if self.untimed:
             seconds = (time.perf_counter() - self.begun) / self.untimed
             self.took.extend([seconds] * self.untimed)
+            self.trained += seconds * self.untimed
             self.untimed = 0
 
     def timed(self) -> None:
@@ -113,7 +119,7 @@ class Loop:
             return
         bring = (lambda _: None) if self.job.mover is None else self.job.mover.at_rest().activate_unit
         loaded = load_state(state, self.job.network, self.job.all_units(), bring)
-        self.updates = loaded.updates
+        self.updates, self.trained = loaded.updates, loaded.seconds
         self.change_noise(loaded.noise)
         truncate_metrics(self.metrics_path, loaded.metrics_bytes)
 
@@ -124,7 +130,8 @@ class Loop:
         if self.accelerator.is_main_process:
             size = self.metrics_path.stat().st_size if self.metrics_path.exists() else 0
             folder = self.job.folder / CHECKPOINTS
-            save_state(folder, self.job.network, self.job.all_units(), self.updates, size, self.job.noise)
+            done = Done(self.updates, self.trained, size)
+            save_state(folder, self.job.network, self.job.all_units(), done, self.job.noise)
         self.accelerator.wait_for_everyone()
 
     def loaded(self) -> Iterator[Batch]:
@@ -154,6 +161,7 @@ class Loop:
         self.bring(block)
         unit, units = self.job.units[block], self.job.units_of(block)
         seed_all(derive(self.recipe.seed, "update", block, unit.done, self.accelerator.process_index))
+        self.job.method.begin(self.job, block)
         for active in units:
             active.prepare_update()
         if not self.job.network.training:
@@ -168,15 +176,17 @@ class Loop:
         rate = unit.learning_rate()
         for active in units:
             active.optimizer.step()
+        logged = (self.updates + 1) % self.recipe.log.every == 0 or self.updates + 1 == len(self.order)
+        holds = held(self.job) if logged else {}
+        for active in units:
             active.finish_update()
         self.counted += len(labels) * self.accelerator.num_processes
         self.untimed += 1
-        logged = (self.updates + 1) % self.recipe.log.every == 0
         if logged or not self.watch.late:
             self.settle()
         if logged:
             told = None if norm is None else float(norm)
-            self.log(unit, {"block": block, "loss": float(loss), "lr": rate, "grad_norm": told})
+            self.log(unit, {"block": block, "loss": float(loss), "lr": rate, "grad_norm": told}, holds)
         return None if self.untimed else float(loss)
 
     def bring(self, block: int) -> None:
@@ -253,7 +263,7 @@ class Loop:
 
     # -- figures ------------------------------------------------------------------------------------------
 
-    def log(self, unit: Unit, values: dict[str, float | int | None]) -> None:
+    def log(self, unit: Unit, values: dict[str, float | int | None], holds: Mapping[str, int]) -> None:
         elapsed = time.perf_counter() - self.started
         line = {
             "update": self.updates + 1,
@@ -262,6 +272,8 @@ class Loop:
             "seconds": round(statistics.median(self.took), 6),
             "examples_per_second": round(self.counted / elapsed, 1),
             "memory_mb": round(memory_mb(self.accelerator.device), 1),
+            "trained": round(self.trained, 4),
+            "holds": holds,
         }
         if self.recipe.train.compile:
             line["compiled_graphs"] = compiled_graphs() - self.graphs
@@ -276,8 +288,11 @@ class Loop:
         self.settle()
         with self.figures():
             found = self.scorer().score(job.validation, job.layers)
+        if job.mover is not None:
+            job.mover.dismiss()
         rounded = {name: round(value, 6) for name, value in found.items()}
-        self.write({"update": self.updates, "eval": rounded}, {f"eval/{k}": v for k, v in found.items()})
+        line = {"update": self.updates, "trained": round(self.trained, 4), "eval": rounded}
+        self.write(line, {f"eval/{k}": v for k, v in found.items()})
         return found
 
     @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dbconvert.data.batches import OrderedBatches, seed_all
 from dbconvert.data.examples import LABEL
@@ -18,7 +18,6 @@ from dbconvert.engine.ram import memory_errors
 from dbconvert.errors import DBConvertError
 from dbconvert.graph.account import parameter_bytes, saved_bytes
 from dbconvert.graph.proof import unchanged_state
-from dbconvert.recipe import OptimizerOptions
 from dbconvert.schema import record
 from dbconvert.tasks.base import Inputs
 
@@ -28,7 +27,7 @@ class UnitMemory:
     """One unit: what its update needs, with the periphery it trains too.
 
     Args:
-        trainable: parameters that its update changes.
+        trainable: parameters that its update changes, at the most.
         state: bytes of those parameters, their gradients and optimiser state.
         activations: bytes that autograd keeps for the backward pass at the recipe's batch; with activation
             checkpointing what enters the layers, and all of the largest layer, which is run again.
@@ -43,9 +42,14 @@ class UnitMemory:
 @record
 class MemoryReport:
     """All units of a job, and the most that the run holds on the device beside activations: the state of all blocks, or
-    that of one where inactive blocks are away, of two with `train.prefetch`."""
+    that of one where inactive blocks are away, of two with `train.prefetch`.
+
+    Args:
+        used_parameters: that this form of training has a use for, wherever they are.
+    """
 
     units: tuple[UnitMemory, ...]
+    used_parameters: int
     resident_parameters: int
     resident_state: int
 
@@ -62,11 +66,19 @@ def measure(job: Job, device: torch.device) -> MemoryReport:
     """
     options = job.recipe.optimizer
     units = tuple(
-        UnitMemory(unit.name, count(block, job), state(block, job, options), activations(job, block, device))
+        UnitMemory(
+            unit.name,
+            max(sum(p.numel() for p in turn) for turn in turns(job, block)),
+            max(state_bytes(turn, options) for turn in turns(job, block)),
+            activations(job, block, device),
+        )
         for block, unit in job.units.items()
     )
     held = [resident(job, block) for block in job.units]
-    return MemoryReport(units, max(count for count, _ in held), max(size for _, size in held))
+    used = {id(p): p for p in job.method.held(job.network)}.values()
+    return MemoryReport(
+        units, sum(p.numel() for p in used), max(count for count, _ in held), max(size for _, size in held)
+    )
 
 
 def resident(job: Job, block: int) -> tuple[int, int]:
@@ -74,10 +86,12 @@ def resident(job: Job, block: int) -> tuple[int, int]:
     options, network, train = job.recipe.optimizer, job.network, job.recipe.train
     owned = {id(p): network.owner(name) for name, p in network.model.named_parameters()}
     there = {id(p): p for p in network.parameters() if train.inactive == "resident" or owned[id(p)] in (None, block)}
-    trained = [p for unit in job.all_units() for p in unit.parameters.values() if id(p) in there]
-    learn = {id(p) for p in trained}
-    frozen = parameter_bytes(p for key, p in there.items() if key not in learn)
-    count, size = sum(p.numel() for p in there.values()), state_bytes(trained, options) + frozen
+    mine = {unit.name: job.method.turns(job, b) for b, unit in job.units.items()}
+    sets = [mine.get(unit.name, [unit.parameters]) for unit in job.all_units()]
+    learning = [p for turns in sets for p in max((turn.values() for turn in turns), key=parameter_bytes)]
+    trained = {id(p): p for p in learning if id(p) in there}
+    frozen = parameter_bytes(p for key, p in there.items() if key not in trained)
+    count, size = sum(p.numel() for p in there.values()), state_bytes(trained.values(), options) + frozen
     if train.prefetch:
         others = (list(unit.parameters.values()) for b, unit in job.units.items() if b != block)
         brought = max(others, key=parameter_bytes)
@@ -86,16 +100,10 @@ def resident(job: Job, block: int) -> tuple[int, int]:
     return count, size
 
 
-def with_periphery(block: int, job: Job) -> list[torch.nn.Parameter]:
-    return [p for unit in job.units_of(block) for p in unit.parameters.values()]
-
-
-def count(block: int, job: Job) -> int:
-    return sum(p.numel() for p in with_periphery(block, job))
-
-
-def state(block: int, job: Job, options: OptimizerOptions) -> int:
-    return state_bytes(with_periphery(block, job), options)
+def turns(job: Job, block: int) -> list[list[nn.Parameter]]:
+    """The sets of parameters of which an update of a block trains one, each with what it shares with others."""
+    shared = [p for unit in job.units_of(block) if unit is not job.units[block] for p in unit.parameters.values()]
+    return [[*turn.values(), *shared] for turn in job.method.turns(job, block)]
 
 
 def activations(job: Job, block: int, device: torch.device) -> int:

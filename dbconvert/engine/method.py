@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -97,7 +97,8 @@ class Method:
 
     Attributes:
         blocks: it trains converted blocks, which can be put together; all others are baselines.
-        labelled: it is for one label an example, in one process.
+        labelled: it is for one label an example.
+        alone: it runs in one process.
         stepwise: it predicts in steps, a block each, so that its figures are those of blocks.
         prepared: its passes go through the network's own forward, as accelerate prepares it.
     """
@@ -105,6 +106,7 @@ class Method:
     name: str
     blocks = False
     labelled = False
+    alone = False
     stepwise = False
     prepared = True
 
@@ -143,7 +145,13 @@ class Method:
         layers = self.layers(network.plan)
         return baseline_parameters(network, range(0) if layers is None else layers)
 
+    def finish(self, network: BlockwiseNetwork) -> None:
+        """Once trained, before the weights are written: leaves the parameters that the network had."""
+
     # -- an update ----------------------------------------------------------------------------------------
+
+    def begin(self, job: Job, block: int) -> None:
+        """Before an update of a block: says what it trains, where that changes."""
 
     def levels(self, job: Job, block: int, labels: Tensor, uniform: Tensor) -> Tensor:
         """sigma of a batch, [N] or [N, S], from numbers in [0, 1) of that shape; 0 where there is no noise."""
@@ -187,6 +195,15 @@ class Method:
     def passes(self, job: Job, block: int, inputs: Inputs, labels: Tensor, sigma: Tensor) -> list[Callable[[], Tensor]]:
         """The forward passes of an update, of which the activations of one at a time are kept."""
         return [lambda: self.losses(job, job.network, block, inputs, labels, sigma)[0]]
+
+    def turns(self, job: Job, block: int) -> list[dict[str, nn.Parameter]]:
+        """The parameters that an update trains: one of these sets."""
+        return [job.units[block].parameters]
+
+    def held(self, network: BlockwiseNetwork) -> Iterable[nn.Parameter]:
+        """The parameters that are there for training; a baseline needs nothing of the blocks."""
+        layers = self.layers(network.plan)
+        return baseline_parameters(network, range(0) if layers is None else layers).values()
 
     def active(self, job: Job, block: int) -> range:
         """The layers that run in an update."""

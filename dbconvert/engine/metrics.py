@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dbconvert.data.batches import Data, derive, in_order
+from dbconvert.data.batches import Data, Spread, derive, in_order
 from dbconvert.data.examples import LABEL
 from dbconvert.data.images import entering
-from dbconvert.data.sequences import Sequences
 from dbconvert.data_options import ImageOptions
 from dbconvert.diffusion.intervals import Intervals
 from dbconvert.engine.bound import Bound
@@ -47,6 +46,8 @@ class Scorer:
 
     def score(self, examples: Data, layers: range | None = None) -> Metrics:
         """A network in blocks, or a baseline that runs `layers` unconditioned."""
+        if self.options.examples:
+            examples = Spread(examples, self.options.examples)
         with at_rest(self.network):
             if self.network.task.generative:
                 sigmas, seed = self.options.sigmas, self.seed
@@ -61,7 +62,7 @@ class Scorer:
         """The evidence bound of masked tokens; a baseline serves all times."""
         intervals = self.intervals if layers is None else self.intervals.whole()
         evidence = Evidence(self.network, intervals, self.options.draws, self.seed, layers)
-        per_token = examples.characters_per_token if isinstance(examples, Sequences) else 1.0
+        per_token = getattr(examples, "characters_per_token", None) or 1.0
         return evidence.measure(self.batches(examples), per_token)
 
     def blocks(self, examples: Data) -> Metrics:
@@ -89,7 +90,7 @@ class Scorer:
         whole = len(self.network.present) == self.intervals.blocks
         if not (whole and self.network.task.text and self.options.draws):
             return {}
-        per_token = examples.characters_per_token if isinstance(examples, Sequences) else None
+        per_token = getattr(examples, "characters_per_token", None)
         bound = Bound(self.network, self.intervals, self.options.draws, self.seed)
         ends = self.intervals.boundaries
         draws, seed = self.options.draws, self.seed

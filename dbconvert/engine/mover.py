@@ -150,6 +150,11 @@ class Mover:
         self.settle_rest(CPU)
         self.network.bring = None
 
+    def away(self) -> Iterator[Tensor]:
+        """All that lies in the store."""
+        for tensors in (*self.homes.values(), *self.kept.values()):
+            yield from tensors.values()
+
     # -- copies ---------------------------------------------------------------------------------------------------
 
     def release(self) -> Pairs:

@@ -19,11 +19,11 @@ of a block's loss, but `train.clip` does, and shortens nearly every gradient of 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dbconvert.diffusion.preconditioning import Preconditioning
 from dbconvert.engine.block_training import most_layers
@@ -45,6 +45,7 @@ class NoPropDT(Method):
 
     name = "noprop-dt"
     labelled = True
+    alone = True
     stepwise = True
     prepared = False
 
@@ -64,6 +65,9 @@ class NoPropDT(Method):
         self, job: Job, forward: Forward, block: int, inputs: Inputs, labels: Tensor, sigma: Tensor
     ) -> tuple[Tensor, Tensor]:
         return losses(job.network, block, inputs, labels), sigma
+
+    def held(self, network: BlockwiseNetwork) -> Iterable[nn.Parameter]:
+        return [p for block in network.present for p in trainable(learning(network, block)).values()]
 
     def active(self, job: Job, block: int) -> range:
         return job.network.plan.layers_of(block)

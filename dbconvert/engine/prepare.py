@@ -327,4 +327,9 @@ def steps_of(recipe: Recipe, examples: int) -> int:
         return train.steps
     if train.epochs is None:
         raise UsageError("how long to train?", hint="set train.steps or train.epochs")
-    return train.epochs * max(1, examples // min(train.batch, examples))
+    return train.epochs * epoch_of(recipe, examples)
+
+
+def epoch_of(recipe: Recipe, examples: int) -> int:
+    """Updates in which all examples are read once."""
+    return max(1, examples // min(recipe.train.batch, examples))

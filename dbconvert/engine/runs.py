@@ -39,6 +39,7 @@ class RunInfo:
         noise: identity of the noise fit, the last one where it was fitted again.
         blocks: the blocks that are trained.
         block: the one that is trained alone, None for a run of all.
+        epoch: updates in which one block, or a baseline, reads the training data once.
         files: SHA-256 of each file in weights/, once complete.
         before: that of the weights of earlier blocks which a block that is trained alone was told of.
     """
@@ -53,6 +54,7 @@ class RunInfo:
     block: int | None
     periphery: Literal["shared", "frozen-target"]
     updates: int
+    epoch: int | None = None
     files: dict[str, str] = field(default_factory=dict)
     before: dict[str, str] = field(default_factory=dict)
 

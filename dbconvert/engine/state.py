@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +28,37 @@ WEIGHTS, OPTIMIZERS, STATE = "weights.safetensors", "optimizers.safetensors", "s
 
 @record
 class TrainingState:
-    """state.json: updates of the run and of each unit, the noise in force, and what of the optimisers is no tensor."""
+    """state.json: updates of the run and of each unit, the noise in force, and what of the optimisers is no tensor.
+
+    Args:
+        seconds: of training so far.
+    """
 
     updates: int
     done: dict[str, int]
     scalars: dict[str, float]
     metrics_bytes: int
     noise: NoiseFit
+    seconds: float = 0.0
 
 
-def save_state(
-    folder: Path, network: BlockwiseNetwork, units: list[Unit], updates: int, metrics_bytes: int, noise: NoiseFit
-) -> None:
+@dataclass(frozen=True)
+class Done:
+    """How far a run is: updates, seconds of training, bytes of metrics."""
+
+    updates: int
+    seconds: float
+    metrics_bytes: int
+
+
+def save_state(folder: Path, network: BlockwiseNetwork, units: list[Unit], far: Done, noise: NoiseFit) -> None:
     """Writes checkpoints/update-N and then removes the older ones."""
-    with atomic_folder(folder / f"update-{updates:08d}", force=True) as temporary:
+    with atomic_folder(folder / f"update-{far.updates:08d}", force=True) as temporary:
         save_tensors(temporary / WEIGHTS, network.tensors())
         tensors, scalars = optimizer_state(units)
         save_tensors(temporary / OPTIMIZERS, tensors)
-        state = TrainingState(updates, {unit.name: unit.done for unit in units}, scalars, metrics_bytes, noise)
+        done = {unit.name: unit.done for unit in units}
+        state = TrainingState(far.updates, done, scalars, far.metrics_bytes, noise, round(far.seconds, 4))
         (temporary / STATE).write_text(to_json(state), encoding="utf-8")
     for older in sorted(folder.glob("update-*"))[:-1]:
         shutil.rmtree(older)

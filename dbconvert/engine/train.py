@@ -32,7 +32,7 @@ from dbconvert.engine.package import (
     WEIGHTS,
     block_file,
 )
-from dbconvert.engine.prepare import Origin, prepare, read_origin
+from dbconvert.engine.prepare import Origin, epoch_of, prepare, read_origin
 from dbconvert.engine.ram import memory_errors
 from dbconvert.engine.runs import (
     CHECKPOINTS,
@@ -99,7 +99,7 @@ def train(
         origin = resumed(origin, folder, overrides, block)
     recipe = origin.recipe
     accelerator = make_accelerator(recipe, folder)
-    alone = [f"train.method={recipe.train.method}"] * METHODS[recipe.train.method].labelled
+    alone = [f"train.method={recipe.train.method}"] * METHODS[recipe.train.method].alone
     alone += [f"train.inactive={recipe.train.inactive}"] * (recipe.train.inactive != "resident")
     if alone and accelerator.num_processes > 1:
         raise UsageError(f"{alone[0]} runs in one process only", hint="start it without accelerate")
@@ -130,6 +130,7 @@ def carry_out(
         block=block,
         periphery=recipe.train.periphery,
         updates=sum(unit.total for unit in job.units.values()),
+        epoch=epoch_of(recipe, len(job.examples)),
         before=prepared.before,
     )
     loop = Loop(job, accelerator, report)
@@ -242,6 +243,7 @@ def finish(folder: Path, info: RunInfo, job: Job) -> None:
     """Writes the trained weights, marks the run complete and removes the states."""
 
     network = job.network if job.mover is None else job.mover.at_rest().network
+    job.method.finish(network)
     metadata = {PLAN_KEY: info.split, NOISE_KEY: info.noise or ""}
     parts = {NETWORK_FILE: network.tensors()}
     if job.layers is None:

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from dbconvert.errors import DBConvertError
 from dbconvert.files import inside
 from dbconvert.schema import identity
@@ -150,3 +152,10 @@ def code_files(folder: Path, settings: dict[str, Any]) -> tuple[str, ...]:
             found.add(name)
             found.update(str(Path(other).relative_to(folder)) for other in get_relative_import_files(path))
     return tuple(sorted(found))
+
+
+def linear_kinds() -> tuple[type[nn.Module], ...]:
+    """Modules that multiply by a matrix: torch's, and the transposed ones of GPT-2."""
+    from transformers.pytorch_utils import Conv1D
+
+    return nn.Linear, Conv1D

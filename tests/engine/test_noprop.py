@@ -166,7 +166,7 @@ def test_its_row(package, tmp_path, monkeypatch):
         "accuracy from z = 0": row.metrics["accuracy_zero"],
         "accuracy over draws": row.metrics["accuracy_draw"],
     }
-    assert row.figures["held"] > 2 * row.figures["state"] and row.figures["activations"] > 0
+    assert row.figures["peak_parameters"] > 2 * row.figures["peak_gradients"] > 0 and row.figures["activations"] > 0
 
 
 def test_one_block_is_kept(package):
