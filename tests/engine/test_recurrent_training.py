@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine.conftest import pulled_and_resumed
 from safetensors import safe_open
 from small_text import FOX, corpus_in, write_text
 
@@ -152,12 +153,18 @@ def test_a_job_of_its_only_block(place, corpus, tmp_path):
         (["train.method=truncated-bptt", "train.backpropagate=5"], "the core runs 4 times"),
         (["train.backpropagate=2"], "is for train.method=truncated-bptt"),
         (["data.documents=masked"], "documents cannot be kept apart"),
-        (["train.z=on-policy"], "on-policy"),
     ],
 )
 def test_wrong_requests(place, corpus, tmp_path, overrides, reason):
     with pytest.raises(DBConvertError, match=reason):
         dbconvert.train(str(place / "package"), overrides=[*corpus, *overrides], out=str(tmp_path / "r"))
+
+
+def test_trained_on_its_own_states_and_resumed_to_the_bit(place, corpus, tmp_path):
+    overrides = [*corpus, "train.z=mixed", "train.checkpoint_every=2"]
+    whole = dbconvert.train(str(place / "package"), overrides=overrides, out=str(tmp_path / "whole"))
+    again = pulled_and_resumed(place / "package", overrides, 3, str(tmp_path / "again"))
+    assert again.metrics == whole.metrics and len(losses_of(whole)) == 6
 
 
 def test_truncation_needs_a_loop(corpus, tmp_path):
