@@ -35,6 +35,7 @@ from text_tables import text_parts
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results.json"
 SIZE = ROOT / "docs" / "size.json"
+FITS = ROOT / "docs" / "fits.json"
 COPYING = ROOT / "docs" / "copying.json"
 PAGES = (
     "README.md",
@@ -128,6 +129,7 @@ def parts(results: dict[str, Any]) -> dict[str, str]:
         "machine": machine(results),
         "copying": copying_table(),
         **size_parts(json.loads(SIZE.read_text())),
+        **fits_parts(json.loads(FITS.read_text())),
         **family_parts(),
         **refusal_parts(),
         **classification_parts(),
@@ -198,6 +200,20 @@ def size_parts(size: dict[str, Any]) -> dict[str, str]:
         "size-activations": activation_table(size["activations"]),
         "size-machine": f"Measured with `python docs/measure_size.py` on {size['machine']}; {libraries}.",
     }
+
+
+def fits_parts(fits: dict[str, Any]) -> dict[str, str]:
+    """The table that docs/measure_fits.py measured."""
+    lines = ["| training | limit | estimated | most anonymous memory | of the estimate | outcome |", "| --- " * 6 + "|"]
+    for name, row in fits["rows"].items():
+        told = (row[key] for key in ("limit", "estimate", "peak"))
+        limit, estimate, peak = (f"{size / 1e6:.0f} MB" if size else "-" for size in told)
+        outcome = row["outcome"].split("\n", 1)[0]
+        ratio = f"{row['ratio']:.2f}" if outcome == "trained" else "-"
+        lines.append(f"| {name} | {limit} | {estimate} | {peak} | {ratio} | {outcome} |")
+    libraries = ", ".join(f"{name} {number}" for name, number in fits["versions"].items())
+    lines += ["", f"Measured with `python docs/measure_fits.py` on {fits['machine']}; {libraries}."]
+    return {"fits": "\n".join(lines)}
 
 
 def large_table(found: dict[str, list[dict[str, float]]]) -> str:

@@ -44,13 +44,25 @@ class Modulation(nn.Module):
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, condition: Tensor) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
-        """((shift, scale) for each norm site, gate for each gate site)."""
+    def forward(self, condition: Tensor, same: int = 0) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
+        """((shift, scale) for each norm site, gate for each gate site).
+
+        Args:
+            same: of [N, G, width], so many groups at the beginning have one and the same vector in all examples.
+        """
         sizes = [size for features in self.norms for size in (features, features)] + list(self.gates)
-        rows = torch.split(curved(self.linear(condition), self.curve), sizes, -1)
+        rows = torch.split(self.once(condition, same) if same else self.rows(condition), sizes, -1)
         count = 2 * len(self.norms)
         pairs = [(rows[i], rows[i + 1]) for i in range(0, count, 2)]
         return pairs, [self.gate_offset + row for row in rows[count:]]
+
+    def rows(self, condition: Tensor) -> Tensor:
+        return curved(self.linear(condition), self.curve)
+
+    def once(self, condition: Tensor, same: int) -> Tensor:
+        """Of groups whose vector is the same the rows are computed once."""
+        first = self.rows(condition[:1, :1]).expand(len(condition), same, -1)
+        return first if same == condition.shape[1] else torch.cat([first, self.rows(condition[:, same:])], 1)
 
 
 def fit(vector: Tensor, like: Tensor, axes: Axes) -> Tensor:

@@ -100,6 +100,8 @@ DEPTH = tuple(
         ("estimate", "noised"),
         ("raw", "on-policy"),
         ("raw", "mixed"),
+        ("features", "on-policy"),
+        ("estimate", "on-policy"),
         ("features", "mixed"),
     )
 )

@@ -17,7 +17,7 @@ from dbconvert.diffusion.intervals import Intervals
 from dbconvert.engine.listening import Arrival, put
 from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.engine.on_policy import Denoised, OwnState, evaluated, met, own_levels, own_state, usual
-from dbconvert.errors import UsageError
+from dbconvert.errors import DBConvertError, UsageError
 from dbconvert.plan import Plan
 from dbconvert.recipe import TrainOptions
 from dbconvert.tasks.base import Task
@@ -130,8 +130,19 @@ def forward_layers(task: Task, plan: Plan, train: TrainOptions) -> float:
 
 
 def noised(network: BlockwiseNetwork, intervals: Intervals, generator: torch.Generator) -> Cascade | None:
-    """What runs before a block that is judged: all z come from the truth."""
-    return None if network.plan.context == "raw" else Cascade(intervals, None, generator)
+    """What runs before a block that is judged: all z come from the truth.
+
+    Raises:
+        DBConvertError: earlier blocks would have to run, and are not there.
+    """
+    if network.plan.context == "raw":
+        return None
+    if network.present[0] > 0:
+        raise DBConvertError(
+            f"block {network.present[0]} hears what block {network.present[0] - 1} delivers, which is not there",
+            hint="put all blocks together with dbconvert assemble",
+        )
+    return Cascade(intervals, None, generator)
 
 
 def refuse_gaps(network: BlockwiseNetwork, intervals: Intervals, grid: list[float]) -> None:

@@ -134,13 +134,19 @@ def hollow_network(plan: Plan, source: Source) -> BlockwiseNetwork:
 
 
 def fill_blocks(
-    network: BlockwiseNetwork, read: Callable[[int], Mapping[str, Tensor]], store: Store, *, own: bool
+    network: BlockwiseNetwork,
+    read: Callable[[int], Mapping[str, Tensor]],
+    store: Store,
+    *,
+    own: bool,
+    dtype: torch.dtype,
 ) -> dict[int, dict[str, Tensor]]:
     """Fills a hollow network part by part: the parameters of blocks get their place in a store, all else is in memory.
 
     Args:
         read: the tensors of a block and of the periphery, by key; what a task adds may lack, and keeps its numbers.
         own: every block gets a copy of the stem and the readout.
+        dtype: of floating-point parameters in the store.
 
     Returns:
         where each block's parameters lie, by key.
@@ -153,8 +159,12 @@ def fill_blocks(
         network.give_own_periphery(copied=False)
     homes = {}
     for block in network.present:
-        parameters = {k: v for k, v in network.block_tensors(block).items() if isinstance(v, nn.Parameter)}
-        homes[block] = store.room(f"block-{block}", {k: v.float() for k, v in parameters.items()})
+        outlines = {
+            key: torch.empty_like(value, dtype=dtype if value.is_floating_point() else None, device="meta")
+            for key, value in network.block_tensors(block).items()
+            if isinstance(value, nn.Parameter)
+        }
+        homes[block] = store.room(f"block-{block}", outlines)
         fill_part(network, block, read(block), homes[block])
     tie_again(network)
     return homes
@@ -198,8 +208,12 @@ def put(model: nn.Module, key: str, tensor: Tensor, room: Tensor | None = None) 
     owner, _, name = key.rpartition(".")
     module = model.get_submodule(owner)
     if name in module._parameters:
-        copy = tensor.detach().clone() if room is None else room.copy_(tensor.detach())
-        module._parameters[name] = nn.Parameter(copy.float() if copy.is_floating_point() else copy)
+        if room is None:
+            room = tensor.detach().clone()
+            room = room.float() if room.is_floating_point() else room
+        else:
+            room.copy_(tensor.detach())
+        module._parameters[name] = nn.Parameter(room.data)  # a view's version would be that of all in the store
     else:
         module._buffers[name] = tensor.clone()
 

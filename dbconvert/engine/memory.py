@@ -14,6 +14,7 @@ from dbconvert.engine.layer_kinds import layer_kinds
 from dbconvert.engine.method import Job
 from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.engine.optimizers import moment_bytes, state_bytes
+from dbconvert.engine.ram import memory_errors
 from dbconvert.errors import DBConvertError
 from dbconvert.graph.account import parameter_bytes, saved_bytes
 from dbconvert.graph.proof import unchanged_state
@@ -124,14 +125,9 @@ def activations(job: Job, block: int, device: torch.device) -> int:
         uniform = torch.rand(network.task.level_shape(labels))
         sigma = job.method.levels(job, block, labels, uniform).to(device)
         try:
-            passes = job.method.passes(job, block, inputs, labels, sigma)
-            return max(most_saved(job, block, one) for one in passes)
-        except torch.OutOfMemoryError as error:
-            raise DBConvertError(
-                f"out of memory in one update at batch {recipe.train.batch}",
-                why=str(error).split(". ", 1)[0],
-                hint="lower train.batch, raise train.accumulate, or cut into more blocks",
-            ) from error
+            with memory_errors(f"one update at batch {recipe.train.batch}"):
+                passes = job.method.passes(job, block, inputs, labels, sigma)
+                return max(most_saved(job, block, one) for one in passes)
         except (RuntimeError, ValueError, IndexError, AssertionError) as error:
             raise failed(error, inputs, network) from error
 

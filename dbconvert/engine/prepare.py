@@ -7,18 +7,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dbconvert.data.batches import Data
 from dbconvert.data.tokenizers import Tokenizer
 from dbconvert.data_options import LatentOptions
 from dbconvert.engine.convert import fill_blocks, hollow_network, single_block, whole_network
 from dbconvert.engine.finished import FinishedRun
-from dbconvert.engine.holdings import WORD, Weights, weights
 from dbconvert.engine.jobs import make_job
 from dbconvert.engine.method import Job
 from dbconvert.engine.methods import METHODS
 from dbconvert.engine.mover import Mover
 from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.engine.noise import fit_noise, refuse_misfit
+from dbconvert.engine.optimizers import state_size
 from dbconvert.engine.package import MODEL, PLAN, RECIPE, Package, open_package
 from dbconvert.engine.paths import settled
 from dbconvert.engine.predecessors import find, refuse_other_noise, tensors_of, told_of
@@ -284,13 +286,14 @@ def make_mover(package: Package, plan: Plan, recipe: Recipe, store: Store) -> Mo
     network, own = hollow_network(plan, package.source()), METHODS[recipe.train.method].apart(recipe)
     if own:
         refuse_stand_ins(plan, network, recipe)
-    parts = (network.block_tensors(b).values() for b in network.present)
-    moved = sum((weights(part, recipe.optimizer.name) for part in parts), Weights())
+    dtype = torch.bfloat16 if recipe.train.precision == "bf16-true" else torch.float32
+    moved = [tensor.numel() for block in network.present for tensor in network.block_tensors(block).values()]
     if own:
-        templates = (v for k, v in network.periphery_tensors().items() if network.is_template(k))
-        moved += weights(templates, recipe.optimizer.name) * len(network.present)
-    store.refuse_full(WORD * moved.elements + moved.state)
-    homes = fill_blocks(network, lambda block: package.tensors(block=block), store, own=own)
+        templates = [tensor.numel() for key, tensor in network.periphery_tensors().items() if network.is_template(key)]
+        moved += templates * len(network.present)
+    word, name = dtype.itemsize, recipe.optimizer.name
+    store.refuse_full(sum(word * elements + state_size(elements, name, word) for elements in moved))
+    homes = fill_blocks(network, lambda block: package.tensors(block=block), store, own=own, dtype=dtype)
     return Mover(network, homes, store, recipe.train.prefetch)
 
 

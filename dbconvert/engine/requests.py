@@ -48,7 +48,7 @@ def check_inactive(plan: Plan, recipe: Recipe, block: int | None) -> None:
     if not METHODS[recipe.train.method].stepwise:
         why = f"train.method={recipe.train.method} trains all that it holds in every update"
     elif block is not None:
-        why = f"nothing but block {block} is in memory"
+        why = f"--block {block} trains one block alone"
     elif len(plan.blocks) == 1:
         why = "the network is one block"
     if why is not None:

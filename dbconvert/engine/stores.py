@@ -15,7 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from dbconvert.engine.ram import GB, available_bytes
+from dbconvert.engine.ram import GB, available_bytes, return_freed
 from dbconvert.errors import DBConvertError
 from dbconvert.files import write_error
 from dbconvert.recipe import Inactive
@@ -166,7 +166,11 @@ def open_store(inactive: Inactive, folder: Path, device: torch.device) -> Store 
     """
     if inactive == "resident":
         return None
-    return DiskStore(folder / AWAY) if inactive == "disk" else HostStore(pinned=device.type == "cuda")
+    if inactive == "host":
+        return HostStore(pinned=device.type == "cuda")
+    if device.type == "cpu":
+        return_freed()
+    return DiskStore(folder / AWAY)
 
 
 def part(flat: Tensor, start: int, outline: Tensor) -> Tensor:

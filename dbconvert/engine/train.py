@@ -33,6 +33,7 @@ from dbconvert.engine.package import (
     block_file,
 )
 from dbconvert.engine.prepare import Origin, epoch_of, prepare, read_origin
+from dbconvert.engine.ram import memory_errors
 from dbconvert.engine.runs import (
     CHECKPOINTS,
     MEMORY,
@@ -106,7 +107,8 @@ def train(
     if recipe.train.compile:
         refuse_uncompiled("train.compile", accelerator.device)
     report = report if accelerator.is_main_process else silent
-    with open_store(recipe.train.inactive, folder, accelerator.device) or nullcontext() as store:
+    store = open_store(recipe.train.inactive, folder, accelerator.device)
+    with memory_errors(str(folder)), store or nullcontext():
         return carry_out(origin, folder, block, accelerator, store, report)
 
 
@@ -147,6 +149,8 @@ def carry_out(
     accelerator.end_training()
     if accelerator.is_main_process:
         finish(folder, replace(info, noise=job.noise.identity), job)
+    if job.mover is not None:
+        job.mover.end()
     return TrainResult(folder, metrics, memory)
 
 

@@ -52,13 +52,14 @@ class LastLayer:
         for_clean, for_noisy = condition.chunk(2, 1)
         args, kwargs = self.beside(stream, args, kwargs)
         self.clean, self.calls = None, 0
-        self.streams.instead = self.attention
+        self.streams.instead, same = self.attention, self.streams.same
         try:
             self.clean = keys_of(call, *put_in(args, kwargs, stream, clean), for_clean)
             args, kwargs = put_in(args, kwargs, stream, noisy)
+            self.streams.same = 0
             out = call(*args, for_noisy, **kwargs)
         finally:
-            self.streams.instead = None
+            self.streams.instead, self.streams.same = None, same
         if self.calls != 1:
             raise DBConvertError("a layer does not attend exactly once in torch's attention")
         return out

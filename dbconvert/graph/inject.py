@@ -116,11 +116,11 @@ class LayerSites:
     def __init__(self, norms: list[Site], gates: list[Site], modulation: tuple[Modulation, ...]) -> None:
         self.norms, self.gates, self.modulation = norms, gates, modulation
 
-    def fill(self, condition: Tensor | None, filled: Filled | None = None) -> None:
-        """Before the layer runs; `filled` remembers what layers got for one condition, see `Run`."""
+    def fill(self, condition: Tensor | None, filled: Filled | None = None, same: int = 0) -> None:
+        """Before the layer runs; `filled` remembers what layers got for one condition, see `Run`; `same` as there."""
         made = None if filled is None else filled.get(self)
         if made is None:
-            made = self.modulation[0](condition) if condition is not None and self.modulation else ([], [])
+            made = self.modulation[0](condition, same) if condition is not None and self.modulation else ([], [])
         if filled is not None:
             filled[self] = made
         pairs, gates = made
@@ -183,7 +183,8 @@ class LayerModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         *args, condition = args  # type: ignore[assignment]
-        self.db_layer_sites.fill(condition, self.db_run.filled)
+        run = self.db_run
+        self.db_layer_sites.fill(condition, run.filled, 0 if run.same is None else run.same())
         with self.db_run.attending(self.db_index):
             return super().forward(*args, **kwargs)
 

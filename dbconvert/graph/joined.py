@@ -47,7 +47,7 @@ class PartModule(nn.Module):
             args, kwargs = put_in(args, kwargs, part.stream_in, stream)
         if run.runs(self.db_index):
             if self.db_position == 0:
-                self.db_layer_sites.fill(run.condition, run.filled)
+                self.db_layer_sites.fill(run.condition, run.filled, 0 if run.same is None else run.same())
             args, kwargs = run.given(part.stream_in, args, kwargs)
             call = partial(self.executed, super().__call__)
             again = run.recomputes(self.db_index)

@@ -38,6 +38,7 @@ class Run(Volatile):
         active: the layers that run; the others hand the stream on. None runs all, as the original network does.
         condition: conditioning of the active layers, [N, width], or [N, G, width] where the positions fall into G
             groups of one length; None for the original layers.
+        same: how many groups at the beginning have one and the same condition in all examples, for the layer that asks.
         filled: the modulations that layers made of the condition; passes without gradient of one and the same condition
             may share it, so that they are made once.
         embed: changes the token embeddings; it is also given the function that looks tokens up.
@@ -64,6 +65,7 @@ class Run(Volatile):
 
     active: range | None = None
     condition: Tensor | None = None
+    same: Callable[[], int] | None = None
     filled: Filled | None = None
     embed: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor] | None = None
     entry: Callable[[Tensor], Tensor] | None = None

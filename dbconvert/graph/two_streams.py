@@ -45,8 +45,13 @@ class TwoStreams:
         self.length, self.axes, self.sides, self.together, self.kernel = length, axes, sides, together, kernel
         self.sequence = positions_axis(axes)
         self.masks: dict[object, tuple[Tensor, Tensor]] = {}
+        self.same = 0
         self.instead: Callable[[], TorchFunctionMode] | None = None
         """What a layer attends in while it runs in another way."""
+
+    def leading(self) -> int:
+        """How many groups of the condition, those of the clean sequence, are the same in all examples."""
+        return self.same
 
     def enter(self, stream: Tensor) -> Tensor:
         """[2N, S, d] -> [N, 2S, d]."""

@@ -29,6 +29,8 @@ from dbconvert.recipe import Weight, Z
 Change = Callable[[Tensor], Tensor]
 Embed = Callable[[Tensor, Change], Tensor]
 Inputs = dict[str, Tensor]
+STEERS = ("condition", "same", "filled", "embed", "entry", "beside", "attention", "last", "leave", "exit", "loop")
+"""What a passage tells the run."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Passage:
 
     inputs: Inputs
     condition: Tensor | None = None
+    same: Callable[[], int] | None = None
     filled: Filled | None = None
     embed: Embed | None = None
     entry: Change | None = None
@@ -68,7 +71,7 @@ class Passage:
     """What stands in the place of parameters of the network, by name."""
 
     def steer(self, run: Run) -> None:
-        for name in ("condition", "filled", "embed", "entry", "beside", "attention", "last", "leave", "exit", "loop"):
+        for name in STEERS:
             setattr(run, name, getattr(self, name))
 
 

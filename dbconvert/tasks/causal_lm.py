@@ -72,9 +72,12 @@ class CausalLM(NextToken):
         examples, length = self.tokens(inputs).shape
         inputs, together = apart(inputs)
         streams = TwoStreams(length, self.anatomy.axes, self.sides, together, self.kernel)
+        condition = both_conditions(conditioning(model).get_submodule("clean")[str(block)], corruption.condition)  # type: ignore[index]
+        streams.same = condition.shape[1] // 2
         return Passage(
             {name: torch.cat([v, v]) if len(v) == examples else v for name, v in inputs.items()},
-            both_conditions(conditioning(model).get_submodule("clean")[str(block)], corruption.condition),  # type: ignore[index]
+            condition,
+            same=streams.leading,
             embed=self.noisy_embeddings(examples, corruption, block),
             entry=streams.enter,
             beside=streams.beside,
@@ -130,6 +133,7 @@ class CausalLM(NextToken):
         return Passage(
             inputs,
             condition,
+            same=lambda: new - 1,
             embed=lambda out, look_up: torch.cat([out[:, :-1], noisy(out, look_up)], 1),
             entry=None if prefix is None else prefix.enter,
             beside=None if prefix is None else prefix.beside,

@@ -1,7 +1,9 @@
 """compare: a grid and its baselines, each trained once; what is finished stays, what failed says why."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import small_dit
@@ -9,11 +11,12 @@ from engine.conftest import EXAMPLES
 
 from dbconvert.cli.main import guarded
 from dbconvert.engine import compare as comparing
-from dbconvert.engine.cell import run_cell
+from dbconvert.engine.cell import run_cell, work_figures
 from dbconvert.engine.compare import compare, plan_comparison
 from dbconvert.engine.grid import Request, lay_out, parse_vary
 from dbconvert.engine.loop import Loop
 from dbconvert.errors import UsageError
+from dbconvert.plan import read_plan
 from dbconvert.recipe import read_recipe
 
 QUICK = "eval: {draws: 1, sigmas: 0}\nlog: {every: 1}\n"
@@ -82,6 +85,19 @@ def test_baselines_are_trained_once_for_all_that_does_not_matter_to_them(recipe)
         ("end-to-end, optimizer.lr=0.2", 0),
         ("shallow control, optimizer.lr=0.1", 0),
         ("shallow control, optimizer.lr=0.2", 0),
+    ]
+
+
+def test_baselines_have_no_blocks_that_are_away(recipe):
+    asked = Request(recipe, ("train.inactive=disk", "train.prefetch=true"), parse_vary(["train.inactive=disk,host"]), 1)
+    planned = [
+        (one.cell.name, one.recipe.train.inactive, one.recipe.train.prefetch) for one in lay_out(asked, VERSIONS)
+    ]
+    assert planned == [
+        ("train.inactive=disk", "disk", True),
+        ("train.inactive=host", "host", True),
+        ("end-to-end", "resident", False),
+        ("shallow control", "resident", False),
     ]
 
 
@@ -158,19 +174,24 @@ def test_what_cannot_be_compared(recipe, asked, message):
     assert message in str(error.value)
 
 
-def test_forms_by_what_blocks_hear_of_each_other(recipe, tmp_path, here):
+def test_forms_by_what_blocks_hear_of_each_other(recipe, package):
     """The paper's form is the recipe itself, and is trained once; forward passes are counted in a column."""
-    found = compare(recipe, against=["depth"], out=str(tmp_path / "c"))
-    told = {row.cell.name: row.figures for row in found.rows}
+    planned = lay_out(Request(recipe, (), {}, 1, ("depth",)), VERSIONS)
+    passes = {}
+    for one in planned:
+        plan = replace(read_plan(package / "plan.json"), blocks=((0, 2), (3, 4)), context=one.recipe.split.context)
+        plan = replace(plan, preview=replace(plan.preview, boundaries=plan.preview.boundaries[1:]))
+        info = SimpleNamespace(method=one.recipe.train.method, updates=4)
+        figures = work_figures(plan, one.recipe, info)
+        passes[one.cell.name] = figures["passes"] - figures["layers"]
     forms = ["blocks", "end-to-end", "shallow control", "features, noised", "estimate, noised", "raw, on-policy"]
-    assert list(told) == [*forms, "raw, mixed", "features, mixed"] and not found.failed
-    passes = {name: figures["passes"] - figures["layers"] for name, figures in told.items()}
+    both = ["features, on-policy", "estimate, on-policy", "features, mixed"]
+    assert list(passes) == [*forms, "raw, mixed", *both]
     assert passes["blocks"] == passes["end-to-end"] == passes["shallow control"] == 0
-    first, last = 3, 2  # layers of five in two blocks: the first ones run for half of all updates
+    first, last = 3, 2  # layers of the two blocks: the first ones run for half of all updates
     assert passes["features, noised"] == pytest.approx(first / 2 / 3)
     assert passes["raw, on-policy"] == pytest.approx((first + last / 2) / 2 / 3)
     assert passes["features, mixed"] == pytest.approx((first + last / 4) / 2 / 3)
-    assert "| with forward passes |" in found.markdown()
 
 
 def test_forms_that_the_task_does_not_have_are_left_out():

@@ -67,6 +67,20 @@ def test_independent_blocks_of_another_method_move_too(package):
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [["optimizer.name=adamw8bit", "optimizer.in_backward=true", "train.clip=null"], ["train.precision=bf16-true"]],
+    ids=" ".join,
+)
+def test_other_optimisers_state_moves_too(package, options):
+    pytest.importorskip("torchao")
+    recipe = [*QUICK, *options, "train.steps=3", "data.validation=null", "train.checkpoint_every=5"]
+    with torch.compiler.set_stance("force_eager"):  # kernels for every shape would take minutes
+        straight = dbconvert.train(str(package), overrides=recipe, out="straight")
+        resumed = pulled_and_resumed(package, [*recipe, DISK], 7, "pulled")
+    assert same(straight, resumed)
+
+
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     """A GPT in three blocks that hear each other, with noise that is fitted again."""
@@ -146,7 +160,7 @@ def test_no_weight_is_in_memory_before_its_part_is_read(package, tmp_path):
         return opened.tensors(block=block)
 
     store = DiskStore(tmp_path / "store")
-    homes = fill_blocks(network, part, store, own=False)
+    homes = fill_blocks(network, part, store, own=False, dtype=torch.float32)
     assert read == [0, 0, 1, 2]
     whole = whole_network(opened.plan, opened.source())
     whole.load(opened.tensors(), where="package")
@@ -180,7 +194,7 @@ def test_state_of_several_tensors_moves_part_by_part():
     ("overrides", "block", "told"),
     [
         (["train.method=end-to-end"], None, "train.method=end-to-end trains all that it holds"),
-        (["train.periphery=frozen-target"], 1, "nothing but block 1 is in memory"),
+        (["train.periphery=frozen-target"], 1, "--block 1 trains one block alone"),
     ],
 )
 def test_nothing_is_taken_away_where_one_thing_trains(package, overrides, block, told):
@@ -248,6 +262,19 @@ def test_a_disk_that_fills_up_gives_one_message_and_leaves_nothing(package, monk
         assert json.loads(Path("r/run.json").read_text())["status"] == "running" and any(
             Path("r/checkpoints").iterdir()
         )
+
+
+def test_running_out_of_memory_is_said_with_what_would_help(package, monkeypatch):
+    said = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried for"
+
+    def full(*_):
+        raise RuntimeError(f"{said} 64 bytes. Error code 12")
+
+    monkeypatch.setattr(Loop, "update", full)
+    with pytest.raises(DBConvertError, match="out of memory") as caught:
+        dbconvert.train(str(package), overrides=[*QUICK, DISK], out="r")
+    assert caught.value.why == "DefaultCPUAllocator: can't allocate memory: you tried for 64 bytes"
+    assert "train.inactive=host or disk" in caught.value.hint and not Path("r/away").exists()
 
 
 def test_room_in_memory_is_given_anew_for_other_shapes():

@@ -15,7 +15,7 @@ from dbconvert.engine.outline import outline
 from dbconvert.errors import DBConvertError, UsageError
 from dbconvert.recipe import SplitOptions
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "quick_splits")
 VIT = "def build_model():\n    return ViT(size=8, patch=4, channels=1, classes=10, depth=3, width=16, heads=2)\n"
 QUICK = [
     "data.source=digits", "train.steps=3", "train.batch=16", "log.every=1", "eval.draws=1", "eval.sigmas=2",
@@ -171,6 +171,15 @@ def test_what_does_not_belong_together_is_refused(jobs, tmp_path):
     with pytest.raises(DBConvertError, match="was trained after another block-0 than the one given"):
         after = f"train.after=[{mixed[0]},{mixed[1]}]"
         train(tmp_path, name, tmp_path / "r", *ALONE, f"train.z={z}", after, block=2)
+
+
+def test_a_block_that_hears_others_is_not_judged_without_them(jobs):
+    _, name, _, runs = jobs
+    if name == "raw":
+        assert "loss_block_1" in dbconvert.evaluate(str(runs[1].folder), overrides=["eval.sigmas=0"]).metrics
+        return
+    with pytest.raises(DBConvertError, match="block 1 hears what block 0 delivers, which is not there"):
+        dbconvert.evaluate(str(runs[1].folder), overrides=["eval.sigmas=0"])
 
 
 def test_the_newest_finished_runs_are_found(place, tmp_path, monkeypatch):

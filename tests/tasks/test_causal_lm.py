@@ -1,5 +1,7 @@
 """The autoregressive task: what it accepts, what it counts, and generation with and without a cache."""
 
+from dataclasses import replace
+
 import networks
 import pytest
 import torch
@@ -11,6 +13,7 @@ from dbconvert.data.sequences import DOCUMENTS
 from dbconvert.engine.generate import Decoding, Writer, can_cache
 from dbconvert.errors import UsageError
 from dbconvert.graph.analysis import analyse
+from dbconvert.graph.two_streams import TwoStreams
 from dbconvert.tasks.causal_lm import CausalLM
 from dbconvert.tasks.registry import choose_task
 from tests.acceptance.table import CONVERTED
@@ -184,3 +187,32 @@ def test_a_model_without_a_language_head_is_refused():
     model = transformers.LlamaModel(networks.llama_config()).eval()
     with pytest.raises(UsageError, match="no language head"):
         choose_task(analyse(model, {"input_ids": networks.tokens()}), "causal_lm")
+
+
+@pytest.mark.parametrize("levels", [(3,), (3, 5)], ids=["sequence", "position"])
+@pytest.mark.parametrize("halves", [True, False])
+def test_what_clean_positions_are_told_is_modulated_once(levels, halves, monkeypatch):
+    """Their one constant goes through a layer's linear once, however many positions and examples have it."""
+    network, _ = causal_network(CONVERTED["hf_llama"])
+    network.task.target = replace(network.task.target, halves=halves)
+    for parameter in network.conditioning.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    rows = []
+    for modulation in network.conditioning.modulation.values():
+        modulation.linear.register_forward_hook(lambda _, given, out: rows.append(out.shape[:-1].numel()))
+    tokens = torch.randint(0, networks.VOCABULARY, (3, 5))
+    z, sigma = torch.randn(3, 5, networks.WIDTH), torch.rand(levels) + 0.5
+
+    def gradients():
+        rows.clear()
+        network.zero_grad()
+        network.denoise(0, {"input_ids": tokens}, z, sigma).square().sum().backward()
+        return {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
+
+    once, counted = gradients(), list(rows)
+    monkeypatch.setattr(TwoStreams, "leading", lambda _: 0)
+    every = gradients()
+    assert set(counted) == {1, sigma.numel()} and counted.count(1) == len(network.plan.layers_of(0))
+    assert once.keys() == every.keys() and any("clean" in name for name in once)
+    for name, gradient in every.items():
+        assert torch.allclose(once[name], gradient, atol=1e-5 * float(gradient.abs().max().clamp(min=1))), name
