@@ -24,6 +24,7 @@ from typing import Any
 
 from classification_tables import classification_parts
 from context_tables import context_parts
+from depth_tables import depth_parts
 from dit_tables import dit_parts
 from families import family_parts
 from masked_tables import masked_parts
@@ -45,6 +46,7 @@ PAGES = (
     "docs/will-it-convert.md",
     "docs/text.md",
     "docs/images.md",
+    "docs/context.md",
     "docs/memory.md",
 )
 SEEDS = (0, 1, 2)
@@ -139,6 +141,7 @@ def parts(results: dict[str, Any]) -> dict[str, str]:
         **recurrent_parts(),
         **dit_parts(),
         **memory_parts(),
+        **depth_parts(),
     }
 
 

@@ -1,0 +1,54 @@
+"""The tables of docs/context.md, from what `dbconvert compare RECIPE --against depth` wrote."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from memory_tables import DATA, table
+
+from dbconvert.amounts import size
+from dbconvert.engine.comparison import NONE, Comparison, Row, median, spread
+from dbconvert.schema import parse
+
+DEPTH = Path(__file__).with_name("depth")
+RECIPES = ("s3", "permutation_powers", "automaton", "vit_digits")
+WHOLE = "end-to-end"
+
+
+def depth_parts() -> dict[str, str]:
+    return {f"depth-{name}": told(name) for name in RECIPES}
+
+
+def told(name: str) -> str:
+    path = DEPTH / name / DATA
+    if not path.exists():
+        return f"Not measured yet: `dbconvert compare {name} --against depth`."
+    found = json.loads(path.read_text(encoding="utf-8"))
+    rows = tuple(parse(Row, row, file=str(path)) for row in found["rows"])
+    comparison = Comparison(found["target"], path.parent, found["varied"], rows, found["left"])
+    by_name = {key: [row for row in own if row.status == "done"] for key, own in comparison.by_name().items()}
+    whole = by_name.get(WHOLE, [])
+    titles = [quality.title for quality in comparison.qualities]
+    lines = [["training", *titles, "activations", "of end-to-end's", "layer evaluations, of end-to-end's"]]
+    for key, own in by_name.items():
+        qualities = [spread([row.quality.get(one.title) for row in own], one) for one in comparison.qualities]
+        kept, work = (middle(own, figure) for figure in ("activations", "work"))
+        kept_whole, work_whole = (middle(whole, figure) for figure in ("activations", "work"))
+        lines.append(
+            [key, *qualities, NONE if kept is None else size(kept), *map(share, (kept, work), (kept_whole, work_whole))]
+        )
+    notes = "\n".join(f"- {note}" for note in comparison.notes())
+    return f"{table(lines)}\n\n{notes}"
+
+
+def middle(rows: list[Row], figure: str) -> float | None:
+    """The median of a figure; `work` is layer evaluations, forward ones counted as a third."""
+    if figure != "work":
+        return median([row.figures.get(figure) for row in rows])
+    both = [(row.figures.get("passes"), row.figures.get("updates")) for row in rows]
+    return median([passes * updates for passes, updates in both if passes is not None and updates is not None])
+
+
+def share(value: float | None, whole: float | None) -> str:
+    return f"{value / whole:.2f}" if value is not None and whole else NONE
