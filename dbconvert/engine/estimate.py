@@ -70,7 +70,7 @@ def estimate(
         best=best,
         evidence=() if best is None else evidence(best[0]),
         advice=(),
-        notes=tuple(notes(network)),
+        notes=(saving(rows), *notes(network)),
     )
     if memory is None or best is not None:
         return found
@@ -183,6 +183,18 @@ def advice(change: str, rows: tuple[Row, ...], memory: int | None) -> Advice:
     every = [(row.blocks, setting, held.total) for row in rows if row.blocks for setting, held in row.holdings.items()]
     blocks, setting, total = min(every, key=lambda each: (each[2], each[0]))
     return Advice(change, blocks, setting, total, memory is not None and total <= memory)
+
+
+def saving(rows: tuple[Row, ...]) -> str:
+    """The number of blocks from which on an update keeps fewer activations than end-to-end training."""
+    plain = Setting("resident", False)
+    whole = next(row.holdings[plain].activations for row in rows if row.blocks is None)
+    counts = [row.blocks for row in rows if row.blocks is not None]
+    more = [row.blocks for row in rows if row.blocks is not None and row.holdings[plain].activations >= whole]
+    least = min((count for count in counts if count > max(more, default=0)), default=None)
+    if least is None:
+        return "no number of blocks keeps fewer activations than an end-to-end update"
+    return f"an update keeps fewer activations than an end-to-end one from {least} block{'s' * (least > 1)} on"
 
 
 def notes(network: BlockwiseNetwork) -> Iterator[str]:

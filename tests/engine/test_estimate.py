@@ -26,6 +26,7 @@ from dbconvert.events import silent
 from dbconvert.graph.account import saved_bytes
 from dbconvert.graph.analysis import analyse
 from dbconvert.recipe import SplitOptions
+from dbconvert.shipped import shipped
 from dbconvert.sources.resolve import open_source
 
 AWAY, CHECKPOINTED = Setting("away", False), Setting("away", True)
@@ -264,3 +265,12 @@ def test_a_refused_network(tmp_path):
     (tmp_path / "bad.py").write_text("import torch\n\ndef build_model():\n    return torch.nn.Linear(3, 3)\n")
     done = commands.dbconvert("estimate", "bad.py", "--memory", "1GB", "--json", code=1)
     assert json.loads(done.stdout)["verdict"] == "refused" and "error" in done.stderr
+
+
+def test_from_how_many_blocks_text_saves_activations():
+    """Clean and noisy tokens are twice as many, so that few blocks keep more than end-to-end training."""
+    found = dbconvert.estimate(str(shipped("examples/gpt.py")), request=Request(case=Case(batch=2, length=32)))
+    kept = {row.blocks: row.holdings[Setting("resident", False)].activations for row in found.rows}
+    told = next(note for note in found.notes if "fewer activations" in note)
+    least = int(told.split(" block")[0].split()[-1])
+    assert least > 1 and kept[least] < kept[None] <= kept[least - 1]
