@@ -15,7 +15,7 @@ class PuzzleOptions:
     """Of the built-in puzzles, whose examples are made when they are asked for.
 
     Args:
-        size: elements of `s3` (12), points of `permutation-powers` (12), cells of `automaton` (24).
+        size: elements of `s3` (12), points of `permutation-powers` (16), cells of `automaton` (24).
         steps: the highest power of `permutation-powers` (8); steps of `automaton` (4), or the lowest and the highest
             number of them, of which each example is told its own.
         single: only the answer that takes all steps has a label: that of the last position, of the highest power, of

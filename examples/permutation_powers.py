@@ -55,9 +55,9 @@ class Powers(nn.Module):
 
 
 def build_model() -> nn.Module:
-    """Eight powers of permutations of 12 points."""
-    return Powers(points=12, powers=8, depth=6, width=64, heads=4)
+    """Eight powers of permutations of 16 points."""
+    return Powers(points=16, powers=8, depth=6, width=64, heads=4)
 
 
 def example_inputs() -> dict[str, Tensor]:
-    return {"tokens": torch.arange(2 * 96).view(2, 96) % 12}
+    return {"tokens": torch.arange(2 * 128).view(2, 128) % 16}

@@ -134,7 +134,7 @@ class PermutationPowers(Puzzle):
     def settle(self, options: PuzzleOptions) -> None:
         if isinstance(options.steps, tuple):
             raise self.refuse("steps", "all powers up to one are asked for", "give one number, the highest power")
-        self.size, self.powers = options.size or 12, options.steps or 8
+        self.size, self.powers = options.size or 16, options.steps or 8
         if self.size < 2:
             raise self.refuse("size", "there is one permutation of one point", "give 2 or more")
         self.vocabulary = self.classes = self.size
