@@ -18,7 +18,7 @@ from dbconvert.errors import UsageError
 from dbconvert.files import sha256_file
 from dbconvert.schema import identity
 
-KINDS = f"{', '.join(BUILT_IN)}, a text file, JSON lines, parquet, a folder of them, a hub id, or file.py:function"
+KINDS = "pydoc, a text file, JSON lines, parquet, a folder of them, a hub id, or file.py:function"
 
 HELD_OUT = ("validation", "test")
 

@@ -83,7 +83,7 @@ def unet():
 ALL = {
     "dit": Row(dit, conditioned=True),
     "pixart": Row(pixart, conditioned=True),
-    "sd3": Row(sd3, conditioned=True),
+    "sd3": Row(sd3, conditioned=True, streams=2),
     "flux": Row(flux, verdict="refused", kind="several-streams", node="transformer_blocks"),
     "unet2d": Row(unet, verdict="refused"),
 }

@@ -28,6 +28,7 @@ class Row:
             the order of sums.
         batch: the stream's batch axis.
         conditioned: whether the network takes a condition of its own, so that nothing is injected.
+        streams: that are carried from layer to layer.
     """
 
     make: Callable[[], Built]
@@ -41,6 +42,7 @@ class Row:
     node: str = ""
     mixes: bool = False
     conditioned: bool = False
+    streams: int = 1
     batch: int = 0
 
     def build(self) -> Built:

@@ -89,7 +89,7 @@ def test_facts(case):
     assert anatomy.verdict == row.verdict and anatomy.post_norm == row.post
     assert row.layers in (None, anatomy.depth) and row.width in (None, anatomy.width)
     assert row.branches is None or all(len(layer.branches) == row.branches for layer in anatomy.layers)
-    assert (anatomy.streams, anatomy.calls > 1) == (1, row.verdict == "looped")
+    assert (anatomy.streams, anatomy.calls > 1) == (row.streams, row.verdict == "looped")
     assert anatomy.axes.batch == row.batch
     assert anatomy.layers[0].parameters > 0 and anatomy.stem.parameters + anatomy.readout.parameters > 0
 

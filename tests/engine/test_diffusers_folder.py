@@ -68,7 +68,7 @@ def test_all_blocks_together_are_the_original(pipeline, package):
     scheduler = DDIMScheduler.from_pretrained(pipeline / "scheduler", clip_sample=False)
     scheduler.set_timesteps(1000)
     opened = open_package(package)
-    network = build_network(opened, opened.plan, read_origin(str(package), []).recipe, None).eval()
+    network = build_network(opened, opened.plan, read_origin(str(package), []).recipe, None, []).eval()
     x, label = torch.randn(2, 1, 8, 8), torch.tensor([3, 10])
     sigmas = opened.plan.target.prediction.times.log_sigmas().exp()
     for t in (0, 300, 700):
