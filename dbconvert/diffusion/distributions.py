@@ -38,8 +38,15 @@ class NoiseDistribution(ABC):
 
     def between(self, low: float, high: float, uniform: Tensor) -> Tensor:
         """Training levels of an interval from numbers in [0, 1): the distribution truncated to it."""
-        start, end = self.cdf(torch.tensor([low, high], dtype=torch.float64))
+        if (low, high) not in self._shares:
+            self._shares[low, high] = tuple(self.cdf(torch.tensor([low, high], dtype=torch.float64)))
+        start, end = self._shares[low, high]
         return self.icdf(start + uniform.double() * (end - start))
+
+    @cached_property
+    def _shares(self) -> dict[tuple[float, float], tuple[Tensor, ...]]:
+        """Probabilities of levels up to the ends of intervals: the same ones in every update."""
+        return {}
 
     def widened(self, low: float, high: float, share: float) -> tuple[float, float]:
         """An interval with both ends moved outwards by a share of its width, in ln sigma."""
@@ -129,6 +136,12 @@ class Tabulated(NoiseDistribution):
         return torch.tensor(self.log_sigma).double(), torch.tensor(self.mass).double()
 
     @cached_property
+    def _rising(self) -> Tensor:
+        """The mass; where it is flat every level has the same, and a ramp far below rounding picks the order."""
+        mass = self._grid[1]
+        return mass + torch.arange(len(mass)).double() * 1e-12
+
+    @cached_property
     def _ends(self) -> tuple[Tensor, Tensor]:
         grid, mass = self._grid
         ends = torch.tensor([self.sigma_min, self.sigma_max]).double().log()
@@ -141,11 +154,8 @@ class Tabulated(NoiseDistribution):
         return ((interpolate(sigma.double().log(), grid, mass) - low) / (high - low)).clamp(0, 1)
 
     def icdf(self, q: Tensor) -> Tensor:
-        grid, mass = self._grid
-        low, high = self._ends
-        # Where the table is flat every level has the same mass: a ramp far below rounding picks the order.
-        rising = mass + torch.arange(len(mass)).double() * 1e-12
-        log_sigma = interpolate(low + q.double() * (high - low), rising, grid)
+        grid, low, high = self._grid[0], *self._ends
+        log_sigma = interpolate(low + q.double() * (high - low), self._rising, grid)
         return log_sigma.exp().clamp(self.sigma_min, self.sigma_max)
 
 

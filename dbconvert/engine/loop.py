@@ -60,14 +60,12 @@ class Loop:
         self.refits = points(shares, len(self.order))
 
     def prepare(self) -> nn.Module:
-        """Moves the network and the optimisers to where accelerate wants them."""
-        units, mover = self.job.all_units(), self.job.mover
-        placed = None if mover is None else [False, *[True] * len(units)]
-        model, *optimizers = self.accelerator.prepare(
-            self.job.network, *(unit.optimizer for unit in units), device_placement=placed
-        )
-        for unit, optimizer in zip(units, optimizers, strict=True):
-            unit.optimizer = optimizer
+        """Moves the network to where accelerate wants it.
+
+        Optimisers are not wrapped: what that adds, scaling of losses in fp16 and XLA, is not in use here.
+        """
+        mover = self.job.mover
+        model = self.accelerator.prepare_model(self.job.network, device_placement=None if mover is None else False)
         if mover is not None:
             mover.begin(self.job.units, self.accelerator.device)
         prepared: nn.Module = model.train()
