@@ -16,8 +16,25 @@ RECIPES = ("s3", "permutation_powers", "automaton", "vit_digits")
 WHOLE = "end-to-end"
 
 
+BY_DEPTH = DEPTH / "depth.json"
+"""As measure_depth.py wrote it."""
+
+
 def depth_parts() -> dict[str, str]:
-    return {f"depth-{name}": told(name) for name in RECIPES}
+    return {**{f"depth-{name}": told(name) for name in RECIPES}, "by-depth": by_depth()}
+
+
+def by_depth() -> str:
+    """Accuracy by how many steps an answer takes."""
+    if not BY_DEPTH.exists():
+        return "Not measured yet: `python docs/measure_depth.py`."
+    tables = []
+    for puzzle, runs in json.loads(BY_DEPTH.read_text(encoding="utf-8")).items():
+        depths = next(iter(runs.values()))["by_depth"]
+        lines = [[f"{puzzle}, steps", *depths]]
+        lines += [[name, *(f"{value:.0f}" for value in run["by_depth"].values())] for name, run in runs.items()]
+        tables.append(table(lines))
+    return "\n\n".join([*tables, "![the same as curves](depth/depth.png)"])
 
 
 def told(name: str) -> str:
