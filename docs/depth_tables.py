@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from memory_tables import DATA, table
+from memory_tables import DATA, read_comparison, table
 
 from dbconvert.amounts import size
-from dbconvert.engine.comparison import NONE, Comparison, Row, median, spread
-from dbconvert.schema import parse
+from dbconvert.engine.comparison import NONE, Row, median, spread
 
 DEPTH = Path(__file__).with_name("depth")
 RECIPES = ("s3", "permutation_powers", "automaton", "vit_digits")
@@ -41,9 +40,7 @@ def told(name: str) -> str:
     path = DEPTH / name / DATA
     if not path.exists():
         return f"Not measured yet: `dbconvert compare {name} --against depth`."
-    found = json.loads(path.read_text(encoding="utf-8"))
-    rows = tuple(parse(Row, row, file=str(path)) for row in found["rows"])
-    comparison = Comparison(found["target"], path.parent, found["varied"], rows, found["left"])
+    comparison = read_comparison(path)
     by_name = {key: [row for row in own if row.status == "done"] for key, own in comparison.by_name().items()}
     whole = by_name.get(WHOLE, [])
     titles = [quality.title for quality in comparison.qualities]

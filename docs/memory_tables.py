@@ -23,9 +23,7 @@ def told(name: str) -> str:
     path = PEERS / name / DATA
     if not path.exists():
         return f"Not measured yet: `dbconvert compare {name} --against peers`, see above."
-    found = json.loads(path.read_text(encoding="utf-8"))
-    rows = tuple(parse(Row, row, file=str(path)) for row in found["rows"])
-    comparison = Comparison(found["target"], path.parent, found["varied"], rows, found["left"])
+    comparison = read_comparison(path)
     headers, lines = comparison.table()
     tables = []
     for titles in comparison.groups().values():
@@ -33,6 +31,13 @@ def told(name: str) -> str:
         tables.append(table([[headers[i] for i in chosen], *([line[i] for i in chosen] for line in lines)]))
     notes = "\n".join(f"- {note}" for note in [*verdicts(comparison), *comparison.notes()])
     return "\n\n".join([*tables, f"![memory, quality and time of each row](peers/{name}/{PICTURE})", notes])
+
+
+def read_comparison(path: Path) -> Comparison:
+    """What `dbconvert compare` wrote."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    rows = tuple(parse(Row, row, file=str(path)) for row in found["rows"])
+    return Comparison(found["target"], path.parent, found["varied"], rows, found["left"])
 
 
 def table(lines: list[list[str]]) -> str:

@@ -17,24 +17,17 @@ from dbconvert.anatomy import Anatomy
 from dbconvert.conditioning.modulation import fit
 from dbconvert.graph.placing import with_token
 from dbconvert.graph.two_streams import positions_axis
-from dbconvert.plan import Context, Entry, Readout, Rule, Target
-from dbconvert.recipe import Z
-from dbconvert.tasks.base import Change, Corruption, Headline, Inputs, Passage, Task
-from dbconvert.tasks.discrete import above_mean, denoise_before_head, fresh_table, register_readouts, register_table
+from dbconvert.plan import Entry, Readout, Target
+from dbconvert.tasks.base import Change, Corruption, Headline, Inputs, Passage
+from dbconvert.tasks.discrete import denoise_before_head
 from dbconvert.tasks.label_place import own_token, placed, reading
+from dbconvert.tasks.labels import LabelTask, unfit
 
 
-class Classification(Task):
-    """Networks that map an input to one vector of class scores, with a linear head on features of the stream's width.
-
-    Parameters it adds: `target.weight` [K, d], used L2-normalised so that embeddings cannot collapse, and for each
-    block a linear from the conditioning to the shift and scale of the features before the head.
-    """
+class Classification(LabelTask):
+    """Networks that map an input to one vector of class scores by a linear head on features of the stream's width."""
 
     name: ClassVar[str] = "classification"
-    rule: ClassVar[Rule] = "auto"
-    contexts: ClassVar[tuple[Context, ...]] = ("raw", "features", "estimate")
-    zs: ClassVar[tuple[Z, ...]] = ("noised", "on-policy", "mixed")
     headlines: ClassVar[tuple[Headline, ...]] = (
         Headline("accuracy from z = 0", "accuracy_zero", "accuracy"),
         Headline("accuracy over draws", "accuracy_draw"),
@@ -47,11 +40,7 @@ class Classification(Task):
             return "the network's output is not the result of one linear head"
         if not head.pooled:
             return "the head reads every position, not one vector an example"
-        if head.features != anatomy.width:
-            return f"the head reads {head.features} features, the stream has {anatomy.width}"
-        if head.outputs < 2:
-            return "the head has a single output"
-        return None
+        return unfit(head, anatomy.width)
 
     @staticmethod
     def decide(anatomy: Anatomy) -> Target:
@@ -63,17 +52,6 @@ class Classification(Task):
         target: Target, anatomy: Anatomy, model: nn.Module | None, entry: Entry | None, readout: Readout | None
     ) -> Target:
         return placed(target, anatomy, model, entry, readout)
-
-    def register(self, model: nn.Module, *, blocks: int, width: int, seed: int) -> None:
-        register_table(model, self.target, seed)
-        register_readouts(model, blocks, width, self.target.width)
-
-    def block_of(self, key: str) -> int | None:
-        part, _, rest = key.partition(".")
-        return int(rest.split(".")[0]) if part == "readout" else None
-
-    def table(self, model: nn.Module) -> Tensor:
-        return fresh_table(model)
 
     def target_shape(self, inputs: Inputs) -> tuple[int, ...]:
         return len(next(iter(inputs.values()))), self.target.width
@@ -117,22 +95,9 @@ class Classification(Task):
     def clean(self, model: nn.Module, labels: Tensor) -> Tensor:
         return self.table(model)[labels]
 
-    def denoised(self, model: nn.Module, output: Tensor) -> Tensor:
-        return output.float().softmax(-1) @ self.table(model)
-
-    def told(self, model: nn.Module, expected: Tensor, z: Tensor) -> Tensor:
-        """One vector an example, which every position hears."""
-        return above_mean(expected, self.table(model))
-
     def stand_in(self, inputs: Inputs) -> Tensor:
         first = next(iter(inputs.values()))
         return torch.zeros(len(first), dtype=torch.long, device=first.device)
 
     def losses(self, output: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(output.float(), labels, reduction="none")
-
-    def correct(self, output: Tensor, labels: Tensor) -> Tensor:
-        return output.argmax(-1) == labels
-
-    def probabilities(self, output: Tensor) -> Tensor:
-        return output.float().softmax(-1)

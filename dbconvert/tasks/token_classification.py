@@ -20,26 +20,19 @@ from dbconvert.errors import Refused
 from dbconvert.graph.placing import made_up
 from dbconvert.graph.proof import no_fast_paths, unchanged_state
 from dbconvert.graph.two_streams import as_stream, positions_axis
-from dbconvert.plan import Context, Rule, Target
-from dbconvert.recipe import Z
-from dbconvert.tasks.base import Change, Corruption, Headline, Inputs, Passage, Task, along
-from dbconvert.tasks.discrete import above_mean, denoise_before_head, fresh_table, register_readouts, register_table
+from dbconvert.plan import Target
+from dbconvert.tasks.base import Change, Corruption, Headline, Inputs, Passage, along
+from dbconvert.tasks.discrete import denoise_before_head
+from dbconvert.tasks.labels import LabelTask, unfit
 
 ASKED = "__asked__"
 """Key among the inputs of the positions that have a label, [N, S] bool; no argument of a network is called this."""
 
 
-class TokenClassification(Task):
-    """Networks that end in a linear head over features of the stream's width at every position.
-
-    Parameters it adds: `target.weight` [K, d], used L2-normalised, and for each block a linear from the conditioning to
-    the shift and scale of the features before the head.
-    """
+class TokenClassification(LabelTask):
+    """Networks that end in a linear head over features of the stream's width at every position."""
 
     name: ClassVar[str] = "token_classification"
-    contexts: ClassVar[tuple[Context, ...]] = ("raw", "features", "estimate")
-    zs: ClassVar[tuple[Z, ...]] = ("noised", "on-policy", "mixed")
-    rule: ClassVar[Rule] = "auto"
     tagged: ClassVar[bool] = True
     tried: ClassVar[bool] = True
     headlines: ClassVar[tuple[Headline, ...]] = (
@@ -59,11 +52,7 @@ class TokenClassification(Task):
             return "the head reads one vector an example, not every position"
         if len(anatomy.stream_shape) != 3:
             return "the stream has other axes than examples, positions and channels"
-        if head.features != anatomy.width:
-            return f"the head reads {head.features} features, the stream has {anatomy.width}"
-        if head.outputs < 2:
-            return "the head has a single output"
-        return None
+        return unfit(head, anatomy.width)
 
     @staticmethod
     def on_request(anatomy: Anatomy) -> bool:
@@ -91,19 +80,6 @@ class TokenClassification(Task):
                 hint="a label for every position needs a head that reads each position of the stream",
             )
         return target
-
-    # -- parameters ---------------------------------------------------------------------------------------
-
-    def register(self, model: nn.Module, *, blocks: int, width: int, seed: int) -> None:
-        register_table(model, self.target, seed)
-        register_readouts(model, blocks, width, self.target.width)
-
-    def block_of(self, key: str) -> int | None:
-        part, _, rest = key.partition(".")
-        return int(rest.split(".")[0]) if part == "readout" else None
-
-    def table(self, model: nn.Module) -> Tensor:
-        return fresh_table(model)
 
     # -- a batch ------------------------------------------------------------------------------------------
 
@@ -141,12 +117,6 @@ class TokenClassification(Task):
     def plain_passage(self, inputs: Inputs) -> Passage:
         return Passage(own_inputs(inputs))
 
-    def denoised(self, model: nn.Module, output: Tensor) -> Tensor:
-        return output.float().softmax(-1) @ self.table(model)
-
-    def told(self, model: nn.Module, expected: Tensor, z: Tensor) -> Tensor:
-        return above_mean(expected, self.table(model))
-
     # -- figures ------------------------------------------------------------------------------------------
 
     def stand_in(self, inputs: Inputs) -> Tensor:
@@ -156,16 +126,10 @@ class TokenClassification(Task):
     def losses(self, output: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(output.float().movedim(-1, 1), labels, ignore_index=IGNORED, reduction="none")
 
-    def correct(self, output: Tensor, labels: Tensor) -> Tensor:
-        return output.argmax(-1) == labels
-
     def figures(self, output: Tensor, labels: Tensor) -> dict[str, float]:
         """`accuracy_examples`: the share of examples all of whose labels are met."""
         right = self.correct(output, labels) | (labels == IGNORED)
         return {"accuracy_examples": float(right.all(-1).float().mean())}
-
-    def probabilities(self, output: Tensor) -> Tensor:
-        return output.float().softmax(-1)
 
     def counted(self, labels: Tensor) -> Tensor:
         return (labels != IGNORED).float()
