@@ -1,5 +1,6 @@
 """compare --against peers: its rows, what they hold and reach on the way, and what is not here."""
 
+import gc
 import json
 import sys
 import time
@@ -184,22 +185,33 @@ def test_tables_of_the_older_form_are_read():
 # -- how it is looked at --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(anonymous() is None, reason="the system does not tell")
-def test_peaks_are_those_of_updates():
+def test_peaks_are_those_of_updates(monkeypatch):
+    resident = [100 * MB]
+    monkeypatch.setattr("dbconvert.engine.peaks.anonymous", lambda: resident[0])
     peaks = Peaks(device=False)
+
+    def hold(size):
+        resident[0] = size
+        time.sleep(0.2)
+        resident[0] = 101 * MB
+
     with peaks:
         peaks(Stage("training", 2))
         peaks(Advance(1))  # goes on from update 1
-        held = torch.ones(40 * MB // 4)
-        time.sleep(0.2)
-        del held
+        hold(140 * MB)
         peaks(Advance(1))
-        large = torch.ones(160 * MB // 4)  # an evaluation
-        time.sleep(0.2)
-        del large
+        hold(260 * MB)  # an evaluation
         peaks(Advance(0))
         peaks(Advance(1))
-    assert 35 * MB < peaks.host < 120 * MB and peaks.device is None and not peaks.thread.is_alive()
+    assert peaks.host == 40 * MB and peaks.device is None and not peaks.thread.is_alive()
+
+
+@pytest.mark.skipif(anonymous() is None, reason="the system does not tell")
+def test_what_is_allocated_is_resident():
+    gc.collect()
+    before = anonymous()
+    held = torch.ones(40 * MB // 4)
+    assert 35 * MB < anonymous() - before < 60 * MB and held.numel()
 
 
 def test_some_examples_are_spread_over_the_part():
