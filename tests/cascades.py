@@ -15,7 +15,11 @@ from dbconvert.recipe import SplitOptions
 
 def blockwise(model, inputs, task, blocks=3, **options):
     """(network in blocks with random conditioning, its noise intervals)."""
-    anatomy = analyse(model.eval(), inputs)
+    return in_blocks(model, inputs, analyse(model.eval(), inputs), task, blocks, **options)
+
+
+def in_blocks(model, inputs, anatomy, task, blocks=2, **options):
+    """The same of a network that was analysed."""
     ref = SourceRef("model_file", "build_model", "", (), "")
     opened = Opened(SimpleNamespace(ref=ref), model, inputs, None, 0, anatomy, Example(model, anatomy))
     options = SplitOptions(start="original", **options)

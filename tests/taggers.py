@@ -3,11 +3,11 @@
 import networks
 import torch
 import transformers
-from language import in_blocks, loud
+from cascades import blockwise
+from language import loud
 from networks import DEPTH, VOCABULARY, WIDTH, Block
 from torch import nn
 
-from dbconvert.graph.analysis import analyse
 from dbconvert.tasks.token_classification import TokenClassification
 
 CLASSES = 5
@@ -89,4 +89,4 @@ def build(name):
 def tagger(name="tagger", context="raw", blocks=3):
     """(network in blocks with random conditioning, its noise intervals)."""
     model, inputs = loud(build(name))
-    return in_blocks(model, analyse(model, inputs), TokenClassification, blocks, context=context)
+    return blockwise(model, inputs, TokenClassification, blocks, context=context)

@@ -16,6 +16,7 @@ its block. There are as many updates as of end-to-end training, on the same batc
 from __future__ import annotations
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -34,7 +35,7 @@ from dbconvert.tasks.base import Inputs
 Parameters = dict[str, nn.Parameter]
 
 
-class Turns(Method):
+class Turns(Method, ABC):
     """End-to-end training of the original network in which parameters take turns."""
 
     alone = True
@@ -46,9 +47,9 @@ class Turns(Method):
                 hint="cut it into more blocks, or use train.method=end-to-end",
             )
 
+    @abstractmethod
     def turn(self, job: Job, block: int, number: int) -> Parameters:
         """What learns in a turn."""
-        raise NotImplementedError
 
     def begin(self, job: Job, block: int) -> None:
         unit, every = job.units[block], job.recipe.train.steps_per_turn
