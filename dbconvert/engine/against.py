@@ -123,6 +123,7 @@ AGAINST: dict[str, tuple[Baseline, ...]] = {
         ),
     ),
     "depth": DEPTH,
+    **{form.name.replace(", ", "-"): (form,) for form in DEPTH},
     "peers": PEERS,
 }
 """Those that are asked for, by the word for them."""

@@ -200,6 +200,11 @@ def test_forms_that_the_task_does_not_have_are_left_out():
     assert not any("features" in name or "estimate" in name for name, _ in recurrent)
 
 
+def test_one_of_the_forms_alone():
+    alone = names("vit_digits", against=["features-mixed"])
+    assert [name for name, _ in alone] == ["blocks", "end-to-end", "shallow control", "features, mixed"]
+
+
 def test_somebody_elses_folder_is_left_alone(recipe, tmp_path):
     (tmp_path / "theirs.txt").touch()
     with pytest.raises(UsageError, match="no comparison wrote"):
