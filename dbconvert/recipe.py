@@ -34,6 +34,7 @@ class SplitOptions:
         entry: where a noisy label enters; None leaves it to what the analysis finds.
         readout: what the head reads; None is what goes with the entry.
         modulation: `linear` is DiT's; `silu` puts SiLU behind it, as the paper's code does.
+        context: what a block hears of the one before it; the task's own by default, see `Task.contexts`.
         prediction: what a network of images predicts: EDM's F, epsilon, v or a flow; `edm` by default, or what a
             pretrained diffusers folder says.
         times: the schedule that it was trained with.
@@ -49,7 +50,7 @@ class SplitOptions:
     entry: Entry | None = None
     readout: Readout | None = None
     modulation: Curve = "linear"
-    context: Context = "raw"
+    context: Context | None = None
     prediction: Predicted | None = None
     times: Times | None = None
 
@@ -101,7 +102,8 @@ class TrainOptions:
         attention: what computes attention over clean and noisy tokens: `sdpa` with a dense mask, `flex` (FlexAttention,
             on CUDA), or `auto`, which is `flex` on CUDA and `sdpa` elsewhere.
         z: `noised` is the truth with noise, as in the paper; `on-policy` what the sampler brings to a block, from its
-            start through the earlier blocks, which run without gradient; `mixed` that for some examples of a batch.
+            start through the earlier blocks, which run without gradient; `mixed` that for some examples of a batch. The
+            task's own by default, see `Task.zs`.
         mixed: the share of `mixed` that is on-policy.
         label_dropout: the share of images that are trained on without their class, which guidance needs (0.1 in the
             paper); the last row of the network's table of classes stands for none.
@@ -129,7 +131,7 @@ class TrainOptions:
     periphery: Literal["shared", "frozen-target"] = "shared"
     weight: Weight | None = None
     attention: Kernel = "auto"
-    z: Z = "noised"
+    z: Z | None = None
     mixed: Share = MIXED
     label_dropout: Share = 0.0
     precision: Literal["fp32", "bf16", "bf16-true"] = "fp32"
@@ -255,7 +257,8 @@ def check(recipe: Recipe, file: str) -> None:
         raise UsageError("train.steps and train.epochs are both given", where=file, hint="give one of them")
     if recipe.train.mixed != MIXED and recipe.train.z != "mixed":
         raise UsageError(
-            f"train.mixed is the on-policy share of train.z=mixed, and train.z is {recipe.train.z}", where=file
+            f"train.mixed is the on-policy share of train.z=mixed, and train.z is {recipe.train.z or 'left open'}",
+            where=file,
         )
     if recipe.train.backpropagate is not None and recipe.train.method != "truncated-bptt":
         raise UsageError(

@@ -46,7 +46,10 @@ TRUST = Annotated[
 TASK = Annotated[str | None, typer.Option(help="What the network is for; inferred when only one fits.")]
 DROP = Annotated[bool, typer.Option("--drop-extra", help="Leave out weights that the network does not have.")]
 PROVE = Annotated[bool, typer.Option("--prove", help="Prove a large network on its own weights, whatever they take.")]
-CONTEXT = Annotated[str, typer.Option(help="What a block hears of the one before it: raw, features or estimate.")]
+CONTEXT = Annotated[
+    str | None,
+    typer.Option(help="What a block hears of the one before it: raw, features or estimate; the task's own by default."),
+]
 JSON = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 FORCE = Annotated[bool, typer.Option("--force", help="Replace what is there, if dbconvert wrote it.")]
 OVERRIDES = Annotated[
@@ -98,7 +101,7 @@ def split(
     tokenizer: Annotated[str | None, typer.Option(help="byte, char, or a Transformers folder or hub id.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens an example.")] = None,
     table: Annotated[str | None, typer.Option(help="Target table: own embeddings or fresh.")] = None,
-    context: CONTEXT = "raw",
+    context: CONTEXT = None,
     prediction: Annotated[str | None, typer.Option(help="Of images: edm, epsilon, v or flow.")] = None,
     weights: WEIGHTS = None,
     noise: Annotated[str | None, typer.Option(help="auto, edm or mask; the task's own by default.")] = None,
@@ -187,7 +190,7 @@ def estimate(
     size: Annotated[int | None, typer.Option(help="Height and width of pictures.")] = None,
     precision: Annotated[str, typer.Option(help="fp32, or bf16 (autocast: weights stay in 32 bits).")] = "fp32",
     optimizer: Annotated[str, typer.Option(help="adamw, adamw8bit or sgd.")] = "adamw",
-    context: CONTEXT = "raw",
+    context: CONTEXT = None,
     task: TASK = None,
     stack: STACK = None,
     seed: SEED = 0,

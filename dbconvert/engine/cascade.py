@@ -106,9 +106,9 @@ def approach(
     Args:
         sigma: the levels that were drawn; on-policy examples get those at which the sampler meets the block.
     """
-    own = None
-    if train.z != "noised":
-        share = 1.0 if train.z == "on-policy" else train.mixed
+    own, z = None, train.z or network.task.zs[0]
+    if z != "noised":
+        share = 1.0 if z == "on-policy" else train.mixed
         count = int(share * len(sigma) + float(torch.rand(())))
         own = torch.arange(len(sigma), device=sigma.device) < count
         sigma = own_levels(network.task, intervals, block, sigma, own)
@@ -118,7 +118,7 @@ def approach(
 def forward_layers(task: Task, plan: Plan, train: TrainOptions) -> float:
     """Layers of earlier blocks, and of the own one, that run without gradient in an update; the mean over blocks."""
     intervals, total = plan.preview.intervals(), 0.0
-    share = {"noised": 0.0, "mixed": train.mixed, "on-policy": 1.0}[train.z]
+    share = {"noised": 0.0, "mixed": train.mixed, "on-policy": 1.0}[train.z or task.zs[0]]
     sizes = [len(plan.layers_of(block)) for block in range(len(plan.blocks))]
     state = own_state(task)
     for block, size in enumerate(sizes):

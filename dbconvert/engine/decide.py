@@ -16,7 +16,7 @@ from dbconvert.engine.refit import refuse_refit
 from dbconvert.engine.twin import one_thread
 from dbconvert.errors import Refused, UsageError
 from dbconvert.graph.inject import site_features
-from dbconvert.plan import SCHEMA_VERSION, NoiseFit, NoiseRule, Plan, Target, cut
+from dbconvert.plan import SCHEMA_VERSION, Context, NoiseFit, NoiseRule, Plan, Target, cut
 from dbconvert.recipe import SplitOptions
 from dbconvert.tasks.base import Task
 from dbconvert.tasks.registry import reasons
@@ -67,10 +67,16 @@ def refuse_uncuttable(anatomy: Anatomy, *, looped: bool = False) -> None:
             )
 
 
-def refuse_context(options: SplitOptions, task: type[Task] | None, blocks: int) -> None:
-    """Raises UsageError where blocks cannot hear each other."""
+def decide_context(options: SplitOptions, task: type[Task] | None, blocks: int) -> Context:
+    """What is asked for, or else the task's own, where there is more than one block.
+
+    Raises:
+        UsageError: blocks cannot hear each other so.
+    """
+    if options.context is None:
+        return "raw" if task is None or blocks < 2 else task.contexts[0]
     if options.context == "raw":
-        return
+        return "raw"
     looped = task is not None and task.looped
     if blocks < 2 or looped:
         raise UsageError(
@@ -83,6 +89,7 @@ def refuse_context(options: SplitOptions, task: type[Task] | None, blocks: int) 
         whose = "a network without a task" if task is None else f"task {task.name}"
         known = f"it has {', '.join(offered)}" if offered else "leave it at `raw`"
         raise UsageError(f"{whose} has no context `{options.context}`", hint=known)
+    return options.context
 
 
 def decide(
@@ -126,7 +133,7 @@ def decide(
         pretrained=opened.pretrained,
         files={},
         shapes={},
-        context=options.context,
+        context=options.context or "raw",
         modulation=options.modulation,
     )
     return plan, fit

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from dbconvert.engine.ablation import STEP, evidence
 from dbconvert.engine.convert import converted
-from dbconvert.engine.decide import decide, refuse_context, refuse_uncuttable
+from dbconvert.engine.decide import decide, decide_context, refuse_uncuttable
 from dbconvert.engine.estimate_records import SETTINGS, Advice, Estimate, Request, Row, Setting
 from dbconvert.engine.holdings import Holding, Inventory, Weights, holding, inventory
 from dbconvert.engine.layer_kinds import layer_kinds
@@ -100,12 +100,12 @@ def with_usual_length(opened: Opened, case: Case) -> Case:
     return case
 
 
-def as_one_block(opened: Opened, context: Context = "raw", task_name: str | None = None) -> BlockwiseNetwork:
+def as_one_block(opened: Opened, context: Context | None = None, task_name: str | None = None) -> BlockwiseNetwork:
     """The network converted as one block of all layers, from which every run of layers can be tried."""
     anatomy = opened.anatomy
     chosen = choose_task(anatomy, task_name)
     options, whole = SplitOptions(start="original", context=context), cut(anatomy.depth, blocks=1)
-    refuse_context(options, chosen, blocks=2)
+    options = replace(options, context=decide_context(options, chosen, blocks=2))
     rule: Rule = "mask" if chosen is not None and chosen.rule == "mask" else "edm"
     plan, _ = decide(opened, options, NoiseRule(rule=rule), chosen, whole)
     task = chosen(anatomy, plan.target, plan.noise) if chosen is not None and plan.target is not None else None

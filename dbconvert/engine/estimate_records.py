@@ -28,7 +28,7 @@ class Request:
     memory: Positive | None = None
     case: Case = Case()
     optimizer: OptimizerName = "adamw"
-    context: Context = "raw"
+    context: Context | None = None
     task: str | None = None
 
 

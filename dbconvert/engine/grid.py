@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -23,7 +23,7 @@ from dbconvert.engine.against import (
     Baseline,
 )
 from dbconvert.engine.package import PLAN
-from dbconvert.engine.prepare import read_origin
+from dbconvert.engine.prepare import read_origin, with_own_z
 from dbconvert.errors import UsageError
 from dbconvert.files import quick_digest
 from dbconvert.plan import read_plan
@@ -175,6 +175,16 @@ def is_untold(baseline: Baseline, recipe: Recipe) -> bool:
     return baseline in DEPTH and (not known or (lone and recipe.split.context != "raw"))
 
 
+def with_own_form(recipe: Recipe) -> Recipe:
+    """The recipe with its task's own form of training in blocks where it leaves that open, as far as it says which."""
+    if recipe.task is None:
+        return recipe
+    task = named(recipe.task)
+    lone = recipe.package is not None or recipe.split.blocks == 1
+    split = recipe.split if lone else replace(recipe.split, context=recipe.split.context or task.contexts[0])
+    return with_own_z(replace(recipe, split=split), task)
+
+
 def baselines_denoise(recipe: Recipe) -> bool:
     """Whether noise levels matter to baselines: not where they predict the target from x alone."""
     task = recipe.task
@@ -200,7 +210,7 @@ def plan_cell(
     recipe = read_origin(request.target, overrides).recipe
     named_by = [baseline.name] if baseline else []
     name = ", ".join([*named_by, *varied]) or recipe.train.method
-    content = {**to_data(recipe), "log": None}
+    content = {**to_data(with_own_form(recipe)), "log": None}
     told = identity({"recipe": content, "part": part, "files": digests(recipe), "versions": dict(versions)})
     optional = baseline is not None and baseline.optional
     return Planned(Cell(name, baseline.name if baseline else None, combination, seed, part, told, optional), recipe)

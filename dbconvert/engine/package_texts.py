@@ -9,7 +9,7 @@ from dbconvert.recipe import Recipe
 from dbconvert.schema import to_data, to_yaml
 from dbconvert.tasks.image_diffusion import picture_in_words
 from dbconvert.tasks.label_place import in_words
-from dbconvert.tasks.registry import reasons
+from dbconvert.tasks.registry import named, reasons
 
 EPOCHS = 100
 ALONE = "dbconvert train . --block 0 train.periphery=frozen-target   # one block, an independent job"
@@ -22,6 +22,7 @@ def package_recipe(plan: Plan, data: DataOptions | None) -> str:
     defaults = to_data(Recipe())
     content = {"package": ".", "task": plan.task, **{section: defaults[section] for section in SECTIONS}}
     content["train"]["epochs"] = EPOCHS
+    content["train"]["z"] = None if plan.task is None else named(plan.task).zs[0]
     if data is not None:
         content["data"] = to_data(data)
     content["seed"] = 0
@@ -98,8 +99,9 @@ def independence(plan: Plan) -> str:
     """What blocks need of each other."""
     if plan.context != "raw":
         return f"{listening(plan).capitalize()}."
+    default = "" if plan.task is None or named(plan.task).zs[0] != "noised" else ", the default,"
     return (
-        "With train.z=noised, the default, blocks need nothing of each other; with on-policy or mixed each needs the "
+        f"With train.z=noised{default} blocks need nothing of each other; with on-policy or mixed each needs the "
         "forward pass of those before it, or their finished runs where it trains alone."
     )
 

@@ -34,7 +34,8 @@ from dbconvert.overrides import keys, parse_overrides
 from dbconvert.plan import NoiseFit, Plan
 from dbconvert.recipe import Recipe, read_recipe
 from dbconvert.shipped import shipped
-from dbconvert.tasks.registry import choose_task, reasons
+from dbconvert.tasks.base import Task
+from dbconvert.tasks.registry import choose_task, named, reasons
 
 PATHS = (("source",), ("package",), ("weights",), ("data", "source"), ("data", "tokenizer"))
 CACHE = ("data", "cache")
@@ -94,6 +95,7 @@ def prepare(
     recipe = origin.recipe
     package = get_package(recipe, folder, report)
     plan = settle_task(package.plan, recipe)
+    recipe = with_own_z(recipe, named(str(plan.task)))
     refuse(plan, recipe, block)
     missing = rehearsal and unread(recipe)
     tokenizer = None if missing else find_tokenizer(recipe.data, plan, package.folder / MODEL)
@@ -253,6 +255,11 @@ def settle_task(plan: Plan, recipe: Recipe) -> Plan:
         raise UsageError(f"task {chosen.name} has to try the network", hint=f"split again with --task {chosen.name}")
     target = chosen.place(chosen.decide(plan.anatomy), plan.anatomy, None, None, None)
     return replace(plan, task=chosen.name, target=target)
+
+
+def with_own_z(recipe: Recipe, task: type[Task]) -> Recipe:
+    """The recipe with the task's own noisy targets where it leaves them open."""
+    return replace(recipe, train=replace(recipe.train, z=recipe.train.z or task.zs[0]))
 
 
 # -- data, network, noise ---------------------------------------------------------------------------------------

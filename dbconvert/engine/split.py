@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dbconvert.data_options import DataOptions
 from dbconvert.engine.convert import begin_conditioning, converted
-from dbconvert.engine.decide import cautions, decide, decide_blocks, refuse_context
+from dbconvert.engine.decide import cautions, decide, decide_blocks, decide_context
 from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.engine.noise import UNIFORM, fit_noise
 from dbconvert.engine.opening import Opened, materialised, open_and_analyse
@@ -98,7 +98,7 @@ def split(
     anatomy = opened.anatomy
     chosen = choose_task(anatomy, task)
     blocks = decide_blocks(anatomy, options, chosen)
-    refuse_context(options, chosen, len(blocks))
+    options = replace(options, context=decide_context(options, chosen, len(blocks)))
     plan, fit = decide(opened, options, noise, chosen, blocks)
     if opened.large and opened.trained is None and not dry_run:
         report(Stage("building the network"))

@@ -129,9 +129,9 @@ class Task(ABC):
     kernel: Kernel = "auto"
 
     contexts: ClassVar[tuple[Context, ...]] = ("raw",)
-    """What its blocks can be told of each other."""
+    """What its blocks can be told of each other, what they are unless it is said first."""
     zs: ClassVar[tuple[Z, ...]] = ("noised",)
-    """Where the noisy targets of its training can come from."""
+    """Where the noisy targets of its training can come from, likewise."""
     headlines: ClassVar[tuple[Headline, ...]] = (Headline("loss", "loss_zero", "loss"),)
     """What says how good a network is, the most telling first."""
 

@@ -20,7 +20,8 @@ from dbconvert.errors import Refused
 from dbconvert.graph.placing import made_up
 from dbconvert.graph.proof import no_fast_paths, unchanged_state
 from dbconvert.graph.two_streams import as_stream, positions_axis
-from dbconvert.plan import Target
+from dbconvert.plan import Context, Target
+from dbconvert.recipe import Z
 from dbconvert.tasks.base import Change, Corruption, Headline, Inputs, Passage, along
 from dbconvert.tasks.discrete import denoise_before_head
 from dbconvert.tasks.labels import LabelTask, unfit
@@ -35,6 +36,8 @@ class TokenClassification(LabelTask):
     name: ClassVar[str] = "token_classification"
     tagged: ClassVar[bool] = True
     tried: ClassVar[bool] = True
+    contexts: ClassVar[tuple[Context, ...]] = ("features", "estimate", "raw")
+    zs: ClassVar[tuple[Z, ...]] = ("on-policy", "mixed", "noised")
     headlines: ClassVar[tuple[Headline, ...]] = (
         Headline("accuracy from z = 0", "accuracy_zero", "accuracy"),
         Headline("whole examples right", "accuracy_examples_zero", "accuracy_examples"),

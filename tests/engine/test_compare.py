@@ -179,7 +179,9 @@ def test_forms_by_what_blocks_hear_of_each_other(recipe, package):
     planned = lay_out(Request(recipe, (), {}, 1, ("depth",)), VERSIONS)
     passes = {}
     for one in planned:
-        plan = replace(read_plan(package / "plan.json"), blocks=((0, 2), (3, 4)), context=one.recipe.split.context)
+        plan = replace(
+            read_plan(package / "plan.json"), blocks=((0, 2), (3, 4)), context=one.recipe.split.context or "raw"
+        )
         plan = replace(plan, preview=replace(plan.preview, boundaries=plan.preview.boundaries[1:]))
         info = SimpleNamespace(method=one.recipe.train.method, updates=4)
         figures = work_figures(plan, one.recipe, info)

@@ -15,7 +15,8 @@ from dbconvert.engine.estimate_records import Request
 from dbconvert.engine.load import load
 from dbconvert.engine.outline import outline
 from dbconvert.errors import DBConvertError, UsageError
-from dbconvert.recipe import SplitOptions
+from dbconvert.plan import read_plan
+from dbconvert.recipe import SplitOptions, read_recipe
 from dbconvert.tasks.token_classification import ASKED
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -104,9 +105,21 @@ def test_a_pulled_run_ends_with_the_same_bits(run, recipe):
 
 def test_one_block_is_a_job_of_its_own(recipe):
     package = recipe.parent / "package"
-    dbconvert.split(str(recipe.parent / "model.py"), out=str(package), task="token_classification")
-    found = train(package, "alone", "data.source=s3", "data.puzzle.size=6", "train.periphery=frozen-target", block=1)
+    source, options = str(recipe.parent / "model.py"), SplitOptions(context="raw")
+    dbconvert.split(source, out=str(package), task="token_classification", options=options)
+    own = ["train.z=noised", "train.periphery=frozen-target"]
+    found = train(package, "alone", "data.source=s3", "data.puzzle.size=6", *own, block=1)
     assert set(found.metrics) == {"loss_block_1"} | {name for name in found.metrics if name.startswith("loss_sigma")}
+
+
+def test_labels_of_positions_are_trained_on_what_the_blocks_before_deliver(recipe):
+    """Unless it is asked for otherwise; the run, the package and an outline say what that is."""
+    found = train(recipe, "default").folder
+    assert read_plan(found / "package" / "plan.json").context == "features"
+    assert [read_recipe(found / place).train.z for place in ("recipe.yaml", "package/recipe.yaml")] == ["on-policy"] * 2
+    source, task = str(recipe.parent / "model.py"), "token_classification"
+    alone = dbconvert.split(source, options=SplitOptions(blocks=1), task=task, dry_run=True)
+    assert alone.plan.context == "raw"  # a single block hears nobody
 
 
 def test_a_rehearsal_needs_no_data(recipe):
@@ -119,7 +132,7 @@ def test_a_rehearsal_needs_no_data(recipe):
 
 def test_estimate_takes_the_task_by_name(recipe):
     found = estimate(str(recipe.parent / "model.py"), request=Request(task="token_classification"))
-    assert found.task == "token_classification" and [row.blocks for row in found.rows] == [None, 1, 2, 3]
+    assert found.task == "token_classification" and [row.blocks for row in found.rows] == [None, 2, 3]
     with pytest.raises(UsageError, match="there is no task telepathy"):
         estimate(str(recipe.parent / "model.py"), request=Request(task="telepathy"))
 
