@@ -79,18 +79,17 @@ class Classification(LabelTask):
             if placement == "append":
                 return with_token(stream, arriving, axes)
             added = fit(arriving, stream, axes)
-            return stream + (added * self.token_mask(stream) if placement == "token" else added)
+            if placement == "add":
+                return stream + added
+            return stream.index_add(positions_axis(axes), self.token(stream), added)
 
         return enter
 
-    def token_mask(self, stream: Tensor) -> Tensor:
-        """1 at the target's token, 0 elsewhere, along the axis of positions."""
-        axis = positions_axis(self.anatomy.axes)
-        shape = [1] * stream.dim()
-        shape[axis] = stream.shape[axis]
-        place = torch.zeros(stream.shape[axis], dtype=stream.dtype, device=stream.device)
-        place[self.target.token] = 1
-        return place.view(shape)
+    def token(self, stream: Tensor) -> Tensor:
+        """The position of the target's token, [1]."""
+        assert self.target.token is not None
+        count = stream.shape[positions_axis(self.anatomy.axes)]
+        return torch.full((1,), self.target.token % count, device=stream.device)
 
     def clean(self, model: nn.Module, labels: Tensor) -> Tensor:
         return self.table(model)[labels]
