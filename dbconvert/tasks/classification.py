@@ -79,17 +79,17 @@ class Classification(LabelTask):
             if placement == "append":
                 return with_token(stream, arriving, axes)
             added = fit(arriving, stream, axes)
-            if placement == "add":
-                return stream + added
-            return stream.index_add(positions_axis(axes), self.token(stream), added)
+            return stream + (self.at_token(added, stream) if placement == "token" else added)
 
         return enter
 
-    def token(self, stream: Tensor) -> Tensor:
-        """The position of the target's token, [1]."""
+    def at_token(self, added: Tensor, stream: Tensor) -> Tensor:
+        """What is added to one position of the stream, of its shape: 0 at all but the target's token."""
         assert self.target.token is not None
-        count = stream.shape[positions_axis(self.anatomy.axes)]
-        return torch.full((1,), self.target.token % count, device=stream.device)
+        axis = positions_axis(self.anatomy.axes)
+        count = stream.shape[axis]
+        token = self.target.token % count
+        return F.pad(added, [0, 0] * (stream.dim() - 1 - axis) + [token, count - 1 - token])
 
     def clean(self, model: nn.Module, labels: Tensor) -> Tensor:
         return self.table(model)[labels]
