@@ -31,6 +31,7 @@ from masked_tables import masked_parts
 from memory_tables import memory_parts
 from recurrent_tables import recurrent_parts
 from refusals import refusal_parts
+from step_tables import step_parts
 from text_tables import text_parts
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -141,6 +142,7 @@ def parts(results: dict[str, Any]) -> dict[str, str]:
         **recurrent_parts(),
         **dit_parts(),
         **memory_parts(),
+        **step_parts(),
         **depth_parts(),
     }
 

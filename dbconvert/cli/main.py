@@ -188,8 +188,16 @@ def estimate(
         int | None, typer.Option(help="Tokens an example; what positions reach, up to 1024, by default.")
     ] = None,
     size: Annotated[int | None, typer.Option(help="Height and width of pictures.")] = None,
-    precision: Annotated[str, typer.Option(help="fp32, or bf16 (autocast: weights stay in 32 bits).")] = "fp32",
+    precision: Annotated[
+        str, typer.Option(help="fp32, bf16 (autocast: weights stay in 32 bits), or bf16-true (weights in bf16 too).")
+    ] = "fp32",
     optimizer: Annotated[str, typer.Option(help="adamw, adamw8bit or sgd.")] = "adamw",
+    in_backward: Annotated[
+        bool, typer.Option("--in-backward", help="As optimizer.in_backward frees gradients.")
+    ] = False,
+    recompute_modulation: Annotated[
+        bool, typer.Option("--recompute-modulation", help="As train.recompute_modulation, without checkpointing.")
+    ] = False,
     context: CONTEXT = None,
     task: TASK = None,
     stack: STACK = None,
@@ -210,6 +218,8 @@ def estimate(
         "memory": None if memory is None else whole_bytes(memory, "--memory"),
         "case": {"batch": batch, "length": length, "size": size, "precision": precision},
         "optimizer": optimizer,
+        "in_backward": in_backward,
+        "recompute_modulation": recompute_modulation,
         "context": context,
         "task": task,
     }

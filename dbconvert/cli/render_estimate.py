@@ -27,9 +27,7 @@ def estimate_json(found: Estimate) -> dict[str, Any]:
         "network": found.network,
         "task": found.task,
         "layers": found.depth,
-        "case": to_data(found.case),
-        "optimizer": found.optimizer,
-        "memory": found.memory,
+        **{key: to_data(value) for key, value in vars(found.request).items() if key not in ("context", "task")},
         "rows": [row_json(row, found) for row in found.rows],
         "smallest": [{**to_data(setting), "blocks": blocks} for setting, blocks in found.smallest.items()],
         "best": None if found.best is None else {"blocks": found.best[0], **to_data(found.best[1])},
@@ -52,10 +50,11 @@ def row_json(row: Row, found: Estimate) -> dict[str, Any]:
 
 
 def show_estimate(found: Estimate, *, everything: bool) -> None:
-    case = found.case
+    request, case = found.request, found.request.case
     sizes = [f"length {case.length}"] * bool(case.length) + [f"size {case.size}"] * bool(case.size)
-    what = ", ".join([f"batch {case.batch}", *sizes, case.precision, found.optimizer])
-    limit = "" if found.memory is None else f"; memory {size(found.memory)}"
+    options = ["in backward"] * request.in_backward + ["modulation recomputed"] * request.recompute_modulation
+    what = ", ".join([f"batch {case.batch}", *sizes, case.precision, request.optimizer, *options])
+    limit = "" if request.memory is None else f"; memory {size(request.memory)}"
     out.print(f"[bold]{escape(found.network)}[/]: {found.depth} layers, one update at {what}{limit}")
     shown = [row for row in found.rows if everything or is_shown(row, found)]
     for table in (parts_table(shown), sums_table(shown, found), cost_table(shown)):
@@ -109,12 +108,13 @@ def name(row: Row) -> str:
 def total(held: Holding | None, found: Estimate) -> str:
     if held is None:
         return "-"
-    colour = None if found.memory is None else ("green" if fits(held, found) else "red")
+    colour = None if found.request.memory is None else ("green" if fits(held, found) else "red")
     return size(held.total) if colour is None else f"[{colour}]{size(held.total)}[/]"
 
 
 def fits(held: Holding, found: Estimate) -> bool | None:
-    return None if found.memory is None else held.total <= found.memory
+    memory = found.request.memory
+    return None if memory is None else held.total <= memory
 
 
 def cost_table(rows: list[Row]) -> Table:
@@ -135,16 +135,17 @@ def cost_table(rows: list[Row]) -> Table:
 
 
 def verdict(found: Estimate) -> Iterator[str]:
-    if found.memory is None:
+    memory = found.request.memory
+    if memory is None:
         yield "no --memory was given, so nothing is chosen"
         return
     whole = {on: held for setting, held in found.rows[0].holdings.items() for on in [setting.checkpointing]}
     for on in (False, True):
-        if whole[on].total <= found.memory:
+        if whole[on].total <= memory:
             yield f"end-to-end training fits{' with activation checkpointing' if on else ''}: {size(whole[on].total)}"
             break
     if found.best is None:
-        yield f"nothing fits into {size(found.memory)}"
+        yield f"nothing fits into {size(memory)}"
         yield from map(advised, found.advice)
         return
     for setting, blocks in found.smallest.items():

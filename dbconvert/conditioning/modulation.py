@@ -108,9 +108,9 @@ def by_group(x: Tensor, vectors: tuple[Tensor, ...], axes: Axes) -> tuple[Tensor
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, axes: Axes) -> Tensor:
     """x (1 + scale) + shift, with a row an example, or one a group of its positions."""
     if scale.dim() == 2:
-        return x * (1 + fit(scale, x, axes)) + fit(shift, x, axes)
+        return (x * (1 + fit(scale, x, axes))).add_(fit(shift, x, axes))
     cut, (shift, scale) = by_group(x, (shift, scale), axes)
-    return (cut * (1 + scale) + shift).reshape(x.shape)
+    return (cut * (1 + scale)).add_(shift).reshape(x.shape)
 
 
 def gate(x: Tensor, by: Tensor, axes: Axes) -> Tensor:

@@ -108,8 +108,10 @@ class OrderedBatches(Sampler[list[int]]):
 
 def load_batches(
     examples: Data, sampler: Iterable[list[int]], workers: int, device: torch.device = CPU
-) -> DataLoader[Batch]:
+) -> Iterable[Batch]:
     """A loader of whole batches, in pinned memory where they are copied to a CUDA device."""
+    if not workers and device.type != "cuda":
+        return (examples.__getitems__(indices) for indices in sampler)
     options: dict[str, Any] = {"persistent_workers": True} if workers else {}
     return DataLoader(
         examples,  # type: ignore[arg-type]

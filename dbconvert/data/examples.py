@@ -85,7 +85,7 @@ class Examples(Dataset[Batch]):
     def __getitems__(self, indices: list[int]) -> Batch:
         if isinstance(self.dataset, Pictures):
             chosen = torch.tensor(indices)
-            images, size = self.dataset.images[chosen], self.image.size
+            images, size = self.dataset.images.index_select(0, chosen), self.image.size
             images = images if size is None else resized(images, size)
             if self.image.mode == "RGB" and images.shape[1] == 1:
                 images = images.expand(-1, 3, -1, -1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -77,9 +78,14 @@ def normalise(images: Tensor, options: ImageOptions | None) -> Tensor:
     """(x - mean) / std a channel."""
     if options is None:
         return images
-    mean, std = (torch.tensor(values, dtype=images.dtype).view(-1, 1, 1) for values in (options.mean, options.std))
-    device = images.device
-    return (images - mean.to(device, non_blocking=True)) / std.to(device, non_blocking=True)
+    mean, std = (channels(values, images.dtype, images.device) for values in (options.mean, options.std))
+    return (images - mean) / std
+
+
+@lru_cache
+def channels(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A number a channel, [C, 1, 1]."""
+    return torch.tensor(values, dtype=dtype, device=device).view(-1, 1, 1)
 
 
 def entering(value: Tensor, options: ImageOptions | None, augment: Augment | None = None) -> Tensor:

@@ -99,4 +99,4 @@ def stratified(count: int, generator: torch.Generator | None = None) -> Tensor:
     """`count` numbers in [0, 1), one in each of `count` equal cells, in random order: [count]."""
     jitter = torch.rand(count, generator=generator, dtype=torch.float64)
     order = torch.randperm(count, generator=generator)
-    return ((torch.arange(count) + jitter) / count)[order]
+    return (order + jitter[order]) / count

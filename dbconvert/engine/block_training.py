@@ -48,7 +48,7 @@ class Blocks(Method):
         before, inputs = instead(job, before, inputs)
         return forward(block, inputs, labels, sigma, eps, before=before), sigma
 
-    def weight(self, job: Job, sigma: Tensor) -> Tensor:
+    def weight(self, job: Job, sigma: Tensor) -> Tensor | None:
         return noise_weight(job, sigma)
 
     def held(self, network: BlockwiseNetwork) -> Iterable[nn.Parameter]:

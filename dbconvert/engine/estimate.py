@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 from dbconvert.engine.ablation import STEP, evidence
 from dbconvert.engine.convert import converted
 from dbconvert.engine.decide import decide, decide_context, refuse_uncuttable
 from dbconvert.engine.estimate_records import SETTINGS, Advice, Estimate, Request, Row, Setting
-from dbconvert.engine.holdings import Holding, Inventory, Weights, holding, inventory
+from dbconvert.engine.holdings import WORD, Holding, Inventory, Weights, holding, inventory
+from dbconvert.engine.jobs import keep_in_bf16
 from dbconvert.engine.layer_kinds import layer_kinds
 from dbconvert.engine.meter import Meter
 from dbconvert.engine.network import BlockwiseNetwork
 from dbconvert.engine.opening import Opened, open_and_analyse
 from dbconvert.engine.rehearsal import Case, Rehearsal
+from dbconvert.errors import UsageError
 from dbconvert.events import Reporter, Stage, silent
 from dbconvert.plan import Context, NoiseRule, Rule, cut
-from dbconvert.recipe import OptimizerName, SplitOptions
+from dbconvert.recipe import SplitOptions
 from dbconvert.tasks.registry import choose_task
 
+Hold = Callable[[Weights, Weights, int], Holding]
+"""Resident weights, those in use, and activations, as a holding."""
 USUAL_LENGTH = 1024
 RESIDENT_OR_AWAY = (
     "resident: `train` of all blocks; away: train.inactive=host or disk, or a job of one block (`train --block N`)"
@@ -52,19 +57,20 @@ def estimate(
         source, stack=stack, weights=None, seed=seed, trust=trust, drop_extra=drop_extra, fetch=False, report=report
     )
     refuse_uncuttable(opened.anatomy)
-    case, optimizer, memory = with_usual_length(opened, request.case), request.optimizer, request.memory
+    refuse_rounding(request)
+    request, memory = replace(request, case=with_usual_length(opened, request.case)), request.memory
     network = as_one_block(opened, request.context, request.task)
+    if request.case.precision == "bf16-true":
+        keep_in_bf16(network)
     report(Stage("measuring the updates"))
-    rows = rows_at(opened, network, case, optimizer)
+    rows = rows_at(opened, network, request)
     smallest = {setting: fewest(rows, setting, memory) for setting in SETTINGS}
     best = choose(smallest)
     found = Estimate(
         network=opened.anatomy.network,
         task=None if network.decided_task is None else network.decided_task.name,
         depth=opened.anatomy.depth,
-        case=case,
-        optimizer=optimizer,
-        memory=memory,
+        request=request,
         rows=rows,
         smallest=smallest,
         best=best,
@@ -77,18 +83,28 @@ def estimate(
     return replace(found, advice=tuple(what_would_fit(opened, network, found)))
 
 
-def rows_at(
-    opened: Opened, network: BlockwiseNetwork, case: Case, optimizer: OptimizerName, *, only: int | None = None
-) -> tuple[Row, ...]:
+def rows_at(opened: Opened, network: BlockwiseNetwork, request: Request, *, only: int | None = None) -> tuple[Row, ...]:
     """End-to-end and every number of blocks; or `only` one number."""
-    depth = opened.anatomy.depth
-    weights = inventory(network, optimizer)
+    depth, case = opened.anatomy.depth, request.case
+    weights = inventory(network, request.optimizer, WORD // 2 if case.precision == "bf16-true" else WORD)
+    hold = partial(holding, in_backward=request.in_backward)
     with Rehearsal(network, opened.inputs, case) as rehearsal:
-        meter = Meter(rehearsal, layer_kinds(opened.model, opened.anatomy))
+        kinds = layer_kinds(opened.model, opened.anatomy)
+        meter = Meter(rehearsal, kinds, remakes=request.recompute_modulation)
         if only is not None:
-            return (row(meter, weights, depth, only),)
+            return (row(meter, weights, hold, only),)
         fewest = 1 if network.plan.context == "raw" else 2
-        return (end_to_end(meter, weights), *(row(meter, weights, depth, count) for count in range(fewest, depth + 1)))
+        blocks = (row(meter, weights, hold, count) for count in range(fewest, depth + 1))
+        return (end_to_end(meter, weights, hold), *blocks)
+
+
+def refuse_rounding(request: Request) -> None:
+    """Raises UsageError for an optimiser that does not train weights in bf16."""
+    if request.case.precision == "bf16-true" and request.optimizer == "sgd":
+        raise UsageError(
+            "--precision bf16-true needs an optimiser that rounds stochastically, and sgd rounds to the nearest",
+            hint="use --optimizer adamw or adamw8bit, or --precision bf16",
+        )
 
 
 def with_usual_length(opened: Opened, case: Case) -> Case:
@@ -116,19 +132,20 @@ def as_one_block(opened: Opened, context: Context | None = None, task_name: str 
 # -- rows ---------------------------------------------------------------------------------------------------------
 
 
-def end_to_end(meter: Meter, weights: Inventory) -> Row:
+def end_to_end(meter: Meter, weights: Inventory, hold: Hold) -> Row:
     depth = len(meter.kinds)
     own = weights.originals
-    holdings = {Setting("resident", on): holding(own, own, meter.end_to_end(on)) for on in (False, True)}
+    holdings = {Setting("resident", on): hold(own, own, meter.end_to_end(on)) for on in (False, True)}
     return Row(None, depth, holdings, depth, 1)
 
 
-def row(meter: Meter, weights: Inventory, depth: int, count: int) -> Row:
+def row(meter: Meter, weights: Inventory, hold: Hold, count: int) -> Row:
+    depth = len(meter.kinds)
     blocks = cut(depth, blocks=count)
     sizes = [last - first + 1 for first, last in blocks]
     holdings = {}
     for setting in SETTINGS:
-        needs = (block_holding(meter, weights, i, blocks, setting) for i in range(count))
+        needs = (block_holding(meter, weights, hold, i, blocks, setting) for i in range(count))
         holdings[setting] = max(needs, key=lambda need: need.total)
     # Levels from sigma_max to sigma_min, one at each boundary: every block runs once, the last one twice.
     told = meter.rehearsal.network.plan.context != "raw"
@@ -137,7 +154,12 @@ def row(meter: Meter, weights: Inventory, depth: int, count: int) -> Row:
 
 
 def block_holding(
-    meter: Meter, weights: Inventory, active: int, blocks: tuple[tuple[int, int], ...], setting: Setting
+    meter: Meter,
+    weights: Inventory,
+    hold: Hold,
+    active: int,
+    blocks: tuple[tuple[int, int], ...],
+    setting: Setting,
 ) -> Holding:
     """Of an update of one of the blocks. Earlier ones that it hears are brought one at a time, without their state."""
     in_use = weights.in_use(*blocks[active])
@@ -145,8 +167,8 @@ def block_holding(
     if setting.inactive == "resident":
         resident = weights.all_blocks(len(blocks))
     elif meter.rehearsal.network.plan.context != "raw":
-        resident += Weights(max((weights.block(*before).elements for before in blocks[:active]), default=0))
-    return holding(resident, in_use, meter.peak(*blocks[active], setting.checkpointing))
+        resident += Weights(max((weights.block(*before).size for before in blocks[:active]), default=0))
+    return hold(resident, in_use, meter.peak(*blocks[active], setting.checkpointing))
 
 
 # -- choosing ---------------------------------------------------------------------------------------------------
@@ -169,13 +191,14 @@ def choose(smallest: dict[Setting, int | None]) -> tuple[int, Setting] | None:
 
 def what_would_fit(opened: Opened, network: BlockwiseNetwork, found: Estimate) -> Iterator[Advice]:
     """The least that this update needs, and what one example an update and 8-bit state would need."""
-    yield advice("the least that this update needs", found.rows, found.memory)
-    if found.case.batch > 1:
-        alone = rows_at(opened, network, replace(found.case, batch=1), found.optimizer, only=found.depth)
-        yield advice("with one example an update", alone, found.memory)
-    if found.optimizer == "adamw":
-        smaller = rows_at(opened, network, found.case, "adamw8bit", only=found.depth)
-        yield advice("with AdamW's state in 8 bits", smaller, found.memory)
+    request, memory = found.request, found.request.memory
+    yield advice("the least that this update needs", found.rows, memory)
+    if request.case.batch > 1:
+        alone = replace(request, case=replace(request.case, batch=1))
+        yield advice("with one example an update", rows_at(opened, network, alone, only=found.depth), memory)
+    if request.optimizer == "adamw":
+        smaller = replace(request, optimizer="adamw8bit")
+        yield advice("with AdamW's state in 8 bits", rows_at(opened, network, smaller, only=found.depth), memory)
 
 
 def advice(change: str, rows: tuple[Row, ...], memory: int | None) -> Advice:

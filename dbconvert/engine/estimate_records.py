@@ -21,6 +21,8 @@ class Request:
     Args:
         memory: of the device, in bytes; None chooses nothing.
         case: batch, length, size and precision of an update.
+        in_backward: the optimiser steps in the backward pass, see `optimizer.in_backward`.
+        recompute_modulation: see `train.recompute_modulation`; checkpointed layers have no use for it.
         context: what blocks hear of each other.
         task: None is the only one that fits the network.
     """
@@ -28,6 +30,8 @@ class Request:
     memory: Positive | None = None
     case: Case = Case()
     optimizer: OptimizerName = "adamw"
+    in_backward: bool = False
+    recompute_modulation: bool = False
     context: Context | None = None
     task: str | None = None
 
@@ -83,7 +87,7 @@ class Estimate:
     """What `estimate` found.
 
     Args:
-        memory: bytes that must hold everything; None when none were named.
+        request: with the length that was settled.
         best: the fewest blocks that fit, and the setting they fit in; None where nothing fits.
         advice: when nothing fits, what would.
     """
@@ -91,9 +95,7 @@ class Estimate:
     network: str
     task: str | None
     depth: int
-    case: Case
-    optimizer: OptimizerName
-    memory: int | None
+    request: Request
     rows: tuple[Row, ...]
     smallest: dict[Setting, int | None]
     best: tuple[int, Setting] | None

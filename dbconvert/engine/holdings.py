@@ -14,7 +14,8 @@ from dbconvert.graph.inject import PREFIX
 from dbconvert.recipe import OptimizerName
 
 WORD = 4
-"""Bytes of a parameter, a gradient and a moment: weights and their state are kept in 32 bits, in bf16 training too."""
+"""Bytes of a parameter, a gradient and a moment: weights and their state are kept in 32 bits, unless a run asks for
+`bf16-true`."""
 
 
 @dataclass(frozen=True)
@@ -33,21 +34,29 @@ class Holding:
 
 @dataclass(frozen=True)
 class Weights:
-    """Some parameters, all of them trained."""
+    """Some parameters, all of them trained, in bytes.
 
-    elements: int = 0
+    Args:
+        state: of the optimiser.
+        largest: of the largest of them.
+    """
+
+    size: int = 0
     state: int = 0
+    largest: int = 0
 
     def __add__(self, other: Weights) -> Weights:
-        return Weights(self.elements + other.elements, self.state + other.state)
+        return Weights(self.size + other.size, self.state + other.state, max(self.largest, other.largest))
 
     def __mul__(self, count: int) -> Weights:
-        return Weights(self.elements * count, self.state * count)
+        return Weights(self.size * count, self.state * count, self.largest * (count > 0))
 
 
-def weights(parameters: Iterable[Tensor], optimizer: OptimizerName) -> Weights:
-    unique = {id(p): p for p in parameters if p.is_floating_point()}.values()
-    return Weights(sum(p.numel() for p in unique), sum(state_size(p.numel(), optimizer) for p in unique))
+def weights(parameters: Iterable[Tensor], optimizer: OptimizerName, word: int) -> Weights:
+    counts = [p.numel() for p in {id(p): p for p in parameters if p.is_floating_point()}.values()]
+    return Weights(
+        word * sum(counts), sum(state_size(count, optimizer, word) for count in counts), word * max(counts, default=0)
+    )
 
 
 @dataclass(frozen=True)
@@ -79,8 +88,12 @@ class Inventory:
         return sum(self.layers, Weights()) + self.each * count + self.periphery + self.hearing * (count - 1)
 
 
-def inventory(network: BlockwiseNetwork, optimizer: OptimizerName) -> Inventory:
-    """Counts a network that was converted as one block of all layers."""
+def inventory(network: BlockwiseNetwork, optimizer: OptimizerName, word: int = WORD) -> Inventory:
+    """Counts a network that was converted as one block of all layers.
+
+    Args:
+        word: bytes of a number that is trained.
+    """
     anatomy = network.plan.anatomy
     found: dict[int | str, list[nn.Parameter]] = {}
     originals = []
@@ -98,15 +111,23 @@ def inventory(network: BlockwiseNetwork, optimizer: OptimizerName) -> Inventory:
             home = "periphery" if layer is None else layer
             originals.append(parameter)
         found.setdefault(home, []).append(parameter)
+
+    def counted(home: int | str) -> Weights:
+        return weights(found.get(home, []), optimizer, word)
+
     return Inventory(
-        weights(originals, optimizer),
-        tuple(weights(found.get(i, []), optimizer) for i in range(anatomy.depth)),
-        weights(found.get("each", []), optimizer),
-        weights(found.get("periphery", []), optimizer),
-        weights(found.get("hearing", []), optimizer),
+        weights(originals, optimizer, word),
+        tuple(counted(i) for i in range(anatomy.depth)),
+        counted("each"),
+        counted("periphery"),
+        counted("hearing"),
     )
 
 
-def holding(resident: Weights, in_use: Weights, activations: int) -> Holding:
-    """All that is resident, gradients of what is in use, and activations."""
-    return Holding(WORD * resident.elements, WORD * in_use.elements, resident.state, activations)
+def holding(resident: Weights, in_use: Weights, activations: int, *, in_backward: bool = False) -> Holding:
+    """All that is resident, gradients of what is in use, and activations.
+
+    Args:
+        in_backward: each gradient is freed as soon as it is used: the largest counts.
+    """
+    return Holding(resident.size, in_use.largest if in_backward else in_use.size, resident.state, activations)

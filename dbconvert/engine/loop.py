@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from dbconvert.data.batches import OrderedBatches, block_order, derive, load_batches, seed_all
 from dbconvert.data.examples import LABEL, Batch
@@ -133,7 +134,7 @@ class Loop:
         self.accelerator.wait_for_everyone()
 
     def loaded(self) -> Iterator[Batch]:
-        """Batches in order; random transforms of the user's own dataset are seeded by the update."""
+        """Batches in order. An update's seed is set before its batch is read: the user's own dataset may draw too."""
         sampler = OrderedBatches(
             len(self.job.examples),
             self.recipe.train.batch,
@@ -146,7 +147,7 @@ class Loop:
         batches = iter(load_batches(self.job.examples, sampler, self.recipe.data.workers, self.accelerator.device))
         for block in self.order[self.updates :]:
             done = self.job.units[block].done
-            seed_all(derive(self.recipe.seed, "load", block, done, self.accelerator.process_index))
+            seed_all(derive(self.recipe.seed, "update", block, done, self.accelerator.process_index))
             yield next(batches)
 
     # -- one update ---------------------------------------------------------------------------------------
@@ -158,7 +159,6 @@ class Loop:
         """
         self.bring(block)
         unit, units = self.job.units[block], self.job.units_of(block)
-        seed_all(derive(self.recipe.seed, "update", block, unit.done, self.accelerator.process_index))
         self.job.method.begin(self.job, block)
         for active in units:
             active.prepare_update()
@@ -167,9 +167,11 @@ class Loop:
         inputs, labels = self.to_device(batch)
         inputs = self.job.network.task.dropped(inputs, self.recipe.train.label_dropout)
         sigma = self.draw_sigma(block, labels)
-        losses = self.backward(block, inputs, labels, sigma)
-        loss = self.job.network.task.mean_there(losses, labels)
-        self.watch.saw(unit, self.updates + 1, losses, sigma)
+        counted = self.job.network.task.counted(labels)
+        total = counted.sum()
+        losses = self.backward(block, inputs, labels, sigma, total)
+        loss = (losses * counted).sum() / total
+        self.watch.saw(unit, self.updates + 1, loss, losses, sigma)
         norm = self.clip(units)
         rate = unit.learning_rate()
         for active in units:
@@ -209,10 +211,13 @@ class Loop:
         drawn = self.job.method.levels(self.job, block, labels, uniform)
         return drawn.to(self.accelerator.device, non_blocking=True)
 
-    def backward(self, block: int, inputs: Inputs, labels: Tensor, sigma: Tensor) -> Tensor:
-        """Accumulates the gradients of a batch, a part at a time; returns its unweighted losses."""
+    def backward(self, block: int, inputs: Inputs, labels: Tensor, sigma: Tensor, total: Tensor) -> Tensor:
+        """Accumulates the gradients of a batch, a part at a time; returns its unweighted losses.
+
+        Args:
+            total: the number of labels that count.
+        """
         parts, method = self.recipe.train.accumulate, self.job.method
-        total = self.job.network.task.counted(labels).sum()
         losses = []
         size = -(-len(labels) // parts)
         for start in range(0, len(labels), size):
@@ -230,13 +235,18 @@ class Loop:
                     lambda loss: self.accelerator.backward(loss / total),
                 )
             losses.append(found)
-        return torch.cat(losses)
+        return losses[0] if len(losses) == 1 else torch.cat(losses)
 
     def clip(self, units: list[Unit]) -> Tensor | None:
-        if self.recipe.train.clip is None:
+        """Gradients shortened to the norm that the recipe allows; returns the norm that they had."""
+        most = self.recipe.train.clip
+        if most is None:
             return None
-        parameters = [p for unit in units for p in unit.parameters.values()]
-        norm: Tensor | None = self.accelerator.clip_grad_norm_(parameters, self.recipe.train.clip)
+        parameters = [p for unit in units for p in unit.parameters.values() if p.grad is not None]
+        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        # Below, torch would multiply all of them by 1; where nothing may wait for the device, let it.
+        if self.watch.late or not float(norm) + 1e-6 <= most:
+            clip_grads_with_norm_(parameters, most, norm)
         return norm
 
     # -- noise --------------------------------------------------------------------------------------------

@@ -125,7 +125,8 @@ def activations(job: Job, block: int, device: torch.device) -> int:
         uniform = torch.rand(network.task.level_shape(labels))
         sigma = job.method.levels(job, block, labels, uniform).to(device)
         try:
-            with memory_errors(f"one update at batch {recipe.train.batch}"):
+            mixed = torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.precision != "fp32")
+            with mixed, memory_errors(f"one update at batch {recipe.train.batch}"):
                 passes = job.method.passes(job, block, inputs, labels, sigma)
                 return max(most_saved(job, block, one) for one in passes)
         except (RuntimeError, ValueError, IndexError, AssertionError) as error:

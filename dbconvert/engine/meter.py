@@ -14,13 +14,17 @@ class Meter:
 
     Args:
         kinds: of the layers: equal numbers are alike.
+        remakes: conditioned values are made again (train.recompute_modulation), where layers are not checkpointed.
     """
 
-    def __init__(self, rehearsal: Rehearsal, kinds: tuple[int, ...]) -> None:
+    def __init__(self, rehearsal: Rehearsal, kinds: tuple[int, ...], *, remakes: bool = False) -> None:
         self.rehearsal = rehearsal
         self.kinds = kinds
+        self.remakes = remakes
+        self.checkpointed = Meter(rehearsal, kinds) if remakes else self
         self.known: dict[tuple[tuple[int, ...], bool], int] = {}
-        self.additive = len(kinds) > 4 and all(self.adds_up(checkpointing) for checkpointing in (False, True))
+        ways = (False,) if remakes else (False, True)
+        self.additive = len(kinds) > 4 and all(self.adds_up(checkpointing) for checkpointing in ways)
 
     def adds_up(self, checkpointing: bool) -> bool:
         last = len(self.kinds) - 1
@@ -36,7 +40,8 @@ class Meter:
     def measured(self, first: int, last: int, checkpointing: bool) -> int:
         key = (self.kinds[first : last + 1], checkpointing)
         if key not in self.known:
-            self.known[key] = self.rehearsal.kept(range(first, last + 1), checkpointing=checkpointing)
+            layers = range(first, last + 1)
+            self.known[key] = self.rehearsal.kept(layers, checkpointing=checkpointing, remakes=self.remakes)
         return self.known[key]
 
     def kept(self, first: int, last: int, checkpointing: bool) -> int:
@@ -46,8 +51,10 @@ class Meter:
 
     def peak(self, first: int, last: int, checkpointing: bool) -> int:
         """With checkpointing a layer is run again for its backward pass: the largest of them counts too."""
-        kept = self.kept(first, last, checkpointing)
-        return kept + max(self.recomputed(i) for i in range(first, last + 1)) if checkpointing else kept
+        if not checkpointing:
+            return self.kept(first, last, False)
+        plain = self.checkpointed
+        return plain.kept(first, last, True) + max(plain.recomputed(i) for i in range(first, last + 1))
 
     def end_to_end(self, checkpointing: bool) -> int:
         """Of the unconditioned network."""

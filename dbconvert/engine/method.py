@@ -167,9 +167,9 @@ class Method:
         eps = task.draw(inputs, device=labels.device) if task.denoiser else None
         return forward(None, inputs, labels, sigma, eps, layers=job.layers), sigma
 
-    def weight(self, job: Job, sigma: Tensor) -> Tensor:
-        """Of losses at these levels."""
-        return noise_weight(job, sigma) if job.network.task.denoiser else torch.ones_like(sigma)
+    def weight(self, job: Job, sigma: Tensor) -> Tensor | None:
+        """Of losses at these levels; None where they count as they are."""
+        return noise_weight(job, sigma) if job.network.task.denoiser else None
 
     def learn(
         self,
@@ -187,7 +187,9 @@ class Method:
             backward: is given sums of weighted losses.
         """
         losses, level = self.losses(job, forward, block, inputs, labels, sigma)
-        backward((losses * along(self.weight(job, level), losses) * job.network.task.counted(labels)).sum())
+        weight = self.weight(job, level)
+        weighted = losses if weight is None else losses * along(weight, losses)
+        backward((weighted * job.network.task.counted(labels)).sum())
         return losses.detach()
 
     # -- what it counts -----------------------------------------------------------------------------------
@@ -222,10 +224,10 @@ class Method:
         return 1
 
 
-def noise_weight(job: Job, sigma: Tensor) -> Tensor:
-    """w(sigma) of EDM where the recipe or the task asks for it, else 1."""
+def noise_weight(job: Job, sigma: Tensor) -> Tensor | None:
+    """w(sigma) of EDM where the recipe or the task asks for it."""
     if (job.recipe.train.weight or job.network.task.weight) == "none":
-        return torch.ones_like(sigma)
+        return None
     return Preconditioning(job.network.sigma_data).weight(sigma)
 
 

@@ -27,8 +27,8 @@ from dbconvert.schema import Positive, record
 from dbconvert.sources.fake_runs import runnable_on_fake
 from dbconvert.tasks.base import Inputs
 
-Precision = Literal["fp32", "bf16"]
-TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Precision = Literal["fp32", "bf16", "bf16-true"]
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "bf16-true": torch.bfloat16}
 
 
 @record
@@ -39,7 +39,8 @@ class Case:
         batch: examples an update.
         length: tokens an example; None leaves the example input's, and there must be tokens otherwise.
         size: height and width of pictures; None leaves the example input's.
-        precision: `bf16` is autocast, as in training: weights and their state stay in 32 bits.
+        precision: `bf16` is autocast, as in training: weights and their state stay in 32 bits. `bf16-true` computes
+            likewise; the network's weights have to be in bf16.
     """
 
     batch: Positive = 8
@@ -85,16 +86,24 @@ class Rehearsal:
     def __exit__(self, *_: object) -> None:
         self.open.close()
 
-    def kept(self, layers: range | None, *, checkpointing: bool = False, whole: int | None = None) -> int:
+    def kept(
+        self,
+        layers: range | None,
+        *,
+        checkpointing: bool = False,
+        whole: int | None = None,
+        remakes: bool = False,
+    ) -> int:
         """Bytes that autograd keeps when `layers` run conditioned; None runs all of them unconditioned, as end-to-end.
 
         Args:
             whole: the layer that is not checkpointed, as the one that is run again.
+            remakes: conditioned values are made again for the backward pass.
 
         Raises:
             DBConvertError: the network fails on inputs of this size.
         """
-        model = self.network.model
+        model, self.network.run.remakes = self.network.model, remakes
         active = layers if layers is not None else range(self.network.plan.anatomy.depth)
         paths = [self.network.plan.anatomy.layers[i].path for i in active if i != whole]
         marked = only_inputs_kept([model.get_submodule(path) for path in paths]) if checkpointing else nullcontext()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,13 +40,16 @@ class Watch:
         self.states, self.late, self.told = states, late, told
         self.unread: list[Seen] = []
 
-    def saw(self, unit: Unit, update: int, losses: Tensor, sigma: Tensor) -> None:
+    def saw(self, unit: Unit, update: int, loss: Tensor, losses: Tensor, sigma: Tensor) -> None:
         """Takes note of an update, `update` of the run, before it is made.
+
+        Args:
+            loss: the mean of the losses, which is finite only where all of them are.
 
         Raises:
             DBConvertError: a loss is not finite.
         """
-        if not self.late and bool(torch.isfinite(losses).all()):
+        if not self.late and math.isfinite(float(loss)):
             return
         rows, levels = losses.detach().reshape(len(losses), -1), sigma.reshape(len(sigma), -1)
         place = f"{unit.name}, its update {unit.done + 1}, update {update} of the run"

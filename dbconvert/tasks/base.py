@@ -339,12 +339,8 @@ class Task(ABC):
 
     def mean(self, values: Tensor, labels: Tensor) -> float:
         """Over all labels that count."""
-        return float(self.mean_there(values, labels))
-
-    def mean_there(self, values: Tensor, labels: Tensor) -> Tensor:
-        """The same, left where it is."""
         counted = self.counted(labels)
-        return (values * counted).sum() / counted.sum()
+        return float((values * counted).sum() / counted.sum())
 
     def without(self, what: str) -> DBConvertError:
         return DBConvertError(f"task {self.name} has no {what}")

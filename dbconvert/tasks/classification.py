@@ -79,18 +79,17 @@ class Classification(LabelTask):
             if placement == "append":
                 return with_token(stream, arriving, axes)
             added = fit(arriving, stream, axes)
-            return stream + (added * self.token_mask(stream) if placement == "token" else added)
+            return stream + (self.at_token(added, stream) if placement == "token" else added)
 
         return enter
 
-    def token_mask(self, stream: Tensor) -> Tensor:
-        """1 at the target's token, 0 elsewhere, along the axis of positions."""
+    def at_token(self, added: Tensor, stream: Tensor) -> Tensor:
+        """What is added to one position of the stream, of its shape: 0 at all but the target's token."""
+        assert self.target.token is not None
         axis = positions_axis(self.anatomy.axes)
-        shape = [1] * stream.dim()
-        shape[axis] = stream.shape[axis]
-        place = torch.zeros(stream.shape[axis], dtype=stream.dtype, device=stream.device)
-        place[self.target.token] = 1
-        return place.view(shape)
+        count = stream.shape[axis]
+        token = self.target.token % count
+        return F.pad(added, [0, 0] * (stream.dim() - 1 - axis) + [token, count - 1 - token])
 
     def clean(self, model: nn.Module, labels: Tensor) -> Tensor:
         return self.table(model)[labels]

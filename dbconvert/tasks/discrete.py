@@ -73,7 +73,7 @@ def denoised_features(corruption: Corruption) -> Change:
     """D = c_skip z + c_out F, over sigma_data, from features F of the shape of z."""
     scaling, z = corruption.scaling, corruption.z
     sigma = along(corruption.sigma, z)
-    skip = scaling.c_skip(sigma) * z / scaling.sigma_data
+    skip = scaling.c_skip(sigma) / scaling.sigma_data * z
     out = scaling.c_out(sigma) / scaling.sigma_data
 
     def change(features: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from engine.conftest import write_model
+from engine.conftest import QUICK, write_model
 
 import dbconvert
 from dbconvert.engine import opening
@@ -130,7 +130,7 @@ def test_checkpointing_is_what_transformers_own_keeps(tmp_path):
 def test_large_networks_give_the_same_estimate(tmp_path, monkeypatch):
     source = folder(networks.gpt2_config(), tmp_path / "m")
     real = dbconvert.estimate(source, request=Request(case=Case(3)))
-    assert real.case.length == 64  # what its positions reach
+    assert real.request.case.length == 64  # what its positions reach
     monkeypatch.setattr(opening, "LARGE", 0)
     found = dbconvert.estimate(source, request=Request(case=Case(3)))
     assert found.rows == real.rows
@@ -144,7 +144,7 @@ def test_layers_that_add_up_are_summed_and_others_measured(shares):
     class Rehearsed:
         asked = 0
 
-        def kept(self, layers, checkpointing=False):
+        def kept(self, layers, checkpointing=False, remakes=False):
             self.asked += 1
             of_second_kind = sum(kinds[i] for i in layers)
             return 100 + 10 * len(layers) + 5 * of_second_kind + 7 * bool(shares and of_second_kind)
@@ -203,6 +203,51 @@ def test_bf16_keeps_less(model_file):
     assert half.activations < full.activations and half.parameters == full.parameters
 
 
+IN_BACKWARD = ["optimizer.in_backward=true", "train.clip=null"]
+REMADE, TRUE = ["train.recompute_modulation=true"], ["train.precision=bf16-true"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options"),
+    [
+        (IN_BACKWARD, {"in_backward": True}),
+        (REMADE, {"recompute_modulation": True}),
+        (TRUE, {"case": Case(32, precision="bf16-true")}),
+    ],
+    ids=["in backward", "modulation recomputed", "bf16-true"],
+)
+def test_options_of_training_change_the_estimate_as_they_change_training(overrides, options, package):
+    source, data = str(package / "model" / "model.py"), ["train.steps=1", "train.batch=32", "data.source=null"]
+    planned = outline(str(package), overrides=[*data, *overrides])
+    plain, found = (dbconvert.estimate(source, request=Request(**{"case": Case(32), **o})) for o in ({}, options))
+    unit, held = planned.memory.largest, row(found, 3).holdings[AWAY]
+    assert held.total < row(plain, 3).holdings[AWAY].total
+    assert held.parameters + held.gradients + held.optimizer == unit.state
+    assert held.activations == pytest.approx(unit.activations, rel=0.01)
+    whole = planned.controls["end-to-end"].largest
+    assert found.rows[0].holdings[Setting("resident", False)].total == pytest.approx(
+        whole.state + whole.activations, rel=0.01
+    )
+    if "recompute_modulation" in options:
+        assert row(found, 3).holdings[CHECKPOINTED] == row(plain, 3).holdings[CHECKPOINTED]
+
+
+def test_a_run_holds_what_is_estimated_with_all_options(package, tmp_path):
+    asked = [*QUICK, *IN_BACKWARD, *REMADE, *TRUE, "train.steps=1", "data.validation=null"]
+    with torch.compiler.set_stance("force_eager"):
+        run = dbconvert.train(str(package), overrides=asked, out=str(tmp_path / "run"))
+    source, case = str(package / "model" / "model.py"), Case(32, precision="bf16-true")
+    request = Request(case=case, in_backward=True, recompute_modulation=True)
+    held = row(dbconvert.estimate(source, request=request), 3).holdings[Setting("resident", False)]
+    measured = json.loads((run.folder / "memory.json").read_text())
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    holds = [line["holds"] for line in lines if "holds" in line][-1]
+    assert held.activations == pytest.approx(max(unit["activations"] for unit in measured["units"]), rel=0.01)
+    assert held.parameters + held.gradients + held.optimizer == measured["resident_state"]
+    assert (held.parameters, held.gradients) == (holds["parameters"] + holds["spare"], holds["gradients"])
+    assert held.optimizer == pytest.approx(holds["optimizer"], rel=0.01)  # which counts its steps too
+
+
 def test_the_evidence_is_the_papers():
     assert "FID 9.90 with 2 blocks, end-to-end 12.09" in evidence(2)[0]
     assert "tried no 5 blocks" in evidence(5)[0] and "with 4 blocks" in evidence(5)[1]
@@ -252,6 +297,7 @@ def test_the_command(tmp_path):
         (["--batch", "0"], 2, "batch = 0"),
         (["--precision", "fp8"], 2, "precision = 'fp8'"),
         (["--optimizer", "lion"], 2, "optimizer = 'lion'"),
+        (["--precision", "bf16-true", "--optimizer", "sgd"], 2, "sgd rounds to the nearest"),
     ],
 )
 def test_mistakes(tmp_path, capsys, arguments, code, message):

@@ -98,7 +98,7 @@ def test_unread_losses_are_read_now_and_then(tmp_path):
     watch = Watch(tmp_path, late=True, told=False)
     losses = torch.tensor([1.0, torch.nan])
     for update in range(1, 1000):
-        watch.saw(unit, update, losses, torch.ones(2))
+        watch.saw(unit, update, losses.mean(), losses, torch.ones(2))
     with pytest.raises(DBConvertError, match="1 of 2") as caught:
-        watch.saw(unit, 1000, losses, torch.ones(2))
+        watch.saw(unit, 1000, losses.mean(), losses, torch.ones(2))
     assert "update 1 of the run" in caught.value.where and "999 more" in caught.value.where
