@@ -37,7 +37,8 @@ def read_comparison(path: Path) -> Comparison:
     """What `dbconvert compare` wrote."""
     found = json.loads(path.read_text(encoding="utf-8"))
     rows = tuple(parse(Row, row, file=str(path)) for row in found["rows"])
-    return Comparison(found["target"], path.parent, found["varied"], rows, found["left"])
+    overrides = tuple(found.get("overrides", ()))
+    return Comparison(found["target"], path.parent, found["varied"], rows, found["left"], overrides)
 
 
 def table(lines: list[list[str]]) -> str:

@@ -72,7 +72,7 @@ def compare(
 
 def gathered(request: Request, folder: Path, planned: list[Planned], rows: dict[str, Row]) -> Comparison:
     there = tuple(rows[one.cell.identity] for one in planned if one.cell.identity in rows)
-    return Comparison(request.target, folder, request.varied, there, len(planned) - len(there))
+    return Comparison(request.target, folder, request.varied, there, len(planned) - len(there), request.overrides)
 
 
 def plan_comparison(request: Request, out: str | None = None) -> tuple[Path, list[Planned]]:

@@ -120,6 +120,7 @@ class Comparison:
         folder: where everything is.
         rows: of the cells that were run or had been, in the order of the table.
         left: cells that were not come to.
+        overrides: of every cell.
     """
 
     target: str
@@ -127,6 +128,7 @@ class Comparison:
     varied: Mapping[str, tuple[str, ...]]
     rows: tuple[Row, ...]
     left: int
+    overrides: tuple[str, ...] = ()
 
     @property
     def failed(self) -> tuple[Row, ...]:
@@ -189,7 +191,8 @@ class Comparison:
         done = [row for row in self.rows if row.status == "done"]
         seeds = ", ".join(map(str, dict.fromkeys(row.cell.seed for row in self.rows)))
         parts = {f"{row.cell.part}: {row.examples} examples" for row in done}
-        notes = [f"recipe {self.target}; seeds {seeds}; evaluated on {', '.join(sorted(parts)) or 'nothing'}"]
+        asked = " ".join([self.target, *self.overrides])
+        notes = [f"recipe {asked}; seeds {seeds}; evaluated on {', '.join(sorted(parts)) or 'nothing'}"]
         notes += sorted({machine_words(row) for row in done})
         if self.equal_time:
             after = ", ".join(f"{seconds:.1f} s (seed {seed})" for seed, seconds in self.equal_time.items())
@@ -214,6 +217,7 @@ class Comparison:
         headers, lines = self.table()
         return {
             "target": self.target,
+            "overrides": list(self.overrides),
             "varied": to_data(self.varied),
             "left": self.left,
             "table": [dict(zip(headers, line, strict=True)) for line in lines],

@@ -219,7 +219,7 @@ def test_somebody_elses_folder_is_left_alone(recipe, tmp_path):
 @pytest.mark.usefixtures("quick_splits")
 def test_a_comparison(recipe, tmp_path, here):
     out = tmp_path / "out"
-    asked = {"vary": ["split.blocks=2,9"], "seeds": 1, "out": str(out)}
+    asked = {"overrides": ["train.clip=0.5"], "vary": ["split.blocks=2,9"], "seeds": 1, "out": str(out)}
     found = compare(recipe, **asked)
     assert [(row.cell.name, row.status) for row in found.rows] == [
         ("split.blocks=2", "done"),
@@ -241,6 +241,7 @@ def test_a_comparison(recipe, tmp_path, here):
     table = (out / "table.md").read_text()
     line = next(line for line in table.splitlines() if line.startswith("| split.blocks=2 |"))
     assert f"{100 * blocks.metrics['accuracy_zero']:.1f} %" in line
+    assert f"- recipe {recipe} train.clip=0.5; seeds 0" in table
     assert "failed: 9 blocks cannot be cut" in table and "torch" in table and "test: 300 examples" in table
     assert line.count("|") == table.splitlines()[1].count("|")
     data = json.loads((out / "table.json").read_text())
@@ -327,4 +328,4 @@ def test_a_killed_cell_resumes_from_its_checkpoint(model_file, tmp_path, here, m
     row = comparing.run(folder, planned[0])
     assert row.status == "done" and row.figures["updates"] == 8 and done == list(range(2, 8))
     trained = read_recipe(Path(comparing.cell_folder(folder, planned[0].cell)) / "run" / "recipe.yaml")
-    assert trained.train == planned[0].recipe.train
+    assert trained.train == replace(planned[0].recipe.train, z="noised")
