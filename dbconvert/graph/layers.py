@@ -61,7 +61,8 @@ def read_layers(
             refuse_glue(previous, entering, path, evidence)
         previous = leaving
         rank = len(entering.meta["shape"])
-        run = sites.LayerRun(call, additions, after_last, rank, channel, width)
+        written = tuple(inner for add in additions for inner in add.written)
+        run = sites.LayerRun(call, written, after_last, rank, channel, width)
         conditioned = conditioned_by(run, evidence)
         second_in, second_out = second if conditioned else NO_SECOND
         beside = side_inputs(call, entering, calls, evidence, second_in)
@@ -157,22 +158,12 @@ def second_streams(calls: list[ModuleCall], stream: Path) -> list[tuple[Path, Pa
 
 def returned(call: ModuleCall, later: fx.Node) -> Path:
     """Where among others a call's output holds what is used later, as it is; empty if it does not."""
-    return next((path for path, node in call.outputs if len(path) == 1 and stays(node, later)), ())
-
-
-def stays(leaving: fx.Node, entering: fx.Node) -> bool:
-    """Whether a value is another one, or a plain view of it."""
-    node: fx.Node | None = entering
-    while node is not None:
-        if node is leaving:
-            return True
-        node = None if node.op == "call_module" else ops.unchanged(node)
-    return False
+    return next((path for path, node in call.outputs if len(path) == 1 and ops.stays(node, later)), ())
 
 
 def refuse_glue(leaving: fx.Node, entering: fx.Node, path: str, evidence: Evidence) -> None:
     """Between two layers the stream must stay as it is: skipped layers would repeat whatever happens there."""
-    if stays(leaving, entering):
+    if ops.stays(leaving, entering):
         return
     raise Refused(
         f"the stream is changed before it enters {path}, outside of any layer",

@@ -6,13 +6,14 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import nn
 
 from dbconvert.errors import Refused
 from dbconvert.graph import ops
 from dbconvert.graph.spine import ResidualAdd, Spines
-from dbconvert.graph.tape import Recording, describe
+from dbconvert.graph.tape import ModuleCall, Recording, describe
 
 SLICE = re.compile(r"(?P<path>.*)\[(?P<first>-?\d*):(?P<end>-?\d*)\]")
 RIVAL = 1 / 3
@@ -44,7 +45,7 @@ class Stack:
 
 def find_stacks(recording: Recording, spines: Spines) -> list[Stack]:
     """Every stack of at least two layers, or of one layer called again and again; most work first,
-    of equals the one that comes first."""
+    of equals the one that comes first. Stacks that one follows the other on two streams are also there as one."""
     found: dict[str, Stack] = {}
     for chain in spines.chains():
         for stack in stacks_of_chain(chain, recording, spines):
@@ -52,7 +53,43 @@ def find_stacks(recording: Recording, spines: Spines) -> list[Stack]:
             if best is None or len(stack.layers) > len(best.layers):
                 found[stack.container] = stack
     place = spines.reach.index
-    return sorted(found.values(), key=lambda s: (-s.work, place[s.layers[0][1][0].node]))
+    in_order = sorted(found.values(), key=lambda s: place[s.layers[0][1][0].node])
+    return sorted([*in_order, *continued(in_order, recording)], key=lambda s: -s.work)
+
+
+def continued(stacks: list[Stack], recording: Recording) -> list[Stack]:
+    """Stacks that go on in the next one, layers of another kind in another container, on both of two streams.
+
+    Args:
+        stacks: in the order of the stream.
+    """
+    found: list[Stack] = []
+    for i, first in enumerate(stacks):
+        whole = first
+        for after in stacks[i + 1 :]:
+            whole = one_stack(whole, after, recording) or whole
+        if whole is not first and not any(within(whole, longer) for longer in found):
+            found.append(whole)
+    return found
+
+
+def one_stack(before: Stack, after: Stack, recording: Recording) -> Stack | None:
+    """Two stacks as one; None if the second does not begin where the first ends, or they carry one stream."""
+    if after.layers[0][1][0].source is not before.layers[-1][1][-1].node or before.calls > 1 or after.calls > 1:
+        return None
+    layers = (*before.layers, *after.layers)
+    orders = [call_of(additions[0], path) for path, additions in layers]
+    calls = [recording.calls[order] for order in orders if order is not None]
+    if len(calls) < len(layers) or any(handed_on(one, other) < 2 for one, other in pairwise(calls)):
+        return None
+    container = f"{before.container}, {after.container}"
+    return Stack(container, layers, 1, (*before.left_out, *after.left_out), before.work + after.work)
+
+
+def handed_on(one: ModuleCall, other: ModuleCall) -> int:
+    """How many tensors a call takes just as the call before returned them."""
+    made = [node for _, node in one.outputs if ops.is_floating(node)]
+    return sum(any(ops.stays(node, given) for node in made) for _, given in other.inputs)
 
 
 def choose_stack(stacks: list[Stack], wanted: str | None, model: nn.Module) -> Stack:
@@ -66,7 +103,7 @@ def choose_stack(stacks: list[Stack], wanted: str | None, model: nn.Module) -> S
     """
     if wanted is not None:
         return wanted_stack(stacks, wanted, model)
-    rivals = [s for s in stacks if s.work >= RIVAL * stacks[0].work]
+    rivals = [s for s in stacks if s is stacks[0] or s.work >= RIVAL * stacks[0].work and not within(s, stacks[0])]
     if len(rivals) > 1:
         raise Refused(
             f"the network has {len(rivals)} stacks of similar size, and only one can be cut",
@@ -74,6 +111,11 @@ def choose_stack(stacks: list[Stack], wanted: str | None, model: nn.Module) -> S
             kind="several-stacks",
         )
     return stacks[0]
+
+
+def within(stack: Stack, other: Stack) -> bool:
+    """Whether the other stack holds all layers of this one."""
+    return set(stack.layers) <= set(other.layers)
 
 
 def wanted_stack(stacks: list[Stack], wanted: str, model: nn.Module) -> Stack:

@@ -1,0 +1,77 @@
+"""Streams that lie side by side in one tensor for a while: what part of a concatenation a slice of it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from dbconvert.graph import ops
+
+JOINS = {"cat", "concat", "concatenate"}
+CUTS = {"getitem", "narrow"}
+SPLITS = {"split", "split_with_sizes", "chunk", "tensor_split"}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The entries from `start` on, `length` of them, along one axis of a tensor."""
+
+    whole: fx.Node
+    axis: int
+    start: int
+    length: int
+
+
+def piece(node: fx.Node) -> Piece | None:
+    """The part of a tensor that a slice, or an item of a split, is; None for all other nodes.
+
+    Slices are cut again out of a tensor that counts along the axis: no knowledge of their arguments is needed.
+    """
+    made = ops.first(node)
+    split = made is not None and ops.function_name(made) in SPLITS
+    whole = ops.first(made) if made is not None and split else made
+    if whole is None or ops.function_name(node) not in CUTS or whole.meta.get("shape") is None:
+        return None
+    before, after = whole.meta["shape"], node.meta.get("shape") or ()
+    axes = [i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b]
+    if len(before) != len(after) or len(axes) != 1:
+        return None
+    counted = cut_again([made, node] if split and made is not None else [node], ops.counting(before, axes[0]))
+    line = ops.counting(after, axes[0])
+    if counted is None or counted.shape != line.shape:
+        return None
+    start = int(counted.flatten()[0])
+    return Piece(whole, axes[0], start, after[axes[0]]) if torch.equal(counted, line + start) else None
+
+
+def cut_again(nodes: list[fx.Node], value: torch.Tensor) -> torch.Tensor | None:
+    """What slices and splits, one after the other, leave of another tensor; None where they also depend on tensors."""
+    found = value
+    for node in nodes:
+        if len(node.all_input_nodes) != 1:
+            return None
+        try:
+            found = node.target(found, *node.args[1:], **node.kwargs)  # type: ignore[operator]
+        except (TypeError, IndexError, RuntimeError):  # an index that the recording could not hold
+            return None
+    return found if isinstance(found, torch.Tensor) else None
+
+
+def joined_at(join: fx.Node, cut: Piece) -> fx.Node | None:
+    """The tensor that lies where `cut` does in a concatenation; None if none lies just there."""
+    if ops.function_name(join) not in JOINS:
+        return None
+    given = join.kwargs.get("tensors", join.args[0] if join.args else ())
+    axis = join.kwargs.get("dim", join.args[1] if len(join.args) > 1 else 0)
+    if not isinstance(axis, int) or axis % len(join.meta["shape"]) != cut.axis:
+        return None
+    start = 0
+    for part in given if isinstance(given, tuple | list) else ():
+        if not isinstance(part, fx.Node) or len(part.meta["shape"]) <= cut.axis:
+            return None
+        if start == cut.start and part.meta["shape"][cut.axis] == cut.length:
+            return part
+        start += part.meta["shape"][cut.axis]
+    return None
