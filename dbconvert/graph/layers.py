@@ -53,7 +53,8 @@ def read_layers(
     """
     calls = layer_calls(stack, evidence)
     layers, previous = [], None
-    seconds = second_streams(calls, entry(calls[0], stack.layers[0][1][0], evidence)[0])
+    firsts = [entry(call, own[0], evidence)[0] for call, (_, own) in zip(calls, stack.layers, strict=True)]
+    seconds = second_streams(calls, firsts)
     for (path, additions), call, second in zip(stack.layers, calls, seconds, strict=True):
         stream_in, entering, first = entry(call, additions[0], evidence)
         stream_out, leaving, after_last = exit_(call, additions[-1], evidence)
@@ -138,22 +139,39 @@ def read_outside(calls: list[ModuleCall], layers: tuple[Layer, ...], evidence: E
     return list(dict.fromkeys(found))
 
 
-def second_streams(calls: list[ModuleCall], stream: Path) -> list[tuple[Path, Path]]:
+def second_streams(calls: list[ModuleCall], firsts: list[Path]) -> list[tuple[Path, Path]]:
     """Where a second stream, of one shape all along, enters and leaves every layer; it must end with the last one.
 
     Args:
-        stream: argument that carries the first one.
+        firsts: arguments that carry the first one.
     """
-    for path, first in calls[0].inputs:
-        if path == stream or not ops.is_floating(first) or not carried_by_all(path, calls):
-            continue
-        given = [dict(call.inputs)[path] for call in calls]
-        left = [returned(call, node) for call, node in zip(calls, given[1:], strict=False)]
-        if all(ops.same_shape(node, first) for node in given) and () not in left:
-            end = dict(calls[-1].outputs).get(left[0])
-            if end is None or not end.users:
-                return [(path, leaves) for leaves in (*left, () if end is None else left[0])]
+    for path, node in calls[0].inputs:
+        found = handed_through(path, node, calls, firsts) if path != firsts[0] and ops.is_floating(node) else []
+        end = dict(calls[-1].outputs).get(found[-1][1]) if found else None
+        if found and (end is None or not end.users):
+            return found[:-1] + [found[-1] if end is not None else (found[-1][0], ())]
     return [NO_SECOND] * len(calls)
+
+
+def handed_through(
+    path: Path, node: fx.Node, calls: list[ModuleCall], firsts: list[Path]
+) -> list[tuple[Path, Path]]:
+    """Where what enters the first layer at `path` enters and leaves every layer, each of which makes it anew; empty if
+    one does not. The last is taken to return it where the one before it does."""
+    entering, found = path, []
+    for (before, call), own in zip(pairwise(calls), firsts[1:], strict=True):
+        made = {
+            at: leaving
+            for at, given in call.inputs
+            if at != own and ops.same_shape(given, node) and before.order in given.meta["calls"]
+            if (leaving := returned(before, given))
+        }
+        if not made:
+            return []
+        after = entering if entering in made else next(iter(made))
+        found.append((entering, made[after]))
+        entering = after
+    return [*found, (entering, found[-1][1])] if found else []
 
 
 def returned(call: ModuleCall, later: fx.Node) -> Path:
