@@ -25,7 +25,7 @@ from dbconvert.events import Advance, Reporter, Stage, silent
 from dbconvert.files import atomic_folder, refuse_occupied
 from dbconvert.schema import Count, Positive, record, to_json
 from dbconvert.tasks.base import Inputs
-from dbconvert.tasks.image_diffusion import ImageDiffusion
+from dbconvert.tasks.image_diffusion import PICTURE_AXES, ImageDiffusion, spelled
 
 GRID, SHEET = "grid.png", "samples.json"
 PNG_CHANNELS = (1, 3)
@@ -131,6 +131,11 @@ def drawing_task(loaded: Loaded, target: str) -> ImageDiffusion:
     task = network.decided_task
     if not isinstance(task, ImageDiffusion):
         raise UsageError(f"{target} draws no images", hint="its task is not image_diffusion")
+    if len(task.image_shape) != PICTURE_AXES:
+        raise UsageError(
+            f"{target} draws {spelled(task.image_shape)}, which are no pictures",
+            hint="call dbconvert.engine.sample.draw from Python, or write a model.py whose forward takes pictures",
+        )
     others = [name for name in task.read if name != task.picture.argument]
     if others:
         raise UsageError(

@@ -149,13 +149,11 @@ def second_streams(calls: list[ModuleCall], firsts: list[Path]) -> list[tuple[Pa
         found = handed_through(path, node, calls, firsts) if path != firsts[0] and ops.is_floating(node) else []
         end = dict(calls[-1].outputs).get(found[-1][1]) if found else None
         if found and (end is None or not end.users):
-            return found[:-1] + [found[-1] if end is not None else (found[-1][0], ())]
+            return [*found[:-1], found[-1] if end is not None else (found[-1][0], ())]
     return [NO_SECOND] * len(calls)
 
 
-def handed_through(
-    path: Path, node: fx.Node, calls: list[ModuleCall], firsts: list[Path]
-) -> list[tuple[Path, Path]]:
+def handed_through(path: Path, node: fx.Node, calls: list[ModuleCall], firsts: list[Path]) -> list[tuple[Path, Path]]:
     """Where what enters the first layer at `path` enters and leaves every layer, each of which makes it anew; empty if
     one does not. The last is taken to return it where the one before it does."""
     entering, found = path, []

@@ -135,7 +135,7 @@ def residual(node: fx.Node, spines: Spines) -> ResidualAdd | None:
 
 
 def beside(node: fx.Node, spines: Spines) -> ResidualAdd | None:
-    """A slice as an addition to a stream, x' of x', y' = split([x, y] + f([x, y])) in one forward; None if it is not."""
+    """A slice as an addition to a stream, x' of x', y' = split([x, y] + f([x, y])) in one forward; else None."""
     cut = piece(node)
     if cut is None:
         return None

@@ -103,7 +103,7 @@ def choose_stack(stacks: list[Stack], wanted: str | None, model: nn.Module) -> S
     """
     if wanted is not None:
         return wanted_stack(stacks, wanted, model)
-    rivals = [s for s in stacks if s is stacks[0] or s.work >= RIVAL * stacks[0].work and not within(s, stacks[0])]
+    rivals = [s for s in stacks if s is stacks[0] or (s.work >= RIVAL * stacks[0].work and not within(s, stacks[0]))]
     if len(rivals) > 1:
         raise Refused(
             f"the network has {len(rivals)} stacks of similar size, and only one can be cut",

@@ -21,7 +21,7 @@ WIDTH = re.compile(
     r"^(d_ff|n_inner|embedding_size|mlp_dim|ffn_dim|time_step_rank)$"
     r"|intermediate_size$|ffn_dim$|ffn_hidden_size$|lora_rank$|embed_proj_dim$|pooler_output_size$"
 )
-DEPTH = re.compile(r"^(num_hidden_layers|num_layers|n_layers?|encoder_layers|decoder_layers|depth)$")
+DEPTH = re.compile(r"^(num_hidden_layers|num_layers|num_single_layers|n_layers?|encoder_layers|decoder_layers|depth)$")
 VOCABULARY, SPECIAL = "vocab_size", re.compile(r"_(token|index)_id$|^pad_index$")
 SMALL_VOCABULARY, SMALL_HEAD, SMALL_WIDTH = 512, 16, 32
 DEPTHS = (4, 8, 16)

@@ -21,6 +21,7 @@ from dbconvert.plan import Context, Rule, Table, Target
 from dbconvert.recipe import Weight, Z
 from dbconvert.tasks.base import Corruption, Headline, Inputs, Passage, Task, along, conditioning
 
+PICTURE_AXES = 3
 CLEAN = 0.01
 """Noise of an image that counts as none, as a share of sigma_data."""
 
@@ -28,7 +29,8 @@ CLEAN = 0.01
 class ImageDiffusion(Task):
     """Networks that map an image, and maybe a time and a class, to an image of the same shape.
 
-    It adds no parameters. Labels are images [N, C, H, W], of which each has one loss.
+    It adds no parameters. Labels are images [N, C, H, W], or [N, S, C] where the network takes them as a sequence, of
+    which each has one loss.
     """
 
     name: ClassVar[str] = "image_diffusion"
@@ -67,7 +69,8 @@ class ImageDiffusion(Task):
     @staticmethod
     def decide(anatomy: Anatomy) -> Target:
         assert anatomy.picture is not None
-        channels = image_shape(anatomy)[0]
+        shape = image_shape(anatomy)
+        channels = shape[0] if len(shape) == PICTURE_AXES else shape[-1]
         return Target(anatomy.picture.classes, channels, "image", table="none")
 
     @property
@@ -77,7 +80,7 @@ class ImageDiffusion(Task):
 
     @property
     def image_shape(self) -> tuple[int, ...]:
-        """C, H, W."""
+        """C, H, W, or S, C."""
         return image_shape(self.anatomy)
 
     # -- parameters ---------------------------------------------------------------------------------------
@@ -177,7 +180,7 @@ class ImageDiffusion(Task):
 
 
 def image_shape(anatomy: Anatomy) -> tuple[int, ...]:
-    """C, H, W."""
+    """C, H, W, or S, C."""
     assert anatomy.picture is not None
     name = anatomy.picture.argument
     return next(given.shape[1:] for given in anatomy.inputs if given.name == name)
@@ -195,4 +198,6 @@ def picture_in_words(anatomy: Anatomy, target: Target) -> str:
 
 
 def spelled(shape: tuple[int, ...]) -> str:
+    if len(shape) < PICTURE_AXES:
+        return f"sequences of {' x '.join(map(str, shape))} numbers"
     return f"{shape[0]} channels of {' x '.join(map(str, shape[1:]))} pixels"

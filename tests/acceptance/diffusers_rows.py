@@ -84,7 +84,7 @@ ALL = {
     "dit": Row(dit, conditioned=True),
     "pixart": Row(pixart, conditioned=True),
     "sd3": Row(sd3, conditioned=True, streams=2),
-    "flux": Row(flux, verdict="refused", kind="several-streams", node="transformer_blocks"),
+    "flux": Row(flux, layers=2 + DEPTH, conditioned=True, streams=2),
     "unet2d": Row(unet, verdict="refused"),
 }
 ROWS = ALL if find_spec("diffusers") else {}
