@@ -198,9 +198,10 @@ def draw(
     layers: range | None = None,
     device: torch.device = CPU,
     more: Inputs | None = None,
+    shape: tuple[int, ...] | None = None,
     report: Reporter = silent,
 ) -> Tensor:
-    """Images in the network's own scale, [count, C, H, W], on the CPU.
+    """Images in the network's own scale, [count, C, H, W] or [count, S, C], on the CPU.
 
     Image i is a function of the seed and i alone, whatever the batch. All images pass through one block before the
     next one is brought to the device.
@@ -209,12 +210,13 @@ def draw(
         labels: of the images, [count].
         layers: for a baseline, the layers that run at every level; None for blocks.
         more: what else the network takes, a row an image.
+        shape: of an image; None for that of the example that the network was split with.
     """
     task = network.task
     assert isinstance(task, ImageDiffusion)
     way = solver(sampling.sampler, intervals.distribution, sampling.steps, sampling.grid)
-    shape = task.image_shape
-    courses = [Course(start * intervals.boundaries[-1]) for start in noise(count, shape, sampling)]
+    starts = noise(count, shape or task.image_shape, sampling)
+    courses = [Course(start * intervals.boundaries[-1]) for start in starts]
     heard: list[Tensor | None] = [None] * len(courses)
     if layers is None:
         refuse_gaps(network, intervals, way.levels)

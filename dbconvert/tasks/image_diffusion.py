@@ -114,10 +114,11 @@ class ImageDiffusion(Task):
         """The image is what is told; it stays among the inputs for its shape, and `passage` puts z in its place.
 
         Raises:
-            UsageError: it is not of the shape that the network was analysed with.
+            UsageError: it is not of the shape that the network was analysed with; a sequence may have another length.
         """
         images, wanted = inputs[self.picture.argument], self.image_shape
-        if tuple(images.shape[1:]) != wanted:
+        fixed = 0 if len(wanted) == PICTURE_AXES else 1
+        if images.dim() != len(wanted) + 1 or tuple(images.shape[1 + fixed :]) != wanted[fixed:]:
             raise UsageError(
                 f"the images are {spelled(images.shape[1:])}, and the network takes {spelled(wanted)}",
                 hint="data.image.size resizes them, data.image.mode=RGB reads grey ones as colour",
