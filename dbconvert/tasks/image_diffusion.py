@@ -56,7 +56,8 @@ class ImageDiffusion(Task):
         if len(picture.labels) > 1:
             return f"several inputs are looked up in tables: {', '.join(picture.labels)}; only a class can be"
         if len(picture.times) > 1:
-            return f"several inputs could be the time: {', '.join(picture.times)}"
+            times = ", ".join(picture.times)
+            return f"several inputs could be the time: {times}; a model.py around it can hold all but one fixed"
         if not picture.times and any(not layer.branches for layer in anatomy.layers):
             return "no input tells the noise level, and its layers are conditioned by something else already"
         return None
