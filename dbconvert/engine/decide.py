@@ -16,6 +16,7 @@ from dbconvert.engine.refit import refuse_refit
 from dbconvert.engine.twin import one_thread
 from dbconvert.errors import Refused, UsageError
 from dbconvert.graph.inject import site_features
+from dbconvert.graph.values import joined
 from dbconvert.plan import SCHEMA_VERSION, NoiseFit, NoiseRule, Plan, Target, cut
 from dbconvert.recipe import SplitOptions
 from dbconvert.tasks.base import Task
@@ -67,10 +68,16 @@ def refuse_uncuttable(anatomy: Anatomy, *, looped: bool = False) -> None:
             )
 
 
-def refuse_context(options: SplitOptions, task: type[Task] | None, blocks: int) -> None:
+def refuse_context(options: SplitOptions, task: type[Task] | None, blocks: int, anatomy: Anatomy) -> None:
     """Raises UsageError where blocks cannot hear each other."""
     if options.context == "raw":
         return
+    if joined(anatomy):
+        raise UsageError(
+            f"context `{options.context}` lets a block hear the stream that leaves the last layer, and in this network "
+            "two streams that enter the first one leave the last as one",
+            hint="leave it at `raw`",
+        )
     looped = task is not None and task.looped
     if blocks < 2 or looped:
         raise UsageError(

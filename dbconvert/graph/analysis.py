@@ -166,7 +166,7 @@ def read_called(stack: Stack, evidence: Evidence) -> StackFacts:
     outside = outside_parts(calls, evidence)
     layers = read_layers(stack, evidence, channel, entering.meta["shape"][channel], outside)
     end = dict(calls[-1].outputs)[layers[-1].stream_out]
-    return StackFacts(layers, entering, end, outside, tuple(read_outside(calls, layers, evidence)))
+    return StackFacts(layers, entering, end, outside, tuple(read_outside(calls, layers, stack.join)))
 
 
 def read_around(stack: Stack, evidence: Evidence) -> StackFacts:
@@ -193,7 +193,7 @@ def read_adapted(evidence: Evidence, inputs: Inputs, adapter: Adapter) -> Anatom
     outside = outside_parts(calls, evidence)
     layers = adapted_layers(adapter, calls, evidence, channel, entering.meta["shape"][channel], outside)
     end = dict(calls[-1].outputs)[layers[-1].stream_out]
-    found = StackFacts(layers, entering, end, outside, tuple(read_outside(calls, layers, evidence)))
+    found = StackFacts(layers, entering, end, outside, tuple(read_outside(calls, layers)))
     whole = [layer.path for layer in layers if layer.branches[0].placement == "layer"]
     told = (f"conditioned as a whole, since they show no residual branches: {', '.join(whole)}",) if whole else ()
     return Anatomy(

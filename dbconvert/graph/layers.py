@@ -54,11 +54,12 @@ def read_layers(
     calls = layer_calls(stack, evidence)
     layers, previous = [], None
     firsts = [entry(call, own[0], evidence)[0] for call, (_, own) in zip(calls, stack.layers, strict=True)]
-    seconds = second_streams(calls, firsts)
+    seconds = second_streams(calls[: apart(stack, evidence)], firsts, stack.join)
+    seconds += [NO_SECOND] * (len(calls) - len(seconds))
     for (path, additions), call, second in zip(stack.layers, calls, seconds, strict=True):
         stream_in, entering, first = entry(call, additions[0], evidence)
         stream_out, leaving, after_last = exit_(call, additions[-1], evidence)
-        if previous is not None:
+        if previous is not None and not (stack.join is not None and ops.stays(stack.join, entering)):
             refuse_glue(previous, entering, path, evidence)
         previous = leaving
         rank = len(entering.meta["shape"])
@@ -83,6 +84,12 @@ def read_layers(
             )
         )
     return tuple(layers)
+
+
+def apart(stack: Stack, evidence: Evidence) -> int:
+    """How many layers there are before two streams become one; all where they do not."""
+    join, reach = stack.join, evidence.spines.reach
+    return sum(join is None or not reach.is_ancestor(join, own[0].node) for _, own in stack.layers)
 
 
 def entry(call: ModuleCall, add: ResidualAdd, evidence: Evidence) -> tuple[Path, fx.Node, tuple[fx.Node, ...]]:
@@ -125,8 +132,10 @@ def exit_(call: ModuleCall, add: ResidualAdd, evidence: Evidence) -> tuple[Path,
     )
 
 
-def read_outside(calls: list[ModuleCall], layers: tuple[Layer, ...], evidence: Evidence) -> list[str]:
-    """Layers, but for the last, whose stream is also used outside of all layers, as in a readout of several depths."""
+def read_outside(calls: list[ModuleCall], layers: tuple[Layer, ...], join: fx.Node | None = None) -> list[str]:
+    """Layers, but for the last, whose stream is also used outside of all layers, as in a readout of several depths, but
+    not where it becomes one with another.
+    """
     orders = {call.order for call in calls}
     found = []
     for call, layer in zip(calls[:-1], layers, strict=False):
@@ -134,21 +143,23 @@ def read_outside(calls: list[ModuleCall], layers: tuple[Layer, ...], evidence: E
         for node in waiting:
             outside = [user for user in node.users if not orders & set(user.meta.get("calls", ()))]
             waiting.extend(user for user in outside if ops.unchanged(user) is node)
-            if any(ops.unchanged(user) is not node and user.op != "output" for user in outside):
+            others = [user for user in outside if user is not join and user.op != "output"]
+            if any(ops.unchanged(user) is not node for user in others):
                 found.append(layer.path)
     return list(dict.fromkeys(found))
 
 
-def second_streams(calls: list[ModuleCall], firsts: list[Path]) -> list[tuple[Path, Path]]:
+def second_streams(calls: list[ModuleCall], firsts: list[Path], join: fx.Node | None) -> list[tuple[Path, Path]]:
     """Where a second stream, of one shape all along, enters and leaves every layer; it must end with the last one.
 
     Args:
         firsts: arguments that carry the first one.
+        join: may use it after that.
     """
     for path, node in calls[0].inputs:
         found = handed_through(path, node, calls, firsts) if path != firsts[0] and ops.is_floating(node) else []
         end = dict(calls[-1].outputs).get(found[-1][1]) if found else None
-        if found and (end is None or not end.users):
+        if found and (end is None or end.users.keys() <= {join}):
             return [*found[:-1], found[-1] if end is not None else (found[-1][0], ())]
     return [NO_SECOND] * len(calls)
 
@@ -157,7 +168,7 @@ def handed_through(path: Path, node: fx.Node, calls: list[ModuleCall], firsts: l
     """Where what enters the first layer at `path` enters and leaves every layer, each of which makes it anew; empty if
     one does not. The last is taken to return it where the one before it does."""
     entering, found = path, []
-    for (before, call), own in zip(pairwise(calls), firsts[1:], strict=True):
+    for (before, call), own in zip(pairwise(calls), firsts[1:], strict=False):
         made = {
             at: leaving
             for at, given in call.inputs

@@ -61,17 +61,25 @@ def cut_again(nodes: list[fx.Node], value: torch.Tensor) -> torch.Tensor | None:
 
 def joined_at(join: fx.Node, cut: Piece) -> fx.Node | None:
     """The tensor that lies where `cut` does in a concatenation; None if none lies just there."""
+    axis, start = joined_along(join), 0
+    if axis != cut.axis:
+        return None
+    for part in joined_parts(join):
+        if start == cut.start and part.meta["shape"][axis] == cut.length:
+            return part
+        start += part.meta["shape"][axis]
+    return None
+
+
+def joined_along(join: fx.Node) -> int | None:
+    """The axis of a concatenation; None for all other nodes."""
     if ops.function_name(join) not in JOINS:
         return None
-    given = join.kwargs.get("tensors", join.args[0] if join.args else ())
     axis = join.kwargs.get("dim", join.args[1] if len(join.args) > 1 else 0)
-    if not isinstance(axis, int) or axis % len(join.meta["shape"]) != cut.axis:
-        return None
-    start = 0
-    for part in given if isinstance(given, tuple | list) else ():
-        if not isinstance(part, fx.Node) or len(part.meta["shape"]) <= cut.axis:
-            return None
-        if start == cut.start and part.meta["shape"][cut.axis] == cut.length:
-            return part
-        start += part.meta["shape"][cut.axis]
-    return None
+    whole = all(part.meta.get("shape") for part in joined_parts(join))
+    return axis % len(join.meta["shape"]) if isinstance(axis, int) and whole else None
+
+
+def joined_parts(join: fx.Node) -> list[fx.Node]:
+    given = join.kwargs.get("tensors", join.args[0] if join.args else ())
+    return [part for part in given if isinstance(part, fx.Node)] if isinstance(given, tuple | list) else []

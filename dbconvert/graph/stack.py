@@ -6,14 +6,13 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 
-from torch import nn
+from torch import fx, nn
 
 from dbconvert.errors import Refused
 from dbconvert.graph import ops
 from dbconvert.graph.spine import ResidualAdd, Spines
-from dbconvert.graph.tape import ModuleCall, Recording, describe
+from dbconvert.graph.tape import Recording, describe
 
 SLICE = re.compile(r"(?P<path>.*)\[(?P<first>-?\d*):(?P<end>-?\d*)\]")
 RIVAL = 1 / 3
@@ -30,6 +29,7 @@ class Stack:
         calls: how often each layer is called.
         left_out: called children of the container that are not part of it.
         work: parameters x calls.
+        join: where two streams that the first layers carry become the one of the others; None where they do not.
     """
 
     container: str
@@ -37,6 +37,7 @@ class Stack:
     calls: int
     left_out: tuple[str, ...]
     work: int
+    join: fx.Node | None = None
 
     def summary(self) -> str:
         looped = f", each called {self.calls} times" if self.calls > 1 else ""
@@ -45,7 +46,7 @@ class Stack:
 
 def find_stacks(recording: Recording, spines: Spines) -> list[Stack]:
     """Every stack of at least two layers, or of one layer called again and again; most work first,
-    of equals the one that comes first. Stacks that one follows the other on two streams are also there as one."""
+    of equals the one that comes first."""
     found: dict[str, Stack] = {}
     for chain in spines.chains():
         for stack in stacks_of_chain(chain, recording, spines):
@@ -53,43 +54,7 @@ def find_stacks(recording: Recording, spines: Spines) -> list[Stack]:
             if best is None or len(stack.layers) > len(best.layers):
                 found[stack.container] = stack
     place = spines.reach.index
-    in_order = sorted(found.values(), key=lambda s: place[s.layers[0][1][0].node])
-    return sorted([*in_order, *continued(in_order, recording)], key=lambda s: -s.work)
-
-
-def continued(stacks: list[Stack], recording: Recording) -> list[Stack]:
-    """Stacks that go on in the next one, layers of another kind in another container, on both of two streams.
-
-    Args:
-        stacks: in the order of the stream.
-    """
-    found: list[Stack] = []
-    for i, first in enumerate(stacks):
-        whole = first
-        for after in stacks[i + 1 :]:
-            whole = one_stack(whole, after, recording) or whole
-        if whole is not first and not any(within(whole, longer) for longer in found):
-            found.append(whole)
-    return found
-
-
-def one_stack(before: Stack, after: Stack, recording: Recording) -> Stack | None:
-    """Two stacks as one; None if the second does not begin where the first ends, or they carry one stream."""
-    if after.layers[0][1][0].source is not before.layers[-1][1][-1].node or before.calls > 1 or after.calls > 1:
-        return None
-    layers = (*before.layers, *after.layers)
-    orders = [call_of(additions[0], path) for path, additions in layers]
-    calls = [recording.calls[order] for order in orders if order is not None]
-    if len(calls) < len(layers) or any(handed_on(one, other) < 2 for one, other in pairwise(calls)):
-        return None
-    container = f"{before.container}, {after.container}"
-    return Stack(container, layers, 1, (*before.left_out, *after.left_out), before.work + after.work)
-
-
-def handed_on(one: ModuleCall, other: ModuleCall) -> int:
-    """How many tensors a call takes just as the call before returned them."""
-    made = [node for _, node in one.outputs if ops.is_floating(node)]
-    return sum(any(ops.stays(node, given) for node in made) for _, given in other.inputs)
+    return sorted(found.values(), key=lambda s: (-s.work, place[s.layers[0][1][0].node]))
 
 
 def choose_stack(stacks: list[Stack], wanted: str | None, model: nn.Module) -> Stack:
@@ -115,7 +80,7 @@ def choose_stack(stacks: list[Stack], wanted: str | None, model: nn.Module) -> S
 
 def within(stack: Stack, other: Stack) -> bool:
     """Whether the other stack holds all layers of this one."""
-    return set(stack.layers) <= set(other.layers)
+    return {path for path, _ in stack.layers} <= {path for path, _ in other.layers}
 
 
 def wanted_stack(stacks: list[Stack], wanted: str, model: nn.Module) -> Stack:
@@ -143,7 +108,7 @@ def wanted_stack(stacks: list[Stack], wanted: str, model: nn.Module) -> Stack:
         )
     others = tuple(layer for layer, _ in found.layers if layer not in {own for own, _ in kept})
     work = found.work * len(kept) // len(found.layers)
-    return Stack(path, kept, found.calls, (*found.left_out, *others), work)
+    return Stack(path, kept, found.calls, (*found.left_out, *others), work, found.join)
 
 
 def stacks_of_chain(chain: list[ResidualAdd], recording: Recording, spines: Spines) -> Iterator[Stack]:

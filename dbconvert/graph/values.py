@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dbconvert.anatomy import BranchPart, Input, Layer, Path
+from dbconvert.anatomy import Anatomy, BranchPart, Input, Layer, Path
 
 
 def look_up(args: tuple[Any, ...], kwargs: dict[str, Any], path: Path) -> Any:
@@ -65,3 +65,8 @@ def as_taken(inputs: dict[str, Tensor], known: Iterable[Input]) -> dict[str, Ten
     """Arguments with a row an example, as the network takes them: of what all examples share, one row."""
     axes = {given.name: len(given.shape) for given in known if given.shared}
     return {name: v[0] if name in axes and v.dim() > axes[name] else v for name, v in inputs.items()}
+
+
+def joined(anatomy: Anatomy) -> bool:
+    """Whether the first layers carry two streams that are one for the others."""
+    return bool(anatomy.layers[0].second_in) and not anatomy.layers[-1].second_in

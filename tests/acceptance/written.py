@@ -253,22 +253,23 @@ class TwoKinds(nn.Module):
     """Layers of two streams in two lists, one after the other.
 
     Args:
-        joined: the layers of the second list take both streams as one, which is made between the lists.
+        between: the lists, streams stay as they are, are `joined` into one, or one of them is `glued`: changed.
     """
 
-    def __init__(self, joined=False):
+    def __init__(self, between=""):
         super().__init__()
         self.image, self.text, self.time = nn.Linear(8, WIDTH), nn.Linear(8, WIDTH), nn.Linear(1, WIDTH)
         self.apart = nn.ModuleList(Apart() for _ in range(2))
-        self.together = nn.ModuleList((Joined if joined else Together)() for _ in range(DEPTH - 2))
+        self.together = nn.ModuleList((Joined if between == "joined" else Together)() for _ in range(DEPTH - 2))
         self.head = nn.Linear(WIDTH, 8)
-        self.joined = joined
+        self.between = between
 
     def forward(self, x, text, time):
         image, text, told = self.image(x), self.text(text), F.silu(self.time(time[:, None] * 0.5))
         for layer in self.apart:
             image, text = layer(image, text, told)
-        if self.joined:
+        text = text.tanh() if self.between == "glued" else text
+        if self.between == "joined":
             both = torch.cat([text, image], 1)
             for layer in self.together:
                 both = layer(both, told)
