@@ -168,6 +168,43 @@ def test_it_trains_and_draws_and_comes_back(pipeline, package, tmp_path):
     assert theirs.keys() == ours.keys() and all(torch.equal(theirs[k], ours[k]) for k in theirs)
 
 
+def test_two_streams_that_become_one():
+    """Flux 2 joins its streams between its layers: blocks of either kind begin at the stem, and none hears another."""
+    from diffusers import Flux2Transformer2DModel
+
+    torch.manual_seed(0)
+    sizes = {key: value for key, value in SIZES.items() if key != "pooled_projection_dim"}
+    own = {"axes_dims_rope": [2, 2, 2, 2], "timestep_guidance_channels": 16, "guidance_embeds": False}
+    model = Flux2Transformer2DModel(**{**sizes, **own}).eval()
+    model.save_pretrained("flux2")
+    plan = dbconvert.split("flux2", options=SplitOptions(blocks=4), dry_run=True).plan
+    anatomy, inputs = plan.anatomy, open_source("flux2").example_inputs(model)
+    assert [bool(layer.second_in) for layer in anatomy.layers] == [True, True, False, False]
+    entered = []
+    hook = model.single_transformer_blocks[0].register_forward_pre_hook(
+        lambda _, args, kwargs: entered.append(kwargs["hidden_states"]), with_kwargs=True
+    )
+    run = inject(model, anatomy, blocks=4, width=8, start="original")
+    run.active = range(2, 3)
+    model(**inputs)
+    hook.remove()
+    stem = model.context_embedder(inputs["encoder_hidden_states"]), model.x_embedder(inputs["hidden_states"])
+    assert torch.equal(entered[0], torch.cat(stem, 1))
+    with pytest.raises(UsageError, match="leave the last as one"):
+        dbconvert.split("flux2", options=SplitOptions(blocks=4, context="features"), dry_run=True)
+
+
+def test_blocks_hear_each_other(pipeline, tmp_path):
+    """A block hears the picture's stream of the one before it."""
+    (tmp_path / "pairs.py").write_text(DATA.format(places="lambda i: 1"))
+    split = SplitOptions(blocks=2, context="features")
+    package = dbconvert.split(str(pipeline), out=str(tmp_path / "package"), options=split).package
+    overrides = [*QUICK, "train.batch=4", "train.steps=2", f"data.source={tmp_path / 'pairs.py'}:pairs"]
+    run = dbconvert.train(str(package), overrides=overrides, out=str(tmp_path / "run"))
+    hearing = load_tensors(run.folder / "weights" / "block-1.safetensors")
+    assert any("context" in name for name in hearing)
+
+
 def test_places_that_differ_from_example_to_example(package, tmp_path):
     (tmp_path / "pairs.py").write_text(DATA.format(places="lambda i: i"))
     overrides = [*QUICK, "train.batch=4", "train.steps=2", f"data.source={tmp_path / 'pairs.py'}:pairs"]
