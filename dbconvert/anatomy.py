@@ -300,7 +300,7 @@ class Picture:
         channels: of the result: C, or 2 C where the second half is a variance.
         times, labels: arguments with one number an example; labels are looked up in tables.
         classes: rows of the smallest such table, 0 without one.
-        time_scale: what the network multiplies its time by, before all else.
+        time_scale: what the network multiplies its time by, before or in its sines.
     """
 
     argument: str

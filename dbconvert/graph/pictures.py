@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import fx, nn
 
 from dbconvert.anatomy import Picture
@@ -9,6 +10,8 @@ from dbconvert.graph import ops
 from dbconvert.graph.evidence import Evidence
 
 IMAGE_AXES, TOKEN_AXES = 4, 3
+EARLY = 1e-6
+"""A time at which sines of a thousand times it are still straight."""
 
 
 def find_picture(evidence: Evidence, entering: fx.Node, end: fx.Node) -> Picture | None:
@@ -42,12 +45,12 @@ def find_picture(evidence: Evidence, entering: fx.Node, end: fx.Node) -> Picture
         times=times,
         labels=tuple(looked_up),
         classes=min(looked_up.values(), default=0),
-        time_scale=multiplied(single[times[0]]) if times else 1.0,
+        time_scale=multiplied(single[times[0]], evidence.model) if times else 1.0,
     )
 
 
-def multiplied(node: fx.Node) -> float:
-    """The product of the numbers that a value is multiplied by before it is used otherwise."""
+def multiplied(node: fx.Node, model: nn.Module) -> float:
+    """The product of the numbers that a value is multiplied by before it is used otherwise, or in its embedding."""
     found = 1.0
     while len(node.users) == 1:
         user = next(iter(node.users))
@@ -55,9 +58,23 @@ def multiplied(node: fx.Node) -> float:
         if change is not None and change.by and ops.first(user) is node:
             found = found * change.by if change.name == "multiply" else found / change.by
         elif ops.unchanged(user) is not node:
-            break
+            return found * fastest(ops.module_of(user, model))
         node = user
     return found
+
+
+def fastest(embedding: nn.Module | None) -> float:
+    """The highest frequency of an embedding in sines of its input: 1, or what it multiplies its input by; 1 for what is
+    none, as for modules with weights."""
+    if embedding is None or any(True for _ in embedding.parameters()):
+        return 1.0
+    try:
+        with torch.no_grad():
+            at_0, later = embedding(torch.zeros(1)), embedding(torch.full((1,), EARLY))
+            slope = float((later - at_0).abs().max()) / EARLY
+    except Exception:  # the network's own code, on a made-up input
+        return 1.0
+    return round(slope, 3) or 1.0
 
 
 def same_image(node: fx.Node, result: fx.Node) -> bool:

@@ -14,6 +14,7 @@ from dbconvert.diffusion.predictions import Prediction, Times
 from dbconvert.engine.package import open_package
 from dbconvert.engine.prepare import build_network, read_origin
 from dbconvert.engine.sample import Sampling, draw, sample
+from dbconvert.engine.twin import opened_twin
 from dbconvert.errors import DBConvertError, UsageError
 from dbconvert.graph.analysis import analyse
 from dbconvert.graph.inject import inject
@@ -233,13 +234,25 @@ def test_a_file_around_it_gives_it_pictures(tmp_path):
     assert len(list(Path("s").glob("0*.png"))) == 2
 
 
-def test_a_network_too_large_to_build_has_a_twin():
-    """The configuration of FLUX.1-schnell, shrunk: both kinds of layers stay."""
+LARGE = {
+    "FluxTransformer2DModel": {
+        **SIZES, "num_layers": 19, "num_single_layers": 38, "attention_head_dim": 128, "num_attention_heads": 24,
+        "axes_dims_rope": [16, 56, 56],
+    },
+    "AuraFlowTransformer2DModel": {
+        "num_mmdit_layers": 4, "num_single_dit_layers": 32, "attention_head_dim": 256, "num_attention_heads": 12,
+        "joint_attention_dim": 16, "caption_projection_dim": 3072, "pos_embed_max_size": 1024, "sample_size": 8,
+    },
+}  # fmt: skip
+"""Of FLUX.1-schnell, and of AuraFlow, whose sines multiply their time."""
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_networks_too_large_to_build_have_twins(name):
+    """Configurations, shrunk: both kinds of layers stay, and the time is what it is."""
     Path("large").mkdir()
-    large = {"num_layers": 19, "num_single_layers": 38, "attention_head_dim": 128, "num_attention_heads": 24}
-    config = {**SIZES, **large, "_class_name": "FluxTransformer2DModel", "axes_dims_rope": [16, 56, 56]}
-    Path("large/config.json").write_text(json.dumps(config))
-    smallest = next(twin for twin in open_source("large").twins() if twin.config["attention_head_dim"] == 128)
-    assert smallest.config["num_layers"] == smallest.config["num_single_layers"] == 4
-    model = smallest.build()
-    assert analyse(model, smallest.example_inputs(model)).depth == 8
+    Path("large/config.json").write_text(json.dumps({"_class_name": name, **LARGE[name]}))
+    twins = (opened_twin(small, None) for small in open_source("large").twins())
+    anatomy = next(twin.anatomy for twin in twins if twin is not None)
+    assert anatomy.depth == 8 and len({layer.type for layer in anatomy.layers}) == 2
+    assert anatomy.picture.time_scale == 1000
