@@ -40,7 +40,7 @@ def piece(node: fx.Node) -> Piece | None:
         return None
     counted = cut_again([made, node] if split and made is not None else [node], ops.counting(before, axes[0]))
     line = ops.counting(after, axes[0])
-    if counted is None or counted.shape != line.shape:
+    if counted is None or counted.shape != line.shape or not counted.numel():
         return None
     start = int(counted.flatten()[0])
     return Piece(whole, axes[0], start, after[axes[0]]) if torch.equal(counted, line + start) else None
