@@ -8,7 +8,7 @@ from itertools import pairwise
 from torch import fx
 
 from dbconvert.graph import ops
-from dbconvert.graph.pieces import joined_along, joined_at, joined_parts, piece
+from dbconvert.graph.pieces import cut_from, joined_along, joined_at, joined_parts, piece
 from dbconvert.graph.spine import Spines
 from dbconvert.graph.stack import Stack, call_of, stacks_of_chain, within
 from dbconvert.graph.tape import ModuleCall, Recording
@@ -62,8 +62,9 @@ def read_later(before: Stack, after: Stack, recording: Recording, spines: Spines
     join, end = after.layers[0][1][0].source, after.layers[-1][1][-1].node
     if joined_along(join) is None:
         return None
-    cuts = (piece(node) for node in spines.reach.nodes if spines.reach.is_ancestor(end, node))
-    read = (joined_at(join, cut) for cut in cuts if cut is not None and spines.look_through(cut.whole)[0] is end)
+    taken = ((node, cut_from(node)) for node in spines.reach.nodes if spines.reach.is_ancestor(end, node))
+    cuts = (piece(node) for node, whole in taken if whole is not None and spines.look_through(whole)[0] is end)
+    read = (joined_at(join, cut) for cut in cuts if cut is not None)
     stream = next((part for part in read if part is not None), None)
     if stream is None:
         return None

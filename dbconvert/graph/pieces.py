@@ -29,21 +29,26 @@ def piece(node: fx.Node) -> Piece | None:
 
     Slices are cut again out of a tensor that counts along the axis: no knowledge of their arguments is needed.
     """
-    made = ops.first(node)
-    split = made is not None and ops.function_name(made) in SPLITS
-    whole = ops.first(made) if made is not None and split else made
-    if whole is None or ops.function_name(node) not in CUTS or whole.meta.get("shape") is None:
+    made, whole = ops.first(node), cut_from(node)
+    if made is None or whole is None:
         return None
     before, after = whole.meta["shape"], node.meta.get("shape") or ()
     axes = [i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b]
     if len(before) != len(after) or len(axes) != 1:
         return None
-    counted = cut_again([made, node] if split and made is not None else [node], ops.counting(before, axes[0]))
+    counted = cut_again([node] if made is whole else [made, node], ops.counting(before, axes[0]))
     line = ops.counting(after, axes[0])
     if counted is None or counted.shape != line.shape or not counted.numel():
         return None
     start = int(counted.flatten()[0])
     return Piece(whole, axes[0], start, after[axes[0]]) if torch.equal(counted, line + start) else None
+
+
+def cut_from(node: fx.Node) -> fx.Node | None:
+    """The tensor that a slice, or an item of a split, is cut from; None for all other nodes."""
+    made = ops.first(node) if ops.function_name(node) in CUTS else None
+    whole = ops.first(made) if made is not None and ops.function_name(made) in SPLITS else made
+    return None if whole is None or whole.meta.get("shape") is None else whole
 
 
 def cut_again(nodes: list[fx.Node], value: torch.Tensor) -> torch.Tensor | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from torch import fx, nn
 
 from dbconvert.graph import ops
-from dbconvert.graph.pieces import joined_at, piece
+from dbconvert.graph.pieces import cut_from, joined_along, joined_at, piece
 from dbconvert.graph.reach import Reach
 from dbconvert.graph.tape import Recording
 
@@ -136,16 +136,15 @@ def residual(node: fx.Node, spines: Spines) -> ResidualAdd | None:
 
 def beside(node: fx.Node, spines: Spines) -> ResidualAdd | None:
     """A slice as an addition to a stream, x' of x', y' = split([x, y] + f([x, y])) in one forward; else None."""
-    cut = piece(node)
-    if cut is None:
-        return None
-    end, passed = spines.look_through(cut.whole)
+    whole = cut_from(node)
+    end, passed = (node, ()) if whole is None else spines.look_through(whole)
     joined = spines.chain(end)
-    if passed or not joined:
+    made = [joined[0].source, *(add.node for add in joined)] if joined else []
+    if passed or not made or any(n.meta["calls"] != node.meta["calls"] for n in made):
         return None
-    before = joined_at(joined[0].source, cut)
-    made = [joined[0].source, *(add.node for add in joined)]
-    if before is None or any(n.meta["calls"] != node.meta["calls"] for n in made):
+    cut = piece(node) if joined_along(made[0]) is not None else None
+    before = None if cut is None else joined_at(made[0], cut)
+    if before is None:
         return None
     source, passed = spines.look_through(before)
     joined[0] = replace(joined[0], on_spine=(*passed, *joined[0].on_spine))
