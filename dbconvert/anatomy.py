@@ -293,14 +293,14 @@ class Head:
 
 @record
 class Picture:
-    """The network as a map of images [N, C, H, W] to images.
+    """The network as a map of images [N, C, H, W], or [N, S, C] of S places, to images.
 
     Args:
-        argument: which takes the image.
-        output: where the result sits in the network's output.
+        argument, output: which takes the image, and where the result sits in the network's output.
         channels: of the result: C, or 2 C where the second half is a variance.
         times, labels: arguments with one number an example; labels are looked up in tables.
         classes: rows of the smallest such table, 0 without one.
+        time_scale: what the network multiplies its time by, before or in its sines.
     """
 
     argument: str
@@ -309,6 +309,7 @@ class Picture:
     times: tuple[str, ...]
     labels: tuple[str, ...]
     classes: int
+    time_scale: float = 1.0
 
 
 @record
@@ -322,11 +323,12 @@ class Part:
 
 @record
 class Input:
-    """An argument of the network's forward, as the analysis fed it."""
+    """An argument of the network's forward, as the analysis fed it; `shared` where all examples have one in common."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
+    shared: bool = False
 
 
 @record

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -206,8 +207,9 @@ def part_table(anatomy: Anatomy) -> Table:
     table.add_row("stem", listed(anatomy.stem.modules), f"{anatomy.stem.parameters:,}", size(anatomy.stem.bytes))
     parameters = sum(layer.parameters for layer in anatomy.layers)
     stored = sum(layer.bytes for layer in anatomy.layers)
-    name = anatomy.layers[0].type
-    table.add_row("layers", escape(f"{anatomy.depth} x {name}"), f"{parameters:,}", size(stored))
+    kinds = Counter(layer.type for layer in anatomy.layers)
+    named = escape(", ".join(f"{count} x {name}" for name, count in kinds.items()))
+    table.add_row("layers", named, f"{parameters:,}", size(stored))
     table.add_row(
         "readout",
         listed(anatomy.readout.modules),

@@ -13,6 +13,7 @@ from dbconvert.data.images import resized, to_picture, unit
 from dbconvert.data.pictures import Kept, Pictures
 from dbconvert.data_options import DataOptions, ImageOptions
 from dbconvert.errors import DBConvertError, UsageError
+from dbconvert.graph.values import example_shape
 
 LABEL = "__label__"
 """Key of the labels in a batch; no argument of a network is called this."""
@@ -50,6 +51,7 @@ class Examples(Dataset[Batch]):
             self.columns = find_columns(dataset[0], options, anatomy, labelled=classes > 0)
         stored = hasattr(dataset, "select_columns") and not options.workers  # each worker would keep its own
         self.kept = Kept(len(dataset)) if stored and len(self.columns) == 1 else None
+        self.shared = {given.name for given in anatomy.inputs if given.shared} & self.columns.keys()
         self.first = self[0]
         self.refuse_other_rank(anatomy)
         self.refuse_other_channels()
@@ -57,7 +59,7 @@ class Examples(Dataset[Batch]):
     def refuse_other_rank(self, anatomy: Anatomy) -> None:
         """An example with other axes than the analysed one would be modulated along the wrong ones."""
         for given in anatomy.inputs:
-            if given.name in self.first and self.first[given.name].dim() != len(given.shape) - 1:
+            if given.name in self.first and self.first[given.name].dim() != len(example_shape(given)):
                 raise DBConvertError(
                     f"a batch of column {self.columns[given.name]} has shape {[1, *self.first[given.name].shape]}, and "
                     f"the split saw {given.name} {list(given.shape)}",
@@ -117,6 +119,12 @@ class Examples(Dataset[Batch]):
                     f"example {index} has {self.columns[argument]} {list(value.shape)}, and example 0 has "
                     f"{list(self.first[argument].shape)}",
                     hint="data.image.size=32 resizes pictures, data.image.mode=RGB reads grey ones as colour",
+                )
+            if argument in self.shared and not torch.equal(value, self.first[argument]):
+                raise DBConvertError(
+                    f"example {index} has other {self.columns[argument]} than example 0, and the network takes one "
+                    f"{argument} for all examples of a batch",
+                    hint="keep examples of one kind in a data source of their own",
                 )
 
     def read_label(self, item: dict[str, Any], index: int) -> Tensor:

@@ -13,6 +13,7 @@ from dbconvert.data.examples import IGNORED, LABEL, Batch, find_columns
 from dbconvert.data.puzzles import Puzzle
 from dbconvert.data_options import DataOptions
 from dbconvert.errors import DBConvertError
+from dbconvert.graph.values import example_shape
 
 COUNTED = 4096
 """Examples from which the frequencies of labels are taken."""
@@ -43,7 +44,7 @@ class Tagged(Dataset[Batch]):
 
     def refuse_other_rank(self, anatomy: Anatomy) -> None:
         for given in anatomy.inputs:
-            if given.name in self.shapes and len(self.shapes[given.name]) != len(given.shape) - 1:
+            if given.name in self.shapes and len(self.shapes[given.name]) != len(example_shape(given)):
                 raise DBConvertError(
                     f"column {self.columns[given.name]} has shape {list(self.shapes[given.name])} an example, and the "
                     f"split saw {given.name} {list(given.shape)}",

@@ -16,6 +16,7 @@ from dbconvert.engine.refit import refuse_refit
 from dbconvert.engine.twin import one_thread
 from dbconvert.errors import Refused, UsageError
 from dbconvert.graph.inject import site_features
+from dbconvert.graph.values import joined
 from dbconvert.plan import SCHEMA_VERSION, Context, NoiseFit, NoiseRule, Plan, Target, cut
 from dbconvert.recipe import SplitOptions
 from dbconvert.tasks.base import Task
@@ -67,16 +68,22 @@ def refuse_uncuttable(anatomy: Anatomy, *, looped: bool = False) -> None:
             )
 
 
-def decide_context(options: SplitOptions, task: type[Task] | None, blocks: int) -> Context:
-    """What is asked for, or else the task's own, where there is more than one block.
+def decide_context(options: SplitOptions, task: type[Task] | None, blocks: int, anatomy: Anatomy) -> Context:
+    """What is asked for, or else the task's own, where there is more than one block that can hear another.
 
     Raises:
         UsageError: blocks cannot hear each other so.
     """
     if options.context is None:
-        return "raw" if task is None or blocks < 2 else task.contexts[0]
+        return "raw" if task is None or blocks < 2 or joined(anatomy) else task.contexts[0]
     if options.context == "raw":
         return "raw"
+    if joined(anatomy):
+        raise UsageError(
+            f"context `{options.context}` lets a block hear the stream that leaves the last layer, and in this network "
+            "two streams that enter the first one leave the last as one",
+            hint="leave it at `raw`",
+        )
     looped = task is not None and task.looped
     if blocks < 2 or looped:
         raise UsageError(

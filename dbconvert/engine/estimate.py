@@ -121,7 +121,7 @@ def as_one_block(opened: Opened, context: Context | None = None, task_name: str 
     anatomy = opened.anatomy
     chosen = choose_task(anatomy, task_name)
     options, whole = SplitOptions(start="original", context=context), cut(anatomy.depth, blocks=1)
-    options = replace(options, context=decide_context(options, chosen, blocks=2))
+    options = replace(options, context=decide_context(options, chosen, 2, anatomy))
     rule: Rule = "mask" if chosen is not None and chosen.rule == "mask" else "edm"
     plan, _ = decide(opened, options, NoiseRule(rule=rule), chosen, whole)
     task = chosen(anatomy, plan.target, plan.noise) if chosen is not None and plan.target is not None else None

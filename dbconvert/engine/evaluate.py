@@ -20,6 +20,7 @@ from dbconvert.engine.metrics import Metrics, Scorer
 from dbconvert.engine.reading import find_tokenizer, open_examples
 from dbconvert.errors import UsageError
 from dbconvert.events import Reporter, Stage, silent
+from dbconvert.graph.values import example_shape
 from dbconvert.overrides import merge, parse_overrides
 from dbconvert.recipe import EvalOptions, SampleOptions
 from dbconvert.schema import parse, to_data
@@ -112,6 +113,6 @@ def refuse_other_shapes(error: Exception, loaded: Loaded, examples: Data) -> Non
     """Raises what is wrong with the data, if the network was split on other shapes."""
     network = loaded.network
     first = {name: value for name, value in examples.__getitems__([0]).items() if name != LABEL}
-    seen = {given.name: given.shape[1:] for given in network.plan.anatomy.inputs}
+    seen = {given.name: example_shape(given) for given in network.plan.anatomy.inputs}
     if any(tuple(value.shape[1:]) != seen[name] for name, value in first.items() if name in seen):
         raise failed(error, first, network) from error

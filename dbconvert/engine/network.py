@@ -22,6 +22,7 @@ from dbconvert.graph.inject import PREFIX, Conditioning
 from dbconvert.graph.looped import LoopPass, Memory
 from dbconvert.graph.run import Run
 from dbconvert.graph.two_streams import as_stream
+from dbconvert.graph.values import as_taken
 from dbconvert.plan import Plan
 from dbconvert.tasks.base import Change as Acting
 from dbconvert.tasks.base import Corruption, Inputs, Passage, Task, leaf
@@ -282,7 +283,7 @@ class BlockwiseNetwork(nn.Module):
         self.run.active = layers
         passage.steer(self.run)
         self.run.loop = self.plain_loop()
-        return self.model(**passage.inputs)
+        return self.model(**as_taken(passage.inputs, self.plan.anatomy.inputs))
 
     def plain_loop(self) -> LoopPass | None:
         """How a looped core runs unconditioned: blind rounds only where there would be gradients."""
@@ -294,9 +295,8 @@ class BlockwiseNetwork(nn.Module):
 
     def call(self, block: int, passage: Passage) -> Any:
         instead = {**(self.own(block) if self.periphery == "own" else {}), **passage.instead}
-        if not instead:
-            return self.model(**passage.inputs)
-        return torch.func.functional_call(self.model, instead, args=(), kwargs=passage.inputs)
+        inputs = as_taken(passage.inputs, self.plan.anatomy.inputs)
+        return torch.func.functional_call(self.model, instead, (), inputs) if instead else self.model(**inputs)
 
     def own(self, block: int) -> dict[str, Tensor]:
         """A block's own stem and readout, by the network's names."""

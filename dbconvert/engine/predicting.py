@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from dbconvert.anatomy import Picture
 from dbconvert.diffusion.predictions import Prediction, Times
 from dbconvert.engine.noise import EDM
 from dbconvert.engine.opening import Opened
@@ -33,7 +34,14 @@ def decide_prediction(opened: Opened, task: type[Task], options: SplitOptions) -
             "split.times is the schedule of a network that predicts epsilon, v or a flow",
             hint="say which with split.prediction",
         )
-    return Prediction(kind, options.times or (told.times if told else Times()))
+    return Prediction(kind, options.times or (own_times(told, opened.anatomy.picture) if told else Times()))
+
+
+def own_times(told: Prediction, picture: Picture | None) -> Times:
+    """The times of a flow as the network is given them, where it scales them itself."""
+    if told.kind != "flow" or picture is None:
+        return told.times
+    return replace(told.times, scale=told.times.scale / picture.time_scale)
 
 
 def within_range(rule: NoiseRule, target: Target | None) -> NoiseRule:

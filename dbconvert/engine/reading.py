@@ -22,6 +22,7 @@ from dbconvert.data_options import DataOptions
 from dbconvert.engine.convert import task_of
 from dbconvert.errors import DBConvertError, UsageError
 from dbconvert.events import Reporter, silent
+from dbconvert.graph.values import example_shape
 from dbconvert.plan import Plan
 from dbconvert.recipe import Recipe
 from dbconvert.tasks.registry import named
@@ -96,7 +97,7 @@ def stand_in(recipe: Recipe, plan: Plan) -> Data:
         return Blank(token_argument(plan), recipe.train.batch, recipe.data.length or seen)
     anatomy = as_read(plan)
     item: dict[str, Any] = {
-        given.name: torch.zeros(given.shape[1:], dtype=getattr(torch, given.dtype)) for given in anatomy.inputs
+        given.name: torch.zeros(example_shape(given), dtype=getattr(torch, given.dtype)) for given in anatomy.inputs
     }
     options = DataOptions(label=LABEL)
     task = task_of(plan)

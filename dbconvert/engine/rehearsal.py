@@ -21,6 +21,7 @@ from dbconvert.engine.on_policy import evaluated
 from dbconvert.errors import DBConvertError, UsageError
 from dbconvert.graph.account import only_inputs_kept, saved_bytes
 from dbconvert.graph.fake import NEEDS_NUMBERS, fake_like
+from dbconvert.graph.parts import batched
 from dbconvert.graph.proof import is_tokens
 from dbconvert.graph.tape import tensors
 from dbconvert.schema import Positive, record
@@ -182,13 +183,8 @@ def first_floating(value: Any) -> Tensor:
 
 def sized(example: dict[str, Any], case: Case, mode: Any) -> Inputs:
     """The example input at another batch, length and size; floating ones are fake where there is a mode."""
-    batch = next(v.shape[0] for v in example.values() if isinstance(v, Tensor) and v.dim())
     refuse_idle_options(example, case)
-    resized = {}
-    for name, value in example.items():
-        batched = isinstance(value, Tensor) and value.dim() and value.shape[0] == batch
-        resized[name] = at(value, case, mode) if batched else value
-    return resized
+    return {name: at(value, case, mode) if batched(value, example) else value for name, value in example.items()}
 
 
 def refuse_idle_options(example: dict[str, Any], case: Case) -> None:

@@ -25,7 +25,7 @@ from dbconvert.events import Advance, Reporter, Stage, silent
 from dbconvert.files import atomic_folder, refuse_occupied
 from dbconvert.schema import Count, Positive, record, to_json
 from dbconvert.tasks.base import Inputs
-from dbconvert.tasks.image_diffusion import ImageDiffusion
+from dbconvert.tasks.image_diffusion import PICTURE_AXES, ImageDiffusion, spelled
 
 GRID, SHEET = "grid.png", "samples.json"
 PNG_CHANNELS = (1, 3)
@@ -131,6 +131,11 @@ def drawing_task(loaded: Loaded, target: str) -> ImageDiffusion:
     task = network.decided_task
     if not isinstance(task, ImageDiffusion):
         raise UsageError(f"{target} draws no images", hint="its task is not image_diffusion")
+    if len(task.image_shape) != PICTURE_AXES:
+        raise UsageError(
+            f"{target} draws {spelled(task.image_shape)}, which are no pictures",
+            hint="call dbconvert.engine.sample.draw from Python, or write a model.py whose forward takes pictures",
+        )
     others = [name for name in task.read if name != task.picture.argument]
     if others:
         raise UsageError(
@@ -193,9 +198,10 @@ def draw(
     layers: range | None = None,
     device: torch.device = CPU,
     more: Inputs | None = None,
+    shape: tuple[int, ...] | None = None,
     report: Reporter = silent,
 ) -> Tensor:
-    """Images in the network's own scale, [count, C, H, W], on the CPU.
+    """Images in the network's own scale, [count, C, H, W] or [count, S, C], on the CPU.
 
     Image i is a function of the seed and i alone, whatever the batch. All images pass through one block before the
     next one is brought to the device.
@@ -204,12 +210,13 @@ def draw(
         labels: of the images, [count].
         layers: for a baseline, the layers that run at every level; None for blocks.
         more: what else the network takes, a row an image.
+        shape: of an image; None for that of the example that the network was split with.
     """
     task = network.task
     assert isinstance(task, ImageDiffusion)
     way = solver(sampling.sampler, intervals.distribution, sampling.steps, sampling.grid)
-    shape = task.image_shape
-    courses = [Course(start * intervals.boundaries[-1]) for start in noise(count, shape, sampling)]
+    starts = noise(count, shape or task.image_shape, sampling)
+    courses = [Course(start * intervals.boundaries[-1]) for start in starts]
     heard: list[Tensor | None] = [None] * len(courses)
     if layers is None:
         refuse_gaps(network, intervals, way.levels)

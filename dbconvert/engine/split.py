@@ -98,7 +98,7 @@ def split(
     anatomy = opened.anatomy
     chosen = choose_task(anatomy, task)
     blocks = decide_blocks(anatomy, options, chosen)
-    options = replace(options, context=decide_context(options, chosen, len(blocks)))
+    options = replace(options, context=decide_context(options, chosen, len(blocks), anatomy))
     plan, fit = decide(opened, options, noise, chosen, blocks)
     if opened.large and opened.trained is None and not dry_run:
         report(Stage("building the network"))

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dbconvert.anatomy import Adapter, Anatomy, Verdict
 from dbconvert.errors import Refused
@@ -15,7 +15,7 @@ from dbconvert.graph.around import around_layers, is_around, part_calls, stream_
 from dbconvert.graph.diagnosis import changing_stages, why_no_stack
 from dbconvert.graph.evidence import Evidence, refuse_divergence
 from dbconvert.graph.layers import entry, layer_calls, outside_parts, read_layers, read_outside
-from dbconvert.graph.parts import StackFacts, surroundings
+from dbconvert.graph.parts import StackFacts, batched, surroundings
 from dbconvert.graph.spine import find_spines
 from dbconvert.graph.stack import Stack, choose_stack, refuse_decisions, wanted_stack
 from dbconvert.graph.streams import feeding_loops
@@ -83,13 +83,7 @@ def record_grown(model: nn.Module, inputs: Inputs, *, deep: bool) -> Recording |
 
 def grow_batch(inputs: Inputs) -> Inputs:
     """The same inputs with the first example repeated once more."""
-    batch = next((v.shape[0] for v in inputs.values() if isinstance(v, Tensor) and v.dim()), 0)
-
-    def grow(value: Any) -> Any:
-        batched = isinstance(value, Tensor) and value.dim() and value.shape[0] == batch
-        return torch.cat([value, value[:1]]) if batched else value
-
-    return {name: grow(value) for name, value in inputs.items()}
+    return {name: torch.cat([v, v[:1]]) if batched(v, inputs) else v for name, v in inputs.items()}
 
 
 def read(evidence: Evidence, inputs: Inputs, wanted: str | None) -> Anatomy:
@@ -172,7 +166,7 @@ def read_called(stack: Stack, evidence: Evidence) -> StackFacts:
     outside = outside_parts(calls, evidence)
     layers = read_layers(stack, evidence, channel, entering.meta["shape"][channel], outside)
     end = dict(calls[-1].outputs)[layers[-1].stream_out]
-    return StackFacts(layers, entering, end, outside, tuple(read_outside(calls, layers, evidence)))
+    return StackFacts(layers, entering, end, outside, tuple(read_outside(calls, layers, stack.join)))
 
 
 def read_around(stack: Stack, evidence: Evidence) -> StackFacts:
@@ -199,7 +193,7 @@ def read_adapted(evidence: Evidence, inputs: Inputs, adapter: Adapter) -> Anatom
     outside = outside_parts(calls, evidence)
     layers = adapted_layers(adapter, calls, evidence, channel, entering.meta["shape"][channel], outside)
     end = dict(calls[-1].outputs)[layers[-1].stream_out]
-    found = StackFacts(layers, entering, end, outside, tuple(read_outside(calls, layers, evidence)))
+    found = StackFacts(layers, entering, end, outside, tuple(read_outside(calls, layers)))
     whole = [layer.path for layer in layers if layer.branches[0].placement == "layer"]
     told = (f"conditioned as a whole, since they show no residual branches: {', '.join(whole)}",) if whole else ()
     return Anatomy(

@@ -12,6 +12,7 @@ from torch import fx, nn
 from dbconvert.anatomy import Axes
 from dbconvert.errors import Refused
 from dbconvert.graph import ops
+from dbconvert.graph.continued import with_continued
 from dbconvert.graph.spine import Spines
 from dbconvert.graph.stack import Stack, find_stacks
 from dbconvert.graph.tape import ModuleCall, Path, Recording, describe
@@ -43,7 +44,7 @@ class Evidence:
     @cached_property
     def stacks(self) -> list[Stack]:
         """All stacks, most work first."""
-        return find_stacks(self.recording, self.spines)
+        return with_continued(find_stacks(self.recording, self.spines), self.recording, self.spines)
 
     @cached_property
     def exits(self) -> dict[fx.Node, list[tuple[ModuleCall, Path]]]:

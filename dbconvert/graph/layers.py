@@ -53,15 +53,18 @@ def read_layers(
     """
     calls = layer_calls(stack, evidence)
     layers, previous = [], None
-    seconds = second_streams(calls, entry(calls[0], stack.layers[0][1][0], evidence)[0])
+    firsts = [entry(call, own[0], evidence)[0] for call, (_, own) in zip(calls, stack.layers, strict=True)]
+    seconds = second_streams(calls[: apart(stack, evidence)], firsts, stack.join)
+    seconds += [NO_SECOND] * (len(calls) - len(seconds))
     for (path, additions), call, second in zip(stack.layers, calls, seconds, strict=True):
         stream_in, entering, first = entry(call, additions[0], evidence)
         stream_out, leaving, after_last = exit_(call, additions[-1], evidence)
-        if previous is not None:
+        if previous is not None and not (stack.join is not None and ops.stays(stack.join, entering)):
             refuse_glue(previous, entering, path, evidence)
         previous = leaving
         rank = len(entering.meta["shape"])
-        run = sites.LayerRun(call, additions, after_last, rank, channel, width)
+        written = tuple(inner for add in additions for inner in add.written)
+        run = sites.LayerRun(call, written, after_last, rank, channel, width)
         conditioned = conditioned_by(run, evidence)
         second_in, second_out = second if conditioned else NO_SECOND
         beside = side_inputs(call, entering, calls, evidence, second_in)
@@ -81,6 +84,12 @@ def read_layers(
             )
         )
     return tuple(layers)
+
+
+def apart(stack: Stack, evidence: Evidence) -> int:
+    """How many layers there are before two streams become one; all where they do not."""
+    join, reach = stack.join, evidence.spines.reach
+    return sum(join is None or not reach.is_ancestor(join, own[0].node) for _, own in stack.layers)
 
 
 def entry(call: ModuleCall, add: ResidualAdd, evidence: Evidence) -> tuple[Path, fx.Node, tuple[fx.Node, ...]]:
@@ -123,8 +132,10 @@ def exit_(call: ModuleCall, add: ResidualAdd, evidence: Evidence) -> tuple[Path,
     )
 
 
-def read_outside(calls: list[ModuleCall], layers: tuple[Layer, ...], evidence: Evidence) -> list[str]:
-    """Layers, but for the last, whose stream is also used outside of all layers, as in a readout of several depths."""
+def read_outside(calls: list[ModuleCall], layers: tuple[Layer, ...], join: fx.Node | None = None) -> list[str]:
+    """Layers, but for the last, whose stream is also used outside of all layers, as in a readout of several depths, but
+    not where it becomes one with another.
+    """
     orders = {call.order for call in calls}
     found = []
     for call, layer in zip(calls[:-1], layers, strict=False):
@@ -132,47 +143,54 @@ def read_outside(calls: list[ModuleCall], layers: tuple[Layer, ...], evidence: E
         for node in waiting:
             outside = [user for user in node.users if not orders & set(user.meta.get("calls", ()))]
             waiting.extend(user for user in outside if ops.unchanged(user) is node)
-            if any(ops.unchanged(user) is not node and user.op != "output" for user in outside):
+            others = [user for user in outside if user is not join and user.op != "output"]
+            if any(ops.unchanged(user) is not node for user in others):
                 found.append(layer.path)
     return list(dict.fromkeys(found))
 
 
-def second_streams(calls: list[ModuleCall], stream: Path) -> list[tuple[Path, Path]]:
+def second_streams(calls: list[ModuleCall], firsts: list[Path], join: fx.Node | None) -> list[tuple[Path, Path]]:
     """Where a second stream, of one shape all along, enters and leaves every layer; it must end with the last one.
 
     Args:
-        stream: argument that carries the first one.
+        firsts: arguments that carry the first one.
+        join: may use it after that.
     """
-    for path, first in calls[0].inputs:
-        if path == stream or not ops.is_floating(first) or not carried_by_all(path, calls):
-            continue
-        given = [dict(call.inputs)[path] for call in calls]
-        left = [returned(call, node) for call, node in zip(calls, given[1:], strict=False)]
-        if all(ops.same_shape(node, first) for node in given) and () not in left:
-            end = dict(calls[-1].outputs).get(left[0])
-            if end is None or not end.users:
-                return [(path, leaves) for leaves in (*left, () if end is None else left[0])]
+    for path, node in calls[0].inputs:
+        found = handed_through(path, node, calls, firsts) if path != firsts[0] and ops.is_floating(node) else []
+        end = dict(calls[-1].outputs).get(found[-1][1]) if found else None
+        if found and (end is None or end.users.keys() <= {join}):
+            return [*found[:-1], found[-1] if end is not None else (found[-1][0], ())]
     return [NO_SECOND] * len(calls)
+
+
+def handed_through(path: Path, node: fx.Node, calls: list[ModuleCall], firsts: list[Path]) -> list[tuple[Path, Path]]:
+    """Where what enters the first layer at `path` enters and leaves every layer, each of which makes it anew; empty if
+    one does not. The last is taken to return it where the one before it does."""
+    entering, found = path, []
+    for (before, call), own in zip(pairwise(calls), firsts[1:], strict=False):
+        made = {
+            at: leaving
+            for at, given in call.inputs
+            if at != own and ops.same_shape(given, node) and before.order in given.meta["calls"]
+            if (leaving := returned(before, given))
+        }
+        if not made:
+            return []
+        after = entering if entering in made else next(iter(made))
+        found.append((entering, made[after]))
+        entering = after
+    return [*found, (entering, found[-1][1])] if found else []
 
 
 def returned(call: ModuleCall, later: fx.Node) -> Path:
     """Where among others a call's output holds what is used later, as it is; empty if it does not."""
-    return next((path for path, node in call.outputs if len(path) == 1 and stays(node, later)), ())
-
-
-def stays(leaving: fx.Node, entering: fx.Node) -> bool:
-    """Whether a value is another one, or a plain view of it."""
-    node: fx.Node | None = entering
-    while node is not None:
-        if node is leaving:
-            return True
-        node = None if node.op == "call_module" else ops.unchanged(node)
-    return False
+    return next((path for path, node in call.outputs if len(path) == 1 and ops.stays(node, later)), ())
 
 
 def refuse_glue(leaving: fx.Node, entering: fx.Node, path: str, evidence: Evidence) -> None:
     """Between two layers the stream must stay as it is: skipped layers would repeat whatever happens there."""
-    if stays(leaving, entering):
+    if ops.stays(leaving, entering):
         return
     raise Refused(
         f"the stream is changed before it enters {path}, outside of any layer",

@@ -141,6 +141,16 @@ def origin(node: fx.Node) -> fx.Node:
     return node
 
 
+def stays(leaving: fx.Node, entering: fx.Node) -> bool:
+    """Whether a value is another one, or a plain view of it."""
+    node: fx.Node | None = entering
+    while node is not None:
+        if node is leaving:
+            return True
+        node = None if node.op == "call_module" else unchanged(node)
+    return False
+
+
 def scaled(node: fx.Node) -> fx.Node | None:
     """x, if the node is x times (or over) a number or a weight, as inline layer scale is."""
     if function_name(node) not in SCALINGS:

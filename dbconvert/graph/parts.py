@@ -188,10 +188,16 @@ def picked(node: fx.Node) -> int | None:
 
 def named_inputs(inputs: dict[str, Any]) -> tuple[Input, ...]:
     return tuple(
-        Input(name, tuple(value.shape), str(value.dtype).removeprefix("torch."))
+        Input(name, tuple(value.shape), str(value.dtype).removeprefix("torch."), not batched(value, inputs))
         for name, value in inputs.items()
         if isinstance(value, Tensor)
     )
+
+
+def batched(value: Any, inputs: dict[str, Any]) -> bool:
+    """Whether an argument has a row for every example: as many as the first one."""
+    batch = next((v.shape[0] for v in inputs.values() if isinstance(v, Tensor) and v.dim()), 0)
+    return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch
 
 
 def tied_parameters(model: nn.Module) -> tuple[tuple[str, ...], ...]:

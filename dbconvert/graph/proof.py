@@ -22,7 +22,7 @@ from dbconvert.graph.inject import PREFIX, eject, inject
 from dbconvert.graph.run import Run
 from dbconvert.graph.stability import function_sites, moved
 from dbconvert.graph.tape import Recording, record, tensors
-from dbconvert.graph.values import item, look_up, put_in
+from dbconvert.graph.values import item, joined, look_up, put_in
 
 WIDTH = 8
 SHORTER = 3
@@ -103,11 +103,14 @@ def blocks_chain(model: nn.Module, run: Run, anatomy: Anatomy, inputs: Inputs) -
         return Check(name, True, "not asked of a looped stack")
     whole = stream_after(model, run, anatomy, inputs, None, None)
     cut = max(1, anatomy.depth // 2)
+    if bool(anatomy.layers[cut - 1].second_in) != bool(anatomy.layers[cut].second_in):
+        cut -= 1  # not where two streams become one, outside of any layer
     between: list[Tensor] = []
-    with second_stream(model, anatomy, cut - 1, between):
+    with streams_between(model, anatomy, cut - 1, between):
         stream = stream_after(model, run, anatomy, inputs, range(cut), None)
-    with second_stream(model, anatomy, cut, between):
-        stream = stream_after(model, run, anatomy, inputs, range(cut, anatomy.depth), stream)
+    entering = None if joined(anatomy) else stream
+    with streams_between(model, anatomy, cut, between):
+        stream = stream_after(model, run, anatomy, inputs, range(cut, anatomy.depth), entering)
     same = torch.equal(stream, whole)
     return Check(name, same, f"layers 0-{cut - 1}, then {cut}-{anatomy.depth - 1}")
 
@@ -255,19 +258,24 @@ def stream_after(
 
 
 @contextmanager
-def second_stream(model: nn.Module, anatomy: Anatomy, index: int, between: list[Tensor]) -> Iterator[None]:
-    """Meanwhile a layer leaves what it returns of its second stream in `between`, or takes what lies there already."""
+def streams_between(model: nn.Module, anatomy: Anatomy, index: int, between: list[Tensor]) -> Iterator[None]:
+    """Meanwhile a layer leaves what it returns of its second stream in `between`, or takes what lies there already;
+    where streams become one, of the first one too, since that is not of one shape all through."""
     layer = anatomy.layers[index]
     module = model.get_submodule(layer.path)
-    if not layer.second_in:
+    streams = [(layer.stream_in, layer.stream_out)] if joined(anatomy) else []
+    streams += [(layer.second_in, layer.second_out)] if layer.second_in else []
+    if not streams:
         yield
         return
 
     def leave(_: nn.Module, args: Any, out: Any) -> None:
-        between.append(item(out, layer.second_out))
+        between.extend(item(out, leaving) for _, leaving in streams)
 
     def enter(_: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        return put_in(args, kwargs, layer.second_in, between[0])
+        for at, stream in zip(streams, between, strict=True):
+            args, kwargs = put_in(args, kwargs, at[0], stream)
+        return args, kwargs
 
     hook = module.register_forward_pre_hook(enter, with_kwargs=True) if between else module.register_forward_hook(leave)
     try:

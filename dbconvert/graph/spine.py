@@ -7,11 +7,12 @@ container, class name or call boundary is needed, and nothing is assumed about w
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import fx, nn
 
 from dbconvert.graph import ops
+from dbconvert.graph.pieces import cut_from, joined_along, joined_at, piece
 from dbconvert.graph.reach import Reach
 from dbconvert.graph.tape import Recording
 
@@ -29,6 +30,7 @@ class ResidualAdd:
         branches: the other terms.
         on_spine: normalisations, activations, scalings and shifts between `source` and this addition, nearest first.
         partial: residual additions on the way, x + f(x) in x + f(x) + g(an earlier x).
+        joined: of a stream that lies beside another one while it is added to: the additions to both.
     """
 
     node: fx.Node
@@ -36,6 +38,12 @@ class ResidualAdd:
     branches: tuple[fx.Node, ...]
     on_spine: tuple[fx.Node, ...] = ()
     partial: tuple[fx.Node, ...] = ()
+    joined: tuple[ResidualAdd, ...] = ()
+
+    @property
+    def written(self) -> tuple[ResidualAdd, ...]:
+        """The additions as the network writes them."""
+        return self.joined or (self,)
 
 
 @dataclass
@@ -56,10 +64,11 @@ class Spines:
         return found[::-1]
 
     def chains(self) -> list[list[ResidualAdd]]:
-        """Every chain that no other addition continues, longest first; of equals the one that ends last."""
+        """Every chain that no other addition continues: those whose end is used before all others, then the longest
+        first; of equals the one that ends last."""
         continued = {node for add in self.adds.values() for node in (add.source, *add.partial)}
         ends = [node for node in reversed(self.adds) if node not in continued]
-        ends.sort(key=lambda node: -self.length[node])
+        ends.sort(key=lambda node: (not node.users, -self.length[node]))
         return [self.chain(end) for end in ends]
 
     def look_through(self, node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]]:
@@ -95,7 +104,8 @@ class Spines:
 def find_spines(recording: Recording, model: nn.Module) -> Spines:
     spines = Spines(model, Reach(recording.graph))
     for node in spines.reach.nodes:
-        if ops.is_addition(node) and (add := residual(node, spines)) is not None:
+        add = residual(node, spines) if ops.is_addition(node) else beside(node, spines)
+        if add is not None:
             spines.adds[node] = add
             spines.length[node] = 1 + spines.length.get(add.source, 0)
     return spines
@@ -122,6 +132,25 @@ def residual(node: fx.Node, spines: Spines) -> ResidualAdd | None:
     if ops.size(source) != ops.size(node) or any(ops.size(b) != ops.size(node) for b in branches):
         return None
     return ResidualAdd(node, source, tuple(branches), (*scaling, *passed), tuple(partial))
+
+
+def beside(node: fx.Node, spines: Spines) -> ResidualAdd | None:
+    """A slice as an addition to a stream, x' of x', y' = split([x, y] + f([x, y])) in one forward; else None."""
+    whole = cut_from(node)
+    end, passed = (node, ()) if whole is None else spines.look_through(whole)
+    joined = spines.chain(end)
+    made = [joined[0].source, *(add.node for add in joined)] if joined else []
+    if passed or not made or any(n.meta["calls"] != node.meta["calls"] for n in made):
+        return None
+    cut = piece(node) if joined_along(made[0]) is not None else None
+    before = None if cut is None else joined_at(made[0], cut)
+    if before is None:
+        return None
+    source, passed = spines.look_through(before)
+    joined[0] = replace(joined[0], on_spine=(*passed, *joined[0].on_spine))
+    on_spine = tuple(n for add in joined for n in add.on_spine)
+    branches = tuple(branch for add in joined for branch in add.branches)
+    return ResidualAdd(node, source, branches, on_spine, joined=tuple(joined))
 
 
 def scaled_streams(terms: list[fx.Node], spines: Spines) -> list[tuple[fx.Node, fx.Node, tuple[fx.Node, ...]]]:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import nn
+from torch import fx, nn
 
 from dbconvert.errors import Refused
 from dbconvert.graph import ops
@@ -29,6 +29,7 @@ class Stack:
         calls: how often each layer is called.
         left_out: called children of the container that are not part of it.
         work: parameters x calls.
+        join: where two streams that the first layers carry become the one of the others; None where they do not.
     """
 
     container: str
@@ -36,6 +37,7 @@ class Stack:
     calls: int
     left_out: tuple[str, ...]
     work: int
+    join: fx.Node | None = None
 
     def summary(self) -> str:
         looped = f", each called {self.calls} times" if self.calls > 1 else ""
@@ -66,7 +68,7 @@ def choose_stack(stacks: list[Stack], wanted: str | None, model: nn.Module) -> S
     """
     if wanted is not None:
         return wanted_stack(stacks, wanted, model)
-    rivals = [s for s in stacks if s.work >= RIVAL * stacks[0].work]
+    rivals = [s for s in stacks if s is stacks[0] or (s.work >= RIVAL * stacks[0].work and not within(s, stacks[0]))]
     if len(rivals) > 1:
         raise Refused(
             f"the network has {len(rivals)} stacks of similar size, and only one can be cut",
@@ -74,6 +76,11 @@ def choose_stack(stacks: list[Stack], wanted: str | None, model: nn.Module) -> S
             kind="several-stacks",
         )
     return stacks[0]
+
+
+def within(stack: Stack, other: Stack) -> bool:
+    """Whether the other stack holds all layers of this one."""
+    return {path for path, _ in stack.layers} <= {path for path, _ in other.layers}
 
 
 def wanted_stack(stacks: list[Stack], wanted: str, model: nn.Module) -> Stack:
@@ -101,7 +108,7 @@ def wanted_stack(stacks: list[Stack], wanted: str, model: nn.Module) -> Stack:
         )
     others = tuple(layer for layer, _ in found.layers if layer not in {own for own, _ in kept})
     work = found.work * len(kept) // len(found.layers)
-    return Stack(path, kept, found.calls, (*found.left_out, *others), work)
+    return Stack(path, kept, found.calls, (*found.left_out, *others), work, found.join)
 
 
 def stacks_of_chain(chain: list[ResidualAdd], recording: Recording, spines: Spines) -> Iterator[Stack]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
 
-from dbconvert.anatomy import BranchPart, Layer, Path
+from dbconvert.anatomy import Anatomy, BranchPart, Input, Layer, Path
 
 
 def look_up(args: tuple[Any, ...], kwargs: dict[str, Any], path: Path) -> Any:
@@ -53,3 +54,19 @@ def imitate(layer: Layer | BranchPart, stream: Tensor, second: Tensor | None = N
         return {name: handed.get(name) for name in rest.split(",")}
     items = [handed.get(i) for i in range(int(rest))]
     return items if kind == "list" else tuple(items)
+
+
+def example_shape(given: Input) -> tuple[int, ...]:
+    """The shape of what one example gives."""
+    return given.shape if given.shared else given.shape[1:]
+
+
+def as_taken(inputs: dict[str, Tensor], known: Iterable[Input]) -> dict[str, Tensor]:
+    """Arguments with a row an example, as the network takes them: of what all examples share, one row."""
+    axes = {given.name: len(given.shape) for given in known if given.shared}
+    return {name: v[0] if name in axes and v.dim() > axes[name] else v for name, v in inputs.items()}
+
+
+def joined(anatomy: Anatomy) -> bool:
+    """Whether the first layers carry two streams that are one for the others."""
+    return bool(anatomy.layers[0].second_in) and not anatomy.layers[-1].second_in

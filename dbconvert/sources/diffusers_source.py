@@ -25,7 +25,7 @@ from dbconvert.weights import Trained, find_weights, open_weights
 PIPELINE, PARTS = "model_index.json", ("transformer", "unet")
 SCHEDULER = Path("scheduler") / "scheduler_config.json"
 CLASS, VERSION = "_class_name", "_diffusers_version"
-BATCH, TOKENS = 2, 6
+BATCH, TOKENS, SIDE = 2, 6, 4
 PREDICTIONS: dict[str, Predicted] = {"epsilon": "epsilon", "v_prediction": "v", "flow_prediction": "flow"}
 BETAS: dict[str, Betas] = {"squaredcos_cap_v2": "cosine", "linear": "linear", "scaled_linear": "scaled_linear"}
 OTHER_BETAS = ("trained_betas", "rescale_betas_zero_snr")
@@ -113,6 +113,7 @@ class DiffusersSource(PlainKeys):
         height, width = size if isinstance(size, list | tuple) else (size, size)
         shape = (BATCH, self.config.get("in_channels") or 4, height, width)
         width_of_text = next((self.config[name] for name in WIDTHS if self.config.get(name)), None)
+        taken = inspect.signature(model.forward).parameters
         known = {
             "hidden_states": torch.randn(shape, generator=generator),
             "sample": torch.randn(shape, generator=generator),
@@ -124,7 +125,11 @@ class DiffusersSource(PlainKeys):
         if self.config.get("pooled_projection_dim"):
             pooled = (BATCH, self.config["pooled_projection_dim"])
             known["pooled_projections"] = torch.randn(pooled, generator=generator)
-        taken = inspect.signature(model.forward).parameters
+        if "img_ids" in taken:
+            known |= places(len(self.config.get("axes_dims_rope") or (0, 0, 0)))
+            known["hidden_states"] = torch.randn(BATCH, SIDE * SIDE, shape[1], generator=generator)
+        if self.config.get("guidance_embeds"):
+            known["guidance"] = torch.ones(BATCH)
         found = {name: value for name, value in known.items() if name in taken}
         missing = [name for name, one in taken.items() if one.default is inspect.Parameter.empty and name not in found]
         if missing:
@@ -157,6 +162,15 @@ class DiffusersSource(PlainKeys):
         places = (self.folder / SCHEDULER, self.folder.parent / SCHEDULER)
         path = next((place for place in places if place.is_file()), None)
         return None if path is None else told_by(read_settings(path, str(path)), str(path))
+
+
+def places(axes: int) -> dict[str, torch.Tensor]:
+    """Where the tokens of a picture and of a text lie, as networks of sequences are told: [tokens, axes], rows and
+    columns last."""
+    rows = torch.arange(SIDE * SIDE)
+    of_picture = torch.zeros(SIDE * SIDE, axes)
+    of_picture[:, -2:] = torch.stack([rows // SIDE, rows % SIDE], 1).float()
+    return {"img_ids": of_picture, "txt_ids": torch.zeros(TOKENS, axes)}
 
 
 def told_by(scheduler: dict[str, Any], where: str) -> Prediction:

@@ -16,12 +16,14 @@ Config = dict[str, Any]
 
 HEADS = re.compile(r"(^|_)heads?$|^n_head_kv$")
 WITHIN_HEAD = re.compile(r"head_(dim|size)$|^d_kv$|^rotary_dim$")
-STREAM = re.compile(r"^(d_model|dim|n_embd|embed_dim|hidden_dim)$|hidden_sizes?$")
+STREAM = re.compile(r"^(d_model|dim|n_embd|embed_dim|hidden_dim|caption_projection_dim)$|hidden_sizes?$")
 WIDTH = re.compile(
     r"^(d_ff|n_inner|embedding_size|mlp_dim|ffn_dim|time_step_rank)$"
     r"|intermediate_size$|ffn_dim$|ffn_hidden_size$|lora_rank$|embed_proj_dim$|pooler_output_size$"
 )
-DEPTH = re.compile(r"^(num_hidden_layers|num_layers|n_layers?|encoder_layers|decoder_layers|depth)$")
+DEPTH = re.compile(
+    r"^(num_hidden_layers|num_(single_|mmdit_|single_dit_)?layers|n_layers?|encoder_layers|decoder_layers|depth)$"
+)
 VOCABULARY, SPECIAL = "vocab_size", re.compile(r"_(token|index)_id$|^pad_index$")
 SMALL_VOCABULARY, SMALL_HEAD, SMALL_WIDTH = 512, 16, 32
 DEPTHS = (4, 8, 16)

@@ -21,6 +21,7 @@ from dbconvert.plan import Context, Rule, Table, Target
 from dbconvert.recipe import Weight, Z
 from dbconvert.tasks.base import Corruption, Headline, Inputs, Passage, Task, along, conditioning
 
+PICTURE_AXES = 3
 CLEAN = 0.01
 """Noise of an image that counts as none, as a share of sigma_data."""
 
@@ -28,7 +29,8 @@ CLEAN = 0.01
 class ImageDiffusion(Task):
     """Networks that map an image, and maybe a time and a class, to an image of the same shape.
 
-    It adds no parameters. Labels are images [N, C, H, W], of which each has one loss.
+    It adds no parameters. Labels are images [N, C, H, W], or [N, S, C] where the network takes them as a sequence, of
+    which each has one loss.
     """
 
     name: ClassVar[str] = "image_diffusion"
@@ -54,7 +56,8 @@ class ImageDiffusion(Task):
         if len(picture.labels) > 1:
             return f"several inputs are looked up in tables: {', '.join(picture.labels)}; only a class can be"
         if len(picture.times) > 1:
-            return f"several inputs could be the time: {', '.join(picture.times)}"
+            times = ", ".join(picture.times)
+            return f"several inputs could be the time: {times}; a model.py around it can hold all but one fixed"
         if not picture.times and any(not layer.branches for layer in anatomy.layers):
             return "no input tells the noise level, and its layers are conditioned by something else already"
         return None
@@ -67,7 +70,8 @@ class ImageDiffusion(Task):
     @staticmethod
     def decide(anatomy: Anatomy) -> Target:
         assert anatomy.picture is not None
-        channels = image_shape(anatomy)[0]
+        shape = image_shape(anatomy)
+        channels = shape[0] if len(shape) == PICTURE_AXES else shape[-1]
         return Target(anatomy.picture.classes, channels, "image", table="none")
 
     @property
@@ -77,7 +81,7 @@ class ImageDiffusion(Task):
 
     @property
     def image_shape(self) -> tuple[int, ...]:
-        """C, H, W."""
+        """C, H, W, or S, C."""
         return image_shape(self.anatomy)
 
     # -- parameters ---------------------------------------------------------------------------------------
@@ -111,10 +115,11 @@ class ImageDiffusion(Task):
         """The image is what is told; it stays among the inputs for its shape, and `passage` puts z in its place.
 
         Raises:
-            UsageError: it is not of the shape that the network was analysed with.
+            UsageError: it is not of the shape that the network was analysed with; a sequence may have another length.
         """
         images, wanted = inputs[self.picture.argument], self.image_shape
-        if tuple(images.shape[1:]) != wanted:
+        fixed = 0 if len(wanted) == PICTURE_AXES else 1
+        if images.dim() != len(wanted) + 1 or tuple(images.shape[1 + fixed :]) != wanted[fixed:]:
             raise UsageError(
                 f"the images are {spelled(images.shape[1:])}, and the network takes {spelled(wanted)}",
                 hint="data.image.size resizes them, data.image.mode=RGB reads grey ones as colour",
@@ -177,7 +182,7 @@ class ImageDiffusion(Task):
 
 
 def image_shape(anatomy: Anatomy) -> tuple[int, ...]:
-    """C, H, W."""
+    """C, H, W, or S, C."""
     assert anatomy.picture is not None
     name = anatomy.picture.argument
     return next(given.shape[1:] for given in anatomy.inputs if given.name == name)
@@ -195,4 +200,6 @@ def picture_in_words(anatomy: Anatomy, target: Target) -> str:
 
 
 def spelled(shape: tuple[int, ...]) -> str:
+    if len(shape) < PICTURE_AXES:
+        return f"sequences of {' x '.join(map(str, shape))} numbers"
     return f"{shape[0]} channels of {' x '.join(map(str, shape[1:]))} pixels"

@@ -70,6 +70,17 @@ def flux():
     return model, {**given, **places, "timestep": torch.tensor([0.1, 0.7]), "return_dict": False}
 
 
+def flux2():
+    from diffusers import Flux2Transformer2DModel
+
+    model = Flux2Transformer2DModel(
+        in_channels=4, num_layers=2, num_single_layers=DEPTH, attention_head_dim=HEAD, num_attention_heads=HEADS,
+        joint_attention_dim=16, axes_dims_rope=(2, 2, 2, 2), timestep_guidance_channels=16, guidance_embeds=False,
+    )  # fmt: skip
+    given = {"hidden_states": noisy(9, 4), "encoder_hidden_states": words(16), "timestep": torch.tensor([0.1, 0.7])}
+    return model, {**given, "img_ids": torch.zeros(9, 4), "txt_ids": torch.zeros(6, 4), "return_dict": False}
+
+
 def unet():
     from diffusers import UNet2DModel
 
@@ -84,7 +95,8 @@ ALL = {
     "dit": Row(dit, conditioned=True),
     "pixart": Row(pixart, conditioned=True),
     "sd3": Row(sd3, conditioned=True, streams=2),
-    "flux": Row(flux, verdict="refused", kind="several-streams", node="transformer_blocks"),
+    "flux": Row(flux, layers=2 + DEPTH, conditioned=True, streams=2),
+    "flux2": Row(flux2, layers=2 + DEPTH, conditioned=True, streams=2),
     "unet2d": Row(unet, verdict="refused"),
 }
 ROWS = ALL if find_spec("diffusers") else {}

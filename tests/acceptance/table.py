@@ -21,6 +21,12 @@ WRITTEN = {
     "scaled_and_shifted": Row(
         lambda: (networks.Net(written.ScaledAndShifted), {"x": features()}), branches=2, post=True
     ),
+    "prompted": Row(lambda: (networks.Net(written.Prompted), {"x": features()}), branches=2),
+    "two_kinds": Row(lambda: (written.TwoKinds(), written.pairs()), conditioned=True, streams=2),
+    "two_kinds_joined": Row(lambda: (written.TwoKinds("joined"), written.pairs()), conditioned=True, streams=2),
+    "two_kinds_glued": Row(
+        lambda: (written.TwoKinds("glued"), written.pairs()), verdict="refused", kind="several-stacks", node="together"
+    ),
     "deferred": Row(lambda: (written.Deferred(), {"ids": tokens()}), verdict="refused", kind="deferred-residual"),
     "huginn": Row(lambda: (written.Huginn(), {"ids": tokens()}), verdict="looped", layers=2, branches=2),
     "u_vit": Row(lambda: (written.UViT(), {"x": features()}), verdict="restricted", layers=None),

@@ -201,6 +201,98 @@ class PostNorm(nn.Module):
         return self.norm(x + self.mlp(x))
 
 
+class Prompted(nn.Module):
+    """Deep prompts: every layer puts vectors of its own before the stream, and cuts them off behind its additions."""
+
+    def __init__(self):
+        super().__init__()
+        self.prompts = nn.Parameter(torch.randn(2, WIDTH))
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.attention, self.mlp = Attention(WIDTH, HEADS, False), mlp()
+
+    def forward(self, x):
+        x = torch.cat([self.prompts.expand(len(x), -1, -1), x], 1)
+        x = x + self.attention(self.norm1(x))
+        x = x + self.mlp(self.norm2(x))
+        return x.narrow(1, 2, x.shape[1] - 2)
+
+
+class Apart(nn.Module):
+    """Two streams that meet in attention, each with an MLP of its own; AdaLN."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.adaln = nn.LayerNorm(WIDTH, elementwise_affine=False), nn.Linear(WIDTH, 3 * WIDTH)
+        self.attention, self.mlp, self.mlp_text = Attention(WIDTH, HEADS, False), mlp(), mlp()
+
+    def forward(self, image, text, told):
+        shift, scale, gate = self.adaln(told)[:, None].chunk(3, -1)
+        both = self.attention(self.norm(torch.cat([image, text], 1)) * (1 + scale) + shift)
+        seen, read = both.split([image.shape[1], text.shape[1]], 1)
+        image, text = image + gate * seen, text + gate * read
+        return image + gate * self.mlp(self.norm(image)), text + gate * self.mlp_text(self.norm(text))
+
+
+class Together(nn.Module):
+    """The same two streams under other names, added to as one; they come back in another order."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.adaln = nn.LayerNorm(WIDTH, elementwise_affine=False), nn.Linear(WIDTH, 3 * WIDTH)
+        self.attention = Attention(WIDTH, HEADS, False)
+
+    def forward(self, told, words, pixels):
+        shift, scale, gate = self.adaln(told)[:, None].chunk(3, -1)
+        both = torch.cat([words, pixels], dim=1)
+        both = both + gate * self.attention(self.norm(both) * (1 + scale) + shift)
+        words, pixels = both.split([words.shape[1], pixels.shape[1]], dim=1)
+        return {"pixels": pixels, "words": words}
+
+
+class TwoKinds(nn.Module):
+    """Layers of two streams in two lists, one after the other.
+
+    Args:
+        between: the lists, streams stay as they are, are `joined` into one, or one of them is `glued`: changed.
+    """
+
+    def __init__(self, between=""):
+        super().__init__()
+        self.image, self.text, self.time = nn.Linear(8, WIDTH), nn.Linear(8, WIDTH), nn.Linear(1, WIDTH)
+        self.apart = nn.ModuleList(Apart() for _ in range(2))
+        self.together = nn.ModuleList((Joined if between == "joined" else Together)() for _ in range(DEPTH - 2))
+        self.head = nn.Linear(WIDTH, 8)
+        self.between = between
+
+    def forward(self, x, text, time):
+        image, text, told = self.image(x), self.text(text), F.silu(self.time(time[:, None] * 0.5))
+        for layer in self.apart:
+            image, text = layer(image, text, told)
+        text = text.tanh() if self.between == "glued" else text
+        if self.between == "joined":
+            both = torch.cat([text, image], 1)
+            for layer in self.together:
+                both = layer(both, told)
+            return self.head(both[:, text.shape[1] :])
+        for layer in self.together:
+            out = layer(told, words=text, pixels=image)
+            image, text = out["pixels"], out["words"]
+        return self.head(image)
+
+
+class Joined(Together):
+    def forward(self, both, told):
+        shift, scale, gate = self.adaln(told)[:, None].chunk(3, -1)
+        return both + gate * self.attention(self.norm(both) * (1 + scale) + shift)
+
+
+def pairs():
+    """A picture as a sequence, a text, a time."""
+    generator = torch.Generator().manual_seed(0)
+    x, text = torch.randn(2, LENGTH, 8, generator=generator), torch.randn(2, 3, 8, generator=generator)
+    return {"x": x, "text": text, "time": torch.tensor([0.2, 0.8])}
+
+
 class NormAtEnd(nn.Module):
     def __init__(self):
         super().__init__()
