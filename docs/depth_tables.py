@@ -11,7 +11,20 @@ from dbconvert.amounts import size
 from dbconvert.engine.comparison import NONE, Row, median, spread
 
 DEPTH = Path(__file__).with_name("depth")
-RECIPES = ("s3", "permutation_powers", "automaton", "vit_digits")
+TABLES = {
+    "s3": "s3",
+    "s3-6": "s3 split.blocks=6",
+    "s3-single": "s3 data.puzzle.single=true data.puzzle.size=6",
+    "permutation_powers": "permutation_powers",
+    "automaton": "automaton",
+    "automaton-6": "automaton split.blocks=6",
+    "automaton-single": "automaton data.puzzle.single=true",
+    "automaton-mixed": "automaton source=examples/automaton.py:mixed_steps data.puzzle.steps=[1,6]",
+    "vit_digits": "vit_digits",
+    "mdm_text_tiny": "mdm_text_tiny",
+    "dit_digits": "dit_digits",
+}
+"""What is compared, by the folder of its table."""
 WHOLE = "end-to-end"
 
 
@@ -20,7 +33,7 @@ BY_DEPTH = DEPTH / "depth.json"
 
 
 def depth_parts() -> dict[str, str]:
-    return {**{f"depth-{name}": told(name) for name in RECIPES}, "by-depth": by_depth()}
+    return {**{f"depth-{name}": told(name) for name in TABLES}, "by-depth": by_depth()}
 
 
 def by_depth() -> str:
@@ -39,7 +52,7 @@ def by_depth() -> str:
 def told(name: str) -> str:
     path = DEPTH / name / DATA
     if not path.exists():
-        return f"Not measured yet: `dbconvert compare {name} --against depth`."
+        return f"Not measured yet: `dbconvert compare {TABLES[name]} --against depth`."
     comparison = read_comparison(path)
     by_name = {key: [row for row in own if row.status == "done"] for key, own in comparison.by_name().items()}
     whole = by_name.get(WHOLE, [])
