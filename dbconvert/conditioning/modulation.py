@@ -82,7 +82,7 @@ def fit(vector: Tensor, like: Tensor, axes: Axes) -> Tensor:
 
 
 def laid(x: Tensor, vectors: tuple[Tensor, ...], axes: Axes) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """x, with its positions cut into groups where a vector is for several of them, and the vectors shaped to multiply it.
+    """x, its positions cut into groups where a vector is for several of them, and the vectors shaped to multiply it.
 
     x is [N, P, features] or [P, N, features]; or [N P, features], each example's rows together.
 

@@ -79,7 +79,7 @@ class Prefix:
         """Keys and values of the prefix and of what is new, written behind those of the prefix."""
         kept = self.kept.get(key)
         if kept is None or kept[0].shape[-2] < self.length or kept[0].shape[-3] != pair[0].shape[-3]:
-            kept = self.kept[key] = tuple(self.room(i, tensor, kept) for i, tensor in enumerate(pair))  # type: ignore[assignment]
+            kept = self.kept[key] = self.room(0, pair[0], kept), self.room(1, pair[1], kept)
         for place, tensor in zip(kept, pair, strict=True):
             place.narrow(-2, self.filled, self.new).copy_(tensor)
         return kept[0].narrow(-2, 0, self.length), kept[1].narrow(-2, 0, self.length)
