@@ -98,7 +98,7 @@ class Denoising:
 
         def change(features: Tensor) -> Tensor:
             kind = features.dtype
-            return skipped.to(kind) + self.out.to(kind) * features
+            return torch.addcmul(skipped.to(kind), self.out.to(kind), features)
 
         return change
 

@@ -93,7 +93,7 @@ class Recurrent(NextToken):
     def passage(self, model: nn.Module, block: int, inputs: Inputs, corruption: Corruption) -> Passage:
         self.refuse_documents(inputs)
         z = corruption.z
-        state = self.laid_out(along(corruption.scaling.c_in(corruption.sigma), z) * z * self.loop.scale)
+        state = self.laid_out(along(corruption.scaling.c_in(corruption.sigma) * self.loop.scale, z) * z)
         denoised = Denoising.at(corruption).of(z)
         return Passage(
             inputs,
