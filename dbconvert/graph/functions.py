@@ -48,12 +48,12 @@ class Intercepted(TorchFunctionMode):
 
     def __exit__(self, *error: Any) -> None:
         if not self.away:
-            super().__exit__(*error)
+            super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def retire(self) -> None:
         """Ends it early once all calls were met, if nothing was begun within it: what it only counts costs time."""
-        if not self.left and not self.away and _get_current_function_mode() is self:
-            super().__exit__(None, None, None)
+        if not self.left and not self.away and _get_current_function_mode() is self:  # type: ignore[no-untyped-call]
+            super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
             self.away = True
 
     def __torch_function__(
