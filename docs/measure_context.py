@@ -3,7 +3,7 @@
     python docs/measure_context.py            # what context.json lacks; remove it to measure everything again
     python docs/measure_context.py 1          # of one seed, so that several can run at once
     python docs/measure_context.py --check    # 5 updates a block of every row, which are shown and not kept
-    python docs/measure_context.py --layers   # counts the layers of measured rows again, in 100 updates a block
+    python docs/measure_context.py --layers   # counts the layers of measured rows again, in 40 updates a block
 
 Every row trains recipes/ar_text_tiny.yaml in another form and evaluates it on text that was not trained on. All of them
 run as many layers forward and backward; the layers that run forward alone, before the block that is trained, are
@@ -45,7 +45,7 @@ ROWS = {
     "features, mixed": ("features", "mixed"),
 }
 EXAMPLES = 256
-COUNTED = 100
+COUNTED = 40
 """Updates a block in which layers are counted again: how many run does not depend on what the network has learnt."""
 
 
