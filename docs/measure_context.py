@@ -3,6 +3,7 @@
     python docs/measure_context.py            # what context.json lacks; remove it to measure everything again
     python docs/measure_context.py 1          # of one seed, so that several can run at once
     python docs/measure_context.py --check    # 5 updates a block of every row, which are shown and not kept
+    python docs/measure_context.py --layers   # counts the layers of measured rows again, in 40 updates a block
 
 Every row trains recipes/ar_text_tiny.yaml in another form and evaluates it on text that was not trained on. All of them
 run as many layers forward and backward; the layers that run forward alone, before the block that is trained, are
@@ -44,15 +45,20 @@ ROWS = {
     "features, mixed": ("features", "mixed"),
 }
 EXAMPLES = 256
+COUNTED = 40
+"""Updates a block in which layers are counted again: how many run does not depend on what the network has learnt."""
 
 
 def main() -> int:
     check = "--check" in sys.argv
-    seeds = [argument for argument in sys.argv[1:] if argument != "--check"] or list(SEEDS)
+    seeds = [argument for argument in sys.argv[1:] if not argument.startswith("--")] or list(SEEDS)
     with tempfile.TemporaryDirectory() as folder:
+        if "--layers" in sys.argv:
+            count_again(seeds, Path(folder))
+            return 0
         for seed in seeds[:1] if check else seeds:
             for name, (context, z) in ROWS.items():
-                form = [f"split.context={context}", f"train.z={z}", *["train.steps=5"] * check]
+                form = [*form_of(context, z), *["train.steps=5"] * check]
                 if check:
                     sys.stdout.write(f"{name}: {json.dumps(trained(form, seed, Path(folder)))}\n")
                 elif seed not in read(RESULTS)["rows"].get(name, {}):
@@ -61,22 +67,40 @@ def main() -> int:
     return 0
 
 
-def trained(form: list[str], seed: str, folder: Path) -> dict[str, Any]:
-    """One run: its figures, the seconds of one core that it took, and the layers that an update ran."""
+def form_of(context: str, z: str) -> list[str]:
+    return [f"split.context={context}", f"train.z={z}"]
+
+
+def count_again(seeds: list[str], folder: Path) -> None:
+    for name, by_seed in read(RESULTS)["rows"].items():
+        for seed in by_seed.keys() & set(seeds):
+            sys.stderr.write(f"{name}, seed {seed}\n")
+            layers = run([*form_of(*ROWS[name]), f"train.steps={COUNTED}"], seed, folder)[2]
+            keep(RESULTS, name, seed, {**by_seed[seed], "layers": layers})
+
+
+def run(form: list[str], seed: str, folder: Path) -> tuple[str, Any, dict[str, float]]:
+    """Trains: the run's folder, what training says of it, and the layers that an example's update ran."""
     out = str(folder / f"run-{time.monotonic_ns()}")
-    torch.set_num_threads(1)
     recipe = str(ROOT / "recipes" / "ar_text_tiny.yaml")
     overrides = [f"seed={seed}", "data.validation=null", "log.every=1000", *form]
-    begun = time.process_time()
     with counted() as layers:
         result = dbconvert.train(recipe, overrides=overrides, out=out)
+    return out, result, {key: round(n / layers["examples"], 3) for key, n in layers.items() if key != "examples"}
+
+
+def trained(form: list[str], seed: str, folder: Path) -> dict[str, Any]:
+    """One run: its figures, the seconds of one core that it took, and the layers that an update ran."""
+    torch.set_num_threads(1)
+    begun = time.process_time()
+    out, result, layers = run(form, seed, folder)
     seconds = time.process_time() - begun
     return {
         "metrics": dbconvert.evaluate(out, part="test", overrides=["eval.sigmas=0", "eval.draws=4"]).metrics,
         "evaluations": by_evaluation(out),
         "activations": max(unit.activations for unit in result.memory.units),
         "seconds": round(seconds),
-        "layers": {key: round(count / layers["examples"], 3) for key, count in layers.items() if key != "examples"},
+        "layers": layers,
     }
 
 

@@ -136,6 +136,7 @@ def loop(source: Path, overrides: list[str], folder: Path) -> Loop:
     prepared = prepare(origin, folder, None, silent)
     made = Loop(prepared.job, make_accelerator(origin.recipe, folder), silent)
     made.started, made.counted = time.perf_counter(), 0
+    made.timed()
     return made
 
 

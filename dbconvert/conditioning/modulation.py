@@ -54,7 +54,8 @@ class Modulation(nn.Module):
         rows = torch.split(self.once(condition, same) if same else self.rows(condition), sizes, -1)
         count = 2 * len(self.norms)
         pairs = [(rows[i], rows[i + 1]) for i in range(0, count, 2)]
-        return pairs, [self.gate_offset + row for row in rows[count:]]
+        gates = list(rows[count:])
+        return pairs, [self.gate_offset + row for row in gates] if self.gate_offset else gates
 
     def rows(self, condition: Tensor) -> Tensor:
         return curved(self.linear(condition), self.curve)
@@ -81,13 +82,19 @@ def fit(vector: Tensor, like: Tensor, axes: Axes) -> Tensor:
     return ordered.reshape(shape).to(like.dtype)
 
 
-def by_group(x: Tensor, vectors: tuple[Tensor, ...], axes: Axes) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """x with its positions cut into groups, and a vector a group, [N, G, features], shaped to multiply it.
+def laid(x: Tensor, vectors: tuple[Tensor, ...], axes: Axes) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """x, its positions cut into groups where a vector is for several of them, and the vectors shaped to multiply it.
 
     x is [N, P, features] or [P, N, features]; or [N P, features], each example's rows together.
+
+    Args:
+        vectors: [N, features], or one a group, [N, G, features].
     """
+    if vectors[0].dim() == 2:
+        return x, tuple(fit(vector, x, axes) for vector in vectors)
     examples, groups = vectors[0].shape[:2]
-    others = [i for i in range(x.dim()) if i not in (axes.batch, axes.channel + x.dim())]
+    channel = axes.channel + x.dim()
+    others = [i for i in range(x.dim()) if i not in (axes.batch, channel)]
     if x.shape[axes.batch] != examples or not others:
         return x, tuple(fit(vector.flatten(0, 1), x, axes) for vector in vectors)
     if len(others) != 1:
@@ -96,29 +103,24 @@ def by_group(x: Tensor, vectors: tuple[Tensor, ...], axes: Axes) -> tuple[Tensor
             hint="condition whole examples instead",
         )
     place = others[0]
-    cut: Tensor = x.unflatten(place, (groups, -1))  # type: ignore[no-untyped-call]
-    axis_of = [place, axes.batch, axes.channel + x.dim()]
-    group, batch, channel = (axis + (axis > place) for axis in axis_of)
-    order = [i for _, i in sorted([(batch, 0), (group, 1), (channel, 2)])]
-    shape = [1] * cut.dim()
-    shape[batch], shape[group], shape[channel] = vectors[0].shape
-    return cut, tuple(vector.permute(order).reshape(shape).to(x.dtype) for vector in vectors)
+    order = [i for _, i in sorted([(axes.batch, 0), (place, 1), (channel, 2)])]
+    shaped = tuple(vector.permute(order).to(x.dtype) for vector in vectors)
+    if x.shape[place] == groups:
+        return x, shaped
+    return x.unflatten(place, (groups, -1)), tuple(vector.unsqueeze(place + 1) for vector in shaped)  # type: ignore[no-untyped-call]
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, axes: Axes) -> Tensor:
     """x (1 + scale) + shift, with a row an example, or one a group of its positions."""
-    if scale.dim() == 2:
-        return (x * (1 + fit(scale, x, axes))).add_(fit(shift, x, axes))
-    cut, (shift, scale) = by_group(x, (shift, scale), axes)
-    return (cut * (1 + scale)).add_(shift).reshape(x.shape)
+    cut, (shift, scale) = laid(x, (shift, scale), axes)
+    out = (cut * (1 + scale)).add_(shift)
+    return out if cut is x else out.reshape(x.shape)
 
 
 def gate(x: Tensor, by: Tensor, axes: Axes) -> Tensor:
     """x times a row an example, or one a group of its positions."""
-    if by.dim() == 2:
-        return x * fit(by, x, axes)
-    cut, (by,) = by_group(x, (by,), axes)
-    return (cut * by).reshape(x.shape)
+    cut, (by,) = laid(x, (by,), axes)
+    return cut * by if cut is x else (cut * by).reshape(x.shape)
 
 
 def condition_width(layer_parameters: int, outputs: int, share: float = 0.03, least: int = 32) -> int:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dbconvert.data.tokenizers import Tokenizer
@@ -21,16 +22,13 @@ from dbconvert.engine.unmask import filled_in
 from dbconvert.errors import DBConvertError, UsageError
 from dbconvert.events import Note, Reporter, Stage, silent
 from dbconvert.graph.prefix import Prefix
-from dbconvert.graph.run import Filled
 from dbconvert.schema import Count, Positive, record
-from dbconvert.tasks.causal_lm import CausalLM
+from dbconvert.tasks.causal_lm import CausalLM, Level
 from dbconvert.tasks.masked_lm import MaskedLM
 from dbconvert.tasks.recurrent import Recurrent
 
 AGREE = 1e-3
 """The largest difference of cached and uncached scores, over the largest score."""
-STEADY = 2
-"""New positions of an evaluation once the prompt is cached: the token before, in a block's first, and the noisy one."""
 
 
 @record
@@ -136,16 +134,14 @@ class Writer:
 
     Args:
         generator: of the noise and the draws, on the CPU.
-        scale: of the network's own embeddings, by block.
-        filled: modulations of layers, by what their condition was made of.
+        told: what blocks are told, by block, level and number of texts.
     """
 
     network: BlockwiseNetwork
     intervals: Intervals
     decoding: Decoding
     generator: torch.Generator
-    scale: dict[int, Tensor] = field(default_factory=dict)
-    filled: dict[tuple[int, float, int, int], Filled] = field(default_factory=dict)
+    told: dict[tuple[int, float, int], Level] = field(default_factory=dict)
 
     @property
     def task(self) -> CausalLM:
@@ -153,9 +149,20 @@ class Writer:
         return self.network.task
 
     @cached_property
-    def table(self) -> Tensor:
-        """The targets, [K, d]."""
-        return self.task.table(self.network.model)
+    def targets(self) -> Tensor:
+        """The columns of the target table, each in one piece, [d, K]: a product with one row reads these fastest."""
+        return self.task.table(self.network.model).t().contiguous()
+
+    @cached_property
+    def grid(self) -> list[float]:
+        """The levels of a token's evaluations.
+
+        Raises:
+            UsageError: they pass over a block that the next one wants to hear.
+        """
+        found = levels(self.intervals, self.decoding.steps)
+        refuse_gaps(self.network, self.intervals, found)
+        return found
 
     def tokens(self, start: Tensor, count: int, *, cache: bool) -> Iterator[int]:
         """At most `count` tokens after `start` [1, n]."""
@@ -173,8 +180,7 @@ class Writer:
 
     def next_scores(self, written: Tensor, prefixes: dict[int, Prefix]) -> Tensor:
         """Scores [N, K] of the token after `written` [N, n], from the last of all levels."""
-        grid = levels(self.intervals, self.decoding.steps)
-        refuse_gaps(self.network, self.intervals, grid)
+        grid = self.grid
         z = torch.zeros(len(written), 1, self.task.target.width)
         if self.decoding.temperature:
             z = torch.randn(z.shape, generator=self.generator) * grid[0]
@@ -187,7 +193,7 @@ class Writer:
             if block == 0:
                 scores = self.filtered(scores)
             if i + 1 < len(grid):
-                expected = scores.float().softmax(-1) @ self.table
+                expected = F.linear(scores.float().softmax(-1), self.targets)
                 now = self.network.delivered(expected, z)
                 if now is not None:
                     said[block] = newest(said.get(block), now, self.task.anatomy.axes)
@@ -206,17 +212,20 @@ class Writer:
         """One evaluation: scores [N, 1, K]."""
         argument = self.task.anatomy.embedding.argument  # type: ignore[union-attr]
         inputs = {argument: torch.cat([written, written[:, -1:]], 1)}
-        level = torch.full((len(written),), sigma, device=written.device)
-        corruption = self.network.corrupted(block, z, level)
-        passage = self.task.next_passage(self.network.model, block, inputs, corruption, prefix, self.scale)
-        if prefix is not None and prefix.new <= STEADY:
-            known = self.filled.setdefault((block, sigma, len(written), prefix.new), {})
-            passage = replace(passage, filled=known)
+        passage = self.task.next_passage(inputs, z, self.level(block, z, sigma), prefix)
         with long_enough(written.shape[1] + 1):
             scores = self.network.pass_through(block, passage, heard=heard, tells=True)
         if prefix is not None:
             prefix.end()
         return scores
+
+    def level(self, block: int, z: Tensor, sigma: float) -> Level:
+        """What a block is told at one level, made once."""
+        key = block, sigma, len(z)
+        if key not in self.told:
+            corruption = self.network.corrupted(block, z, torch.full((len(z),), sigma, device=z.device))
+            self.told[key] = self.task.level(self.network.model, block, corruption)
+        return self.told[key]
 
     def filtered(self, scores: Tensor) -> Tensor:
         """Block 0's scores by temperature, top-k and top-p."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from dbconvert.anatomy import FunctionCall, Path
 from dbconvert.graph.tape import called
@@ -41,8 +41,20 @@ class Intercepted(TorchFunctionMode):
     def __init__(self, results: Results, arguments: Arguments) -> None:
         super().__init__()
         self.results, self.arguments = results, arguments
-        self.names = {call.name for call in (*results, *arguments)}
+        self.left = {*results, *arguments}
+        self.names = {call.name for call in self.left}
         self.seen: Counter[str] = Counter()
+        self.away = False
+
+    def __exit__(self, *error: Any) -> None:
+        if not self.away:
+            super().__exit__(*error)  # type: ignore[no-untyped-call]
+
+    def retire(self) -> None:
+        """Ends it early once all calls were met, if nothing was begun within it: what it only counts costs time."""
+        if not self.left and not self.away and _get_current_function_mode() is self:  # type: ignore[no-untyped-call]
+            super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            self.away = True
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -53,6 +65,7 @@ class Intercepted(TorchFunctionMode):
             return func(*args, **kwargs)
         call = FunctionCall(name, self.seen[name])
         self.seen[name] += 1
+        self.left.discard(call)
         for path, act in self.arguments.get(call, ()):
             args, kwargs = put_in(args, kwargs, path, act(look_up(args, kwargs, path)))
         out = func(*args, **kwargs)

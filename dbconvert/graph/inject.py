@@ -11,11 +11,12 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dbconvert.anatomy import Anatomy, Around, Axes, GateSite, Layer, NormSite
 from dbconvert.conditioning.embedding import NoiseEmbedding
-from dbconvert.conditioning.modulation import Curve, Modulation, Start, gate, modulate
+from dbconvert.conditioning.modulation import Curve, Modulation, Start, gate, laid, modulate
 from dbconvert.errors import DBConvertError, Refused
 from dbconvert.graph.functions import Arguments, Intercepted, Results, uncounted
 from dbconvert.graph.joined import AroundModule, PartModule
@@ -39,6 +40,7 @@ class Site(Volatile):
     shift: Tensor | None = None
     scale: Tensor | None = None
     by: Tensor | None = None
+    filled: Filled | None = None
 
     def __init__(self, at: NormSite | GateSite) -> None:
         self.at = at
@@ -59,12 +61,27 @@ class Site(Volatile):
         """
         axes = axes or self.at.axes
         with uncounted():
+            fitted = None if self.filled is None or instead is not None else self.fitted(value, axes, self.filled)
+            if fitted is not None:
+                by, add = fitted
+                return value * by if add is None else torch.addcmul(add, value, by)
             if self.shift is not None and self.scale is not None:
                 return remade(partial(modulate, axes=axes), value, self.shift, self.scale, again)
             if self.by is None:
                 return value
             gated = gate(value, self.by, axes)
             return gated if instead is None else gated + gate(instead, 1 - self.by, axes)
+
+    def fitted(self, value: Tensor, axes: Axes, filled: Filled) -> tuple[Tensor, Tensor | None] | None:
+        """What a value of this shape is multiplied by and added to, made once; None where its axes have to be cut."""
+        key = self, axes, value.shape
+        if key not in filled:
+            rows = (self.by,) if self.shift is None else (self.scale, self.shift)
+            cut, shaped = laid(value, rows, axes)  # type: ignore[arg-type]
+            whole = (shaped[0], None) if self.shift is None else (1 + shaped[0], shaped[1])
+            filled[key] = whole if cut is value else None
+        found: tuple[Tensor, Tensor | None] | None = filled[key]
+        return found
 
 
 class SiteModule(nn.Module):
@@ -126,8 +143,10 @@ class LayerSites:
         pairs, gates = made
         for position, site in enumerate(self.norms):
             site.shift, site.scale = pairs[position] if pairs else (None, None)
+            site.filled = filled
         for position, site in enumerate(self.gates):
             site.by = gates[position] if gates else None
+            site.filled = filled
 
     def clear(self) -> None:
         """Forgets the modulation of a layer that is not here."""

@@ -35,7 +35,7 @@ class LoopPass:
         state: what its first round takes for the state; None leaves the network's own.
         blind: so many rounds, the first ones, run without a graph.
         memory: what the modules before the core gave in an earlier pass; empty, it is filled. None runs them.
-        counters: of the function calls that are being counted.
+        meeting: the calls that are waited for, and counted till then.
         turns: how often each remembered module was called in this pass.
     """
 
@@ -43,7 +43,7 @@ class LoopPass:
     state: Tensor | None = None
     blind: int = 0
     memory: Memory | None = None
-    counters: list[Counter[str]] = field(default_factory=list)
+    meeting: list[Intercepted] = field(default_factory=list)
     turns: Counter[str] = field(default_factory=Counter)
 
 
@@ -71,6 +71,9 @@ class RoundModule(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         loop = self.db_run.loop
+        if loop is not None and self.db_begins:
+            for counted in loop.meeting:
+                counted.retire()
         if loop is None or loop.blind == 0:
             return super().__call__(*args, **kwargs)
         if self.db_begins:
@@ -102,11 +105,11 @@ class StateModule(nn.Module):
         if not calls:
             return super().forward(*args, **kwargs)
         with Intercepted({}, calls) as counted:
-            loop.counters.append(counted.seen)
+            loop.meeting.append(counted)
             try:
                 return super().forward(*args, **kwargs)
             finally:
-                loop.counters.pop()
+                loop.meeting.pop()
 
 
 class OnceModule(nn.Module):
@@ -124,8 +127,8 @@ class OnceModule(nn.Module):
         loop.turns[self.db_path] += 1
         if turn < len(kept):
             out, made = kept[turn]
-            for counter in loop.counters:
-                counter.update(made)
+            for counted in loop.meeting:
+                counted.seen.update(made)
             return out
         with Counted() as counted:
             out = super().forward(*args, **kwargs)

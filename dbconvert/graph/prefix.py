@@ -18,13 +18,14 @@ from dbconvert.anatomy import Axes, Path, SideAxes
 from dbconvert.errors import DBConvertError
 from dbconvert.graph.attention import ATTENTION, attention_arguments
 from dbconvert.graph.functions import uncounted
+from dbconvert.graph.rows import LINEAR, of_two_rows
 from dbconvert.graph.two_streams import positions_axis
 
 Pair = tuple[Tensor, Tensor]
 
 
 class Prefix:
-    """The cache of one block; it steers one forward pass after another on a growing sequence.
+    """The cache of one block; it steers one forward pass after another on a growing sequence, without gradients.
 
     Args:
         axes: of the stream.
@@ -35,11 +36,13 @@ class Prefix:
         self.axes, self.sides = axes, sides
         self.sequence = positions_axis(axes)
         self.kept: dict[object, Pair] = {}
+        self.masks: dict[torch.dtype, Tensor] = {}
         self.filled = self.length = 0
 
     def begin(self, length: int) -> None:
         """Before a pass on `length` positions, of which the last is not to be kept."""
         self.length = length
+        self.masks.clear()
 
     def end(self) -> None:
         """After it: all positions but the last are cached now.
@@ -73,11 +76,29 @@ class Prefix:
         return _Cached(self, layer)
 
     def meet(self, key: object, pair: Pair) -> Pair:
-        """Keys and values of the prefix and of what is new; all but the last position's are kept."""
-        before = self.kept.get(key)
-        whole = pair if before is None else join(before, pair)
-        self.kept[key] = (whole[0][..., :-1, :], whole[1][..., :-1, :])
-        return whole
+        """Keys and values of the prefix and of what is new, written behind those of the prefix."""
+        kept = self.kept.get(key)
+        if kept is None or kept[0].shape[-2] < self.length or kept[0].shape[-3] != pair[0].shape[-3]:
+            kept = self.kept[key] = self.room(0, pair[0], kept), self.room(1, pair[1], kept)
+        for place, tensor in zip(kept, pair, strict=True):
+            place.narrow(-2, self.filled, self.new).copy_(tensor)
+        return kept[0].narrow(-2, 0, self.length), kept[1].narrow(-2, 0, self.length)
+
+    def room(self, which: int, new: Tensor, before: Pair | None) -> Tensor:
+        """Place for twice the length, with as many heads as the new ones have; what is there already is copied."""
+        place = new.new_empty(*new.shape[:-2], 2 * self.length, new.shape[-1])
+        if before is not None:
+            place.narrow(-2, 0, self.filled).copy_(with_heads(before[which], new.shape[-3])[..., : self.filled, :])
+        return place
+
+    def mask(self, query: Tensor) -> Tensor | None:
+        """What new positions see when each sees those before it, added to the scores; None where that is everything."""
+        if self.new == 1:
+            return None
+        if query.dtype not in self.masks:
+            unseen = torch.full((self.new, self.length), -torch.inf, dtype=query.dtype, device=query.device)
+            self.masks[query.dtype] = unseen.triu(self.filled + 1)
+        return self.masks[query.dtype]
 
 
 class _Cached(TorchFunctionMode):
@@ -90,6 +111,8 @@ class _Cached(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is LINEAR and self.prefix.new == 2:
+            return of_two_rows(*args, **(kwargs or {}))
         if func is not ATTENTION:
             return func(*args, **(kwargs or {}))
         given = attention_arguments(args, kwargs or {})
@@ -99,19 +122,10 @@ class _Cached(TorchFunctionMode):
         with uncounted():
             key = self.layer, self.calls
             given["key"], given["value"] = prefix.meet(key, (given["key"], given["value"]))
-            if given.get("attn_mask") is None and given.get("is_causal"):
-                rows = torch.ones(prefix.new, prefix.length, dtype=torch.bool, device=given["query"].device)
-                given["attn_mask"] = rows.tril(prefix.filled)
-            given["is_causal"] = False
+            if prefix.filled and given.get("attn_mask") is None and given.get("is_causal"):
+                given["attn_mask"], given["is_causal"] = prefix.mask(given["query"]), False
         self.calls += 1
         return func(**given)
-
-
-def join(before: Pair, new: Pair) -> Pair:
-    """Along positions, with as many heads as the new ones have."""
-    heads = new[0].shape[-3]
-    keys, values = (with_heads(tensor, heads) for tensor in before)
-    return torch.cat([keys, new[0]], -2), torch.cat([values, new[1]], -2)
 
 
 def with_heads(tensor: Tensor, heads: int) -> Tensor:

@@ -16,8 +16,8 @@ from dbconvert.graph.tape import argument_leaves
 from dbconvert.graph.values import item, put_in, replaced
 
 Given = tuple[tuple[Any, ...], dict[str, Any]]
-Filled = dict[object, tuple[list[tuple[Tensor, Tensor]], list[Tensor]]]
-"""Shifts and scales, and gates, by layer."""
+Filled = dict[object, Any]
+"""Shifts and scales, and gates, by layer; and by site what its values are multiplied by and added to."""
 
 
 class Volatile:

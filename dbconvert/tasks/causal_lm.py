@@ -7,7 +7,7 @@ block, never by sigma, so that what a generator caches of them holds at every le
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -18,14 +18,57 @@ from dbconvert.data.sequences import DOCUMENTS
 from dbconvert.graph.halves import LastLayer
 from dbconvert.graph.oracle import ask
 from dbconvert.graph.prefix import Prefix
+from dbconvert.graph.run import Filled
 from dbconvert.graph.sight import Sight
 from dbconvert.graph.two_streams import TwoStreams, positions_axis, spread
 from dbconvert.plan import Context, Target
 from dbconvert.recipe import Z
 from dbconvert.tasks.base import Change, Corruption, Embed, Inputs, Passage, along, conditioning
-from dbconvert.tasks.discrete import above_mean, denoise_before_head, register_readouts, register_table
+from dbconvert.tasks.discrete import (
+    Denoising,
+    above_mean,
+    denoise_before_head,
+    modulated_denoised,
+    register_readouts,
+    register_table,
+)
 from dbconvert.tasks.language import one_document
 from dbconvert.tasks.next_token import NextToken
+
+STEADY = 2
+"""New positions of an evaluation once the prompt is cached: the token before, in a block's first, and the noisy one."""
+
+
+@dataclass
+class Level:
+    """What a block is told at one level, the same for every token that is written.
+
+    Args:
+        condition: of the noisy position, [N, width]. clean: of the others, [width].
+        c_in: shaped to multiply z.
+        read: what happens to D before the head.
+        filled: modulations of layers, by the number of positions that run.
+        scale: what embeddings are multiplied by, once it is known.
+    """
+
+    condition: Tensor
+    clean: Tensor
+    c_in: Tensor
+    denoising: Denoising
+    read: Change
+    filled: dict[int, Filled] = field(default_factory=dict)
+    scale: Tensor | None = None
+
+    def conditions(self, new: int) -> Tensor:
+        """Of `new` positions, the last one noisy: [N, new, width]."""
+        clean = self.clean.expand(len(self.condition), new - 1, -1)
+        return torch.cat([clean, self.condition[:, None]], 1)
+
+    def entering(self, look_up: Change, rows: int, like: Tensor) -> Tensor:
+        """c_in at the scale of the network's own embeddings."""
+        if self.scale is None:
+            self.scale = self.c_in * spread(look_up, rows, like.device)
+        return self.scale
 
 
 class CausalLM(NextToken):
@@ -78,7 +121,7 @@ class CausalLM(NextToken):
             {name: torch.cat([v, v]) if len(v) == examples else v for name, v in inputs.items()},
             condition,
             same=streams.leading,
-            embed=self.noisy_embeddings(examples, corruption, block),
+            embed=self.noisy_embeddings(examples, corruption),
             entry=streams.enter,
             beside=streams.beside,
             attention=streams.attention,
@@ -98,32 +141,34 @@ class CausalLM(NextToken):
         """An empty cache for one block."""
         return Prefix(self.anatomy.axes, self.sides)
 
-    def next_passage(
-        self,
-        model: nn.Module,
-        block: int,
-        inputs: Inputs,
-        corruption: Corruption,
-        prefix: Prefix | None,
-        scale: dict[int, Tensor],
-    ) -> Passage:
+    def level(self, model: nn.Module, block: int, corruption: Corruption) -> Level:
+        """What evaluations of one block at the level of `corruption` have in common."""
+        condition = corruption.condition
+        return Level(
+            condition,
+            conditioning(model).get_submodule("clean")[str(block)],  # type: ignore[index]
+            along(corruption.scaling.c_in(corruption.sigma), corruption.z),
+            Denoising.at(corruption),
+            modulated_denoised(model, block, corruption, condition),
+        )
+
+    def next_passage(self, inputs: Inputs, z: Tensor, level: Level, prefix: Prefix | None) -> Passage:
         """How a block denoises the one token after a clean prefix, in an ordinary causal pass.
 
         Args:
             inputs: the prefix and any token after it, [N, n + 1].
-            corruption: z [N, 1, d], sigma [N].
+            z: [N, 1, d].
             prefix: what is cached of the prefix; None runs all of it.
-            scale: of the network's own embeddings, by block; filled in when it is not there yet.
         """
-        examples, length = self.tokens(inputs).shape
+        _, length = self.tokens(inputs).shape
         if prefix is not None:
             prefix.begin(length)
         new = length if prefix is None else prefix.new
-        clean = conditioning(model).get_submodule("clean")[str(block)]  # type: ignore[index]
-        condition = torch.cat([clean.expand(examples, new - 1, -1), corruption.condition[:, None]], 1)
-        noisy = self.scaled(corruption, scale, block)
         sequence = positions_axis(self.anatomy.axes)
-        read = denoise_before_head(model, block, corruption, corruption.condition)
+        denoised = level.denoising.of(z)
+
+        def embed(out: Tensor, look_up: Change) -> Tensor:
+            return torch.cat([out[:, :-1], (z * level.entering(look_up, self.embedding.rows, out)).to(out.dtype)], 1)
 
         def leave(stream: Tensor) -> Tensor:
             """As long as it came, since what follows may ask for that; only the last position is read."""
@@ -132,32 +177,26 @@ class CausalLM(NextToken):
 
         return Passage(
             inputs,
-            condition,
+            level.conditions(new),
             same=lambda: new - 1,
-            embed=lambda out, look_up: torch.cat([out[:, :-1], noisy(out, look_up)], 1),
+            filled=level.filled.setdefault(new, {}) if new <= STEADY else None,
+            embed=embed,
             entry=None if prefix is None else prefix.enter,
             beside=None if prefix is None else prefix.beside,
             attention=None if prefix is None else prefix.attention,
             leave=leave,
-            exit=lambda features: read(features.narrow(1, 0, 1)),
+            exit=lambda features: level.read(denoised(features.narrow(1, 0, 1))),
         )
 
-    def scaled(self, corruption: Corruption, known: dict[int, Tensor], block: int) -> Embed:
-        """c_in z at the scale of the network's own embeddings, which is looked up in `known` first."""
-        rows = self.embedding.rows
+    def noisy_embeddings(self, examples: int, corruption: Corruption) -> Embed:
+        """Puts c_in z, at the scale of the network's own embeddings, in the place of the second half of the batch."""
         noisy = along(corruption.scaling.c_in(corruption.sigma), corruption.z) * corruption.z
+        rows = self.embedding.rows
 
         def embed(out: Tensor, look_up: Change) -> Tensor:
-            if block not in known:
-                known[block] = spread(look_up, rows, out.device)
-            return (noisy * known[block]).to(out.dtype)
+            return torch.cat([out[:examples], (noisy * spread(look_up, rows, out.device)).to(out.dtype)])
 
         return embed
-
-    def noisy_embeddings(self, examples: int, corruption: Corruption, block: int) -> Embed:
-        """Puts c_in z, at the scale of the network's own embeddings, in the place of the second half of the batch."""
-        noisy = self.scaled(corruption, {}, block)
-        return lambda out, look_up: torch.cat([out[:examples], noisy(out, look_up)])
 
     def told(self, model: nn.Module, expected: Tensor, z: Tensor) -> Tensor:
         """Of noisy positions only: of a clean one nothing is predicted."""

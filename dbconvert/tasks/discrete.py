@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -52,15 +54,20 @@ def zero_linear(inputs: int, outputs: int, *, hollow: bool) -> nn.Linear:
 def denoise_before_head(model: nn.Module, block: int, corruption: Corruption, condition: Tensor) -> Change:
     """What happens to features F before the head: D = c_skip z + c_out F, over sigma_data, modulated.
 
-    Over sigma_data, so that the head sees features of the scale it knows at every noise level. With `silu` the shift
-    is over sigma_data too, which makes the whole the reference's D (1 + scale) + shift over sigma_data.
+    Over sigma_data, so that the head sees features of the scale it knows at every noise level.
 
     Args:
         condition: [N, width] or [N, S, width].
     """
-    unit = corruption.scaling.sigma_data if curve_of(model) == "silu" else 1.0
-    read, denoised = modulated(model, block, condition, unit), denoised_features(corruption)
+    read, denoised = modulated_denoised(model, block, corruption, condition), Denoising.at(corruption).of(corruption.z)
     return lambda features: read(denoised(features))
+
+
+def modulated_denoised(model: nn.Module, block: int, corruption: Corruption, condition: Tensor) -> Change:
+    """`modulated` of D over sigma_data. With `silu` the shift is over sigma_data too, which makes the whole the
+    reference's D (1 + scale) + shift over sigma_data.
+    """
+    return modulated(model, block, condition, corruption.scaling.sigma_data if curve_of(model) == "silu" else 1.0)
 
 
 def curve_of(model: nn.Module) -> Curve:
@@ -69,18 +76,31 @@ def curve_of(model: nn.Module) -> Curve:
     return curve
 
 
-def denoised_features(corruption: Corruption) -> Change:
-    """D = c_skip z + c_out F, over sigma_data, from features F of the shape of z."""
-    scaling, z = corruption.scaling, corruption.z
-    sigma = along(corruption.sigma, z)
-    skip = scaling.c_skip(sigma) / scaling.sigma_data * z
-    out = scaling.c_out(sigma) / scaling.sigma_data
+@dataclass(frozen=True)
+class Denoising:
+    """D = c_skip z + c_out F, over sigma_data, at levels that stay.
 
-    def change(features: Tensor) -> Tensor:
-        kind = features.dtype
-        return skip.to(kind) + out.to(kind) * features
+    Args:
+        skip, out: c_skip and c_out over sigma_data, shaped to multiply z.
+    """
 
-    return change
+    skip: Tensor
+    out: Tensor
+
+    @classmethod
+    def at(cls, corruption: Corruption) -> Denoising:
+        scaling, sigma = corruption.scaling, along(corruption.sigma, corruption.z)
+        return cls(scaling.c_skip(sigma) / scaling.sigma_data, scaling.c_out(sigma) / scaling.sigma_data)
+
+    def of(self, z: Tensor) -> Change:
+        """What becomes of features F of the shape of z."""
+        skipped = self.skip * z
+
+        def change(features: Tensor) -> Tensor:
+            kind = features.dtype
+            return torch.addcmul(skipped.to(kind), self.out.to(kind), features)
+
+        return change
 
 
 def modulated(model: nn.Module, block: int, condition: Tensor, unit: float = 1.0) -> Change:

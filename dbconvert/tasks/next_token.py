@@ -48,7 +48,10 @@ class NextToken(LanguageTask):
         return *self.tokens(inputs).shape, self.target.width
 
     def clean(self, model: nn.Module, labels: Tensor) -> Tensor:
-        return F.normalize(F.embedding(labels.clamp(min=0), self.rows(model)).float(), dim=-1)
+        found, rows = labels.clamp(min=0), self.rows(model)
+        if labels.numel() < len(rows):
+            return F.normalize(F.embedding(found, rows).float(), dim=-1)
+        return F.embedding(found, self.table(model))
 
     def denoised(self, model: nn.Module, output: Tensor) -> Tensor:
         return output.float().softmax(-1) @ self.table(model)

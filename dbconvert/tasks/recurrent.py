@@ -23,7 +23,7 @@ from dbconvert.graph.two_streams import positions_axis
 from dbconvert.plan import Target
 from dbconvert.recipe import Z
 from dbconvert.tasks.base import Corruption, Inputs, Passage, along
-from dbconvert.tasks.discrete import denoised_features, modulated, register_readouts, register_table
+from dbconvert.tasks.discrete import Denoising, modulated, register_readouts, register_table
 from dbconvert.tasks.next_token import NextToken, one_later
 
 
@@ -93,8 +93,8 @@ class Recurrent(NextToken):
     def passage(self, model: nn.Module, block: int, inputs: Inputs, corruption: Corruption) -> Passage:
         self.refuse_documents(inputs)
         z = corruption.z
-        state = self.laid_out(along(corruption.scaling.c_in(corruption.sigma), z) * z * self.loop.scale)
-        denoised = denoised_features(corruption)
+        state = self.laid_out(along(corruption.scaling.c_in(corruption.sigma) * self.loop.scale, z) * z)
+        denoised = Denoising.at(corruption).of(z)
         return Passage(
             inputs,
             corruption.condition,

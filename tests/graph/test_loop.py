@@ -4,10 +4,12 @@ import networks
 import pytest
 import torch
 from loops import ByArgument, ByModule, Fixed, Halting, InSubmodule, Looped, NormedAfter, Numbered, RandomState
+from torch.overrides import _len_torch_function_stack
 
 from dbconvert.anatomy import FunctionCall, Rounds
 from dbconvert.errors import Refused
 from dbconvert.graph.analysis import analyse
+from dbconvert.graph.functions import Intercepted
 from dbconvert.graph.inject import eject, inject
 from dbconvert.graph.loop import control
 from dbconvert.graph.loop_trial import ask_loop
@@ -115,3 +117,18 @@ def test_refused(build, kind, reason):
     with pytest.raises(Refused, match=reason) as error:
         asked(build())
     assert error.value.kind == kind and error.value.hint
+
+
+def test_waiting_for_calls_ends_when_all_were_met():
+    call, x = FunctionCall("relu", 1), torch.tensor([-1.0, 1.0])
+    with Intercepted({}, {}) as outer, Intercepted({call: [torch.neg]}, {}) as waiting:
+        torch.relu(x)
+        waiting.retire()
+        assert torch.relu(x).tolist() == [0, -1] and not waiting.away
+        with Intercepted({}, {}):
+            waiting.retire()
+        assert not waiting.away
+        waiting.retire()
+        torch.relu(x)
+        assert waiting.away and waiting.seen["relu"] == 2
+    assert not outer.away and _len_torch_function_stack() == 0
