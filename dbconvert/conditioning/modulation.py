@@ -55,7 +55,7 @@ class Modulation(nn.Module):
         count = 2 * len(self.norms)
         pairs = [(rows[i], rows[i + 1]) for i in range(0, count, 2)]
         gates = list(rows[count:])
-        return pairs, [self.gate_offset + row for row in gates] if self.gate_offset else gates
+        return pairs, [self.gate_offset + row for row in gates]
 
     def rows(self, condition: Tensor) -> Tensor:
         return curved(self.linear(condition), self.curve)

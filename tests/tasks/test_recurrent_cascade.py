@@ -10,7 +10,7 @@ from networks import tokens
 
 from dbconvert.diffusion.sampling import levels
 from dbconvert.engine.cascade import Cascade, approach
-from dbconvert.engine.decide import refuse_context
+from dbconvert.engine.decide import decide_context
 from dbconvert.engine.infer import sample
 from dbconvert.errors import UsageError
 from dbconvert.graph.account import saved_bytes
@@ -113,5 +113,6 @@ def test_the_state_enters_at_the_scale_of_the_network_s_own():
 
 
 def test_there_is_no_predecessor_to_hear():
+    network, _ = built()
     with pytest.raises(UsageError, match=r"there is only one\n.*its predecessor is itself"):
-        refuse_context(SplitOptions(context="estimate"), Recurrent, 1)
+        decide_context(SplitOptions(context="estimate"), Recurrent, 1, network.plan.anatomy)
