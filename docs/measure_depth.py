@@ -1,9 +1,10 @@
 """Accuracy by depth: how many steps an answer takes, and how often finished runs find it.
 
-    python docs/measure_depth.py RUN [RUN ...] [--out FOLDER] [--steps N]
+    python docs/measure_depth.py RUN [RUN ...] [--out FOLDER] [--steps N] [--beside TEXT]
 
 Every run of a built-in puzzle is asked all examples of the test part, from z = 0; FOLDER (docs by default) gets
-depth.json and depth.png. A run's line is named by its method, context, z and seed. Rows that the JSON has already stay.
+depth.json and depth.png. A run's line is named by its method, context, z, order, TEXT and seed. Rows that the JSON has
+already stay.
 """
 
 from __future__ import annotations
@@ -40,12 +41,13 @@ def main() -> int:
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent)
     parser.add_argument("--steps", type=int, help="network evaluations of a prediction, B + 1 by default")
+    parser.add_argument("--beside", default="", help="What else these runs are to be told from others by.")
     given = parser.parse_args()
     path = given.out / "depth.json"
     rows: Rows = json.loads(path.read_text()) if path.exists() else {}
     for folder in given.runs:
         recipe, loaded = read_recipe(folder / RECIPE), load(folder)
-        name = named(recipe) + (f", {given.steps} evaluations" if given.steps else "")
+        name = named(recipe, given.beside) + (f", {given.steps} evaluations" if given.steps else "")
         found = accuracy_by_depth(loaded, given.steps)
         rows.setdefault(puzzle_name(recipe), {})[name] = found
         told = " ".join(f"{value:.1f}" for value in found["by_depth"].values())
@@ -55,13 +57,14 @@ def main() -> int:
     return 0
 
 
-def named(recipe: Recipe) -> str:
+def named(recipe: Recipe, beside: str) -> str:
     """A run among others of its puzzle."""
-    form = recipe.train.method
+    form: str = recipe.train.method
     if form == "blocks":
         share = f" {recipe.train.mixed:g}" if recipe.train.z == "mixed" else ""
-        form = f"B = {recipe.split.blocks}, {recipe.split.context}, {recipe.train.z}{share}"  # type: ignore[assignment]
-    return f"{form}, seed {recipe.seed}"
+        order = f", {recipe.train.order}" if recipe.train.order != "random" else ""
+        form = f"B = {recipe.split.blocks}, {recipe.split.context}, {recipe.train.z}{share}{order}"
+    return ", ".join(filter(None, [form, beside, f"seed {recipe.seed}"]))
 
 
 def puzzle_name(recipe: Recipe) -> str:
