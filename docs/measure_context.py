@@ -43,6 +43,7 @@ ROWS = {
     "estimate, noised": ("estimate", "noised"),
     "raw, on-policy": ("raw", "on-policy"),
     "features, mixed": ("features", "mixed"),
+    "features, on-policy": ("features", "on-policy"),
 }
 EXAMPLES = 256
 COUNTED = 40
