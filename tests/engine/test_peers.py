@@ -108,7 +108,7 @@ def test_memory_is_split_by_what_it_is_for(compared):
     figures = {name: row["figures"] for name, row in compared[2].items() if row["status"] == "done"}
     for one in figures.values():
         assert one["peak"] == sum(one[part] for part in PARTS) and "other" not in one
-        assert one["host"] is None or one["host"] > 0
+        assert one["host"] is None or one["host"] >= 0  # memory that earlier tests left is used again
     whole, blocks = figures["end-to-end"], figures["blocks"]
     away, badam = figures["blocks, inactive on disk"], figures["BAdam-style"]
     assert whole["peak_parameters"] == whole["peak_gradients"] == 4 * whole["parameters"] == badam["peak_parameters"]
