@@ -54,8 +54,7 @@ class Modulation(nn.Module):
         rows = torch.split(self.once(condition, same) if same else self.rows(condition), sizes, -1)
         count = 2 * len(self.norms)
         pairs = [(rows[i], rows[i + 1]) for i in range(0, count, 2)]
-        gates = list(rows[count:])
-        return pairs, [self.gate_offset + row for row in gates]
+        return pairs, [self.gate_offset + row for row in rows[count:]]
 
     def rows(self, condition: Tensor) -> Tensor:
         return curved(self.linear(condition), self.curve)

@@ -84,8 +84,9 @@ def normalise(images: Tensor, options: ImageOptions | None) -> Tensor:
 
 @lru_cache
 def channels(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A number a channel, [C, 1, 1]."""
-    return torch.tensor(values, dtype=dtype, device=device).view(-1, 1, 1)
+    """A number a channel, [C, 1, 1], of use in and out of inference mode."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype, device=device).view(-1, 1, 1)
 
 
 def entering(value: Tensor, options: ImageOptions | None, augment: Augment | None = None) -> Tensor:

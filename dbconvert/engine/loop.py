@@ -242,7 +242,7 @@ class Loop:
         most = self.recipe.train.clip
         if most is None:
             return None
-        parameters = [p for unit in units for p in unit.parameters.values() if p.grad is not None]
+        parameters = [p for unit in units for p in unit.parameters.values()]
         norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
         # Below, torch would multiply all of them by 1; where nothing may wait for the device, let it.
         if self.watch.late or not float(norm) + 1e-6 <= most:

@@ -70,6 +70,15 @@ def test_pictures_become_tensors():
     assert scaled.abs().max() == 0
 
 
+def test_pictures_have_gradients_after_a_prediction_in_inference_mode():
+    options = ImageOptions(mean=(0.25,), std=(0.125,))
+    with torch.inference_mode():
+        normalise(torch.ones(1, 1, 2, 2), options)
+    image = torch.ones(1, 1, 2, 2, requires_grad=True)
+    normalise(image, options).sum().backward()
+    assert torch.equal(image.grad, torch.full((1, 1, 2, 2), 8.0))
+
+
 def test_augmentation_is_random_but_seeded():
     pictures = torch.rand(16, 3, 8, 8)
     torch.manual_seed(0)

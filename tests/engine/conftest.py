@@ -1,5 +1,6 @@
 """A small ViT for the digits as a model.py, split once for all tests."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,14 @@ QUICK = [
     "eval.sigmas=2",
 ]
 ALONE = [*QUICK, "train.periphery=frozen-target"]
+
+
+def saved_pipeline(folder, model, scheduler):
+    """A denoiser and its schedule as diffusers keeps a pipeline of them."""
+    model.save_pretrained(folder / "transformer")
+    scheduler.save_pretrained(folder / "scheduler")
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "DiffusionPipeline"}))
+    return folder
 
 
 def write_model(folder):

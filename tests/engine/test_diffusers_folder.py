@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine.conftest import QUICK
+from engine.conftest import QUICK, saved_pipeline
 
 import dbconvert
 from dbconvert.checkpoint import load_tensors
@@ -35,13 +35,9 @@ def pipeline(tmp_path_factory):
     """A random denoiser that predicts v, as a pipeline's folder."""
     from diffusers import DDIMScheduler, DiTTransformer2DModel
 
-    folder = tmp_path_factory.mktemp("pipeline")
     torch.manual_seed(0)
-    model = DiTTransformer2DModel(**SIZES)
-    model.save_pretrained(folder / "transformer")
-    DDIMScheduler(prediction_type="v_prediction").save_pretrained(folder / "scheduler")
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "DiTPipeline"}))
-    return folder
+    folder, scheduler = tmp_path_factory.mktemp("pipeline"), DDIMScheduler(prediction_type="v_prediction")
+    return saved_pipeline(folder, DiTTransformer2DModel(**SIZES), scheduler)
 
 
 @pytest.fixture(scope="module")

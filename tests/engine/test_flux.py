@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine.conftest import QUICK
+from engine.conftest import QUICK, saved_pipeline
 
 import dbconvert
 from dbconvert.checkpoint import load_tensors
@@ -75,12 +75,9 @@ def pipeline(tmp_path_factory):
     """A random Flux as a pipeline's folder."""
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 
-    folder = tmp_path_factory.mktemp("flux")
     torch.manual_seed(0)
-    FluxTransformer2DModel(**SIZES).save_pretrained(folder / "transformer")
-    FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
-    return folder
+    folder, scheduler = tmp_path_factory.mktemp("flux"), FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return saved_pipeline(folder, FluxTransformer2DModel(**SIZES), scheduler)
 
 
 @pytest.fixture(scope="module")
