@@ -9,13 +9,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from dbconvert.anatomy import Anatomy, Loop, SideAxes
+from dbconvert.anatomy import Anatomy, SideAxes
 from dbconvert.conditioning.modulation import Curve, Start
 from dbconvert.diffusion.distributions import LogNormal, NoiseDistribution, Tabulated
 from dbconvert.diffusion.intervals import Intervals, Partition
 from dbconvert.diffusion.masking import Masking, Schedule
 from dbconvert.diffusion.predictions import Prediction
 from dbconvert.errors import DBConvertError, UsageError
+from dbconvert.rounds import Loop
 from dbconvert.schema import PositiveFloat, Share, identity, parse, read_json, record
 
 SCHEMA_VERSION = 1

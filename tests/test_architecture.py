@@ -12,7 +12,7 @@ FILES = sorted(p for p in ROOT.rglob("*.py") if "shipped" not in p.relative_to(R
 LAYERS = {
     "amounts": 0, "errors": 0, "events": 0, "files": 0, "shipped": 0,
     "diffusion": 1, "schema": 1,
-    "anatomy": 2, "conditioning": 2, "data_options": 2, "overrides": 2, "plan": 2, "recipe": 2,
+    "anatomy": 2, "conditioning": 2, "data_options": 2, "overrides": 2, "plan": 2, "recipe": 2, "rounds": 2,
     "tensorfile": 2, "stream": 2, "graph": 3, "checkpoint": 3, "weights": 3,
     "tasks": 4, "sources": 4, "data": 4,
     "engine": 5,

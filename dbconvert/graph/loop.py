@@ -10,13 +10,14 @@ from itertools import zip_longest
 
 from torch import fx, nn
 
-from dbconvert.anatomy import Anatomy, FunctionCall, Loop, Path, StatePlace
+from dbconvert.anatomy import Anatomy, FunctionCall, Path
 from dbconvert.errors import Refused
 from dbconvert.graph.inject import swap_class
 from dbconvert.graph.looped import OnceModule, RoundModule, RoundsModule, StateModule
 from dbconvert.graph.reach import Reach
 from dbconvert.graph.run import Run
 from dbconvert.graph.tape import ModuleCall, Recording, argument_leaves, called, describe
+from dbconvert.rounds import Loop, StatePlace
 
 Use = tuple[fx.Node, Path]
 """A node and the path of one of its arguments."""

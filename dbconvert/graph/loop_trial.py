@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dbconvert.anatomy import Anatomy, Loop, Rounds
+from dbconvert.anatomy import Anatomy
 from dbconvert.errors import Refused
 from dbconvert.graph.inject import PREFIX, inject
 from dbconvert.graph.loop import SIMPLE, control, find_state, unfit
@@ -25,6 +25,7 @@ from dbconvert.graph.run import Run
 from dbconvert.graph.stability import source_lines
 from dbconvert.graph.tape import record
 from dbconvert.graph.values import item
+from dbconvert.rounds import Loop, Rounds
 
 Tokens = dict[str, Tensor]
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from dbconvert.anatomy import Rounds, StatePlace
 from dbconvert.graph.functions import Arguments, Intercepted
 from dbconvert.graph.tape import called
 from dbconvert.graph.values import look_up, put_in
+from dbconvert.rounds import Rounds, StatePlace
 
 Memory = dict[str, list[tuple[Any, Counter[str]]]]
 """By module path, what each of its calls gave, and how many functions of each name it called."""

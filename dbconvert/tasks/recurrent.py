@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from dbconvert.anatomy import Anatomy, Loop
+from dbconvert.anatomy import Anatomy
 from dbconvert.data.sequences import DOCUMENTS
 from dbconvert.errors import DBConvertError
 from dbconvert.graph.loop_trial import ask_loop
@@ -22,6 +22,7 @@ from dbconvert.graph.looped import LoopPass
 from dbconvert.graph.two_streams import positions_axis
 from dbconvert.plan import Target
 from dbconvert.recipe import Z
+from dbconvert.rounds import Loop
 from dbconvert.tasks.base import Corruption, Inputs, Passage, along
 from dbconvert.tasks.discrete import Denoising, modulated, register_readouts, register_table
 from dbconvert.tasks.next_token import NextToken, one_later

@@ -6,7 +6,7 @@ import torch
 from loops import ByArgument, ByModule, Fixed, Halting, InSubmodule, Looped, NormedAfter, Numbered, RandomState
 from torch.overrides import _len_torch_function_stack
 
-from dbconvert.anatomy import FunctionCall, Rounds
+from dbconvert.anatomy import FunctionCall
 from dbconvert.errors import Refused
 from dbconvert.graph.analysis import analyse
 from dbconvert.graph.functions import Intercepted
@@ -15,6 +15,7 @@ from dbconvert.graph.loop import control
 from dbconvert.graph.loop_trial import ask_loop
 from dbconvert.graph.looped import LoopPass
 from dbconvert.graph.oracle import is_causal
+from dbconvert.rounds import Rounds
 
 INPUTS = {"ids": networks.tokens()}
 
