@@ -233,6 +233,8 @@ class Head:
         module: path in the network.
         features: width of its input.
         outputs: width of its output.
+        labels: how many rows of scores these are, where the network's output has them on an axis of their own, [..., L,
+            K] with L K = `outputs`.
         output: where its result sits in the network's output.
         token: index of the one token that is read, or None when tokens are pooled or all read.
         pooled: whether the head sees one vector an example.
@@ -246,6 +248,12 @@ class Head:
     token: int | None
     pooled: bool
     after: tuple[Change, ...] = ()
+    labels: int = 1
+
+    @property
+    def classes(self) -> int:
+        """K."""
+        return self.outputs // self.labels
 
 
 @record

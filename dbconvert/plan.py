@@ -148,7 +148,7 @@ class Target:
     """What the noisy target is and where it enters.
 
     Args:
-        classes: rows of the target table; for images, of the network's own table of classes.
+        classes: of a label, and rows of its table; for images, rows of the network's own table of classes.
         width: its columns, the width of the stream; for images, their channels.
         placement: `replace` puts the noisy target in the place of one token's embedding, `token` adds it to that token,
             `append` makes it one token more, `add` adds it to every position; `positions` adds to every position one
@@ -164,6 +164,7 @@ class Target:
         halves: whether a block's last layer can run on its noisy half alone, of the clean one taking keys and values.
         loop: how a looped core is run once.
         prediction: of images, what the network predicts.
+        labels: of a position, each with a table of its own; their embeddings are added up.
     """
 
     classes: int
@@ -178,6 +179,7 @@ class Target:
     halves: bool = False
     loop: Loop | None = None
     prediction: Prediction = Prediction()
+    labels: int = 1
 
 
 @record

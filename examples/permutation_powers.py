@@ -1,10 +1,10 @@
-"""An attention network for the powers of a permutation f: at every position f^j(i), of a point i and a power j.
+"""An attention network for the powers of a permutation f: at every point i all of f^j(i), j from 1 to 8.
 
 dbconvert inspect examples/permutation_powers.py
 dbconvert train permutation_powers
 
-Every position knows its point, its power and where f takes the point. Reading f at another point doubles the power
-that is known, so that a layer of attention can double what the one before it found.
+Every position knows its point and where f takes it. A position that knows f^j of its point finds f^2j where that point
+knows as much, so that a layer of attention can double what the one before it found.
 """
 
 import torch
@@ -32,32 +32,35 @@ class Layer(nn.Module):
 
 
 class Powers(nn.Module):
-    """f(i) at position i p + j - 1, [N, n p], to scores of f^j(i) [N, n p, n], j from 1 to p."""
+    """f(i) at position i, [N, n], to scores [N, n, p, n] of f^j(i), j from 1 to p; or [N, n, n] of one power."""
 
     def __init__(self, *, points: int, powers: int, depth: int, width: int, heads: int) -> None:
         super().__init__()
         self.count = powers
         self.points = nn.Embedding(points, width)
         self.image = nn.Linear(width, width, bias=False)
-        self.powers = nn.Embedding(powers, width)
         self.layers = nn.ModuleList(Layer(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, points)
+        self.head = nn.Linear(width, powers * points)
 
     def forward(self, tokens: Tensor) -> Tensor:
         place = torch.arange(tokens.shape[1], device=tokens.device)
-        point, power = self.points.weight[place // self.count], self.powers.weight[place % self.count]
-        x = self.image(self.points(tokens)) + point + power
+        x = self.image(self.points(tokens)) + self.points.weight[place]
         for layer in self.layers:
             x = layer(x)
         scores: Tensor = self.head(self.norm(x))
-        return scores
+        return scores.unflatten(-1, (self.count, -1)) if self.count > 1 else scores
 
 
 def build_model() -> nn.Module:
-    """Eight powers of permutations of 16 points."""
+    """All eight powers of permutations of 16 points."""
     return Powers(points=16, powers=8, depth=6, width=64, heads=4)
 
 
+def highest_power() -> nn.Module:
+    """One power of them, for `data.puzzle.single=true`: the eighth."""
+    return Powers(points=16, powers=1, depth=6, width=64, heads=4)
+
+
 def example_inputs() -> dict[str, Tensor]:
-    return {"tokens": torch.arange(2 * 128).view(2, 128) % 16}
+    return {"tokens": torch.arange(2 * 16).view(2, 16) % 16}

@@ -11,6 +11,8 @@ from torch import nn
 from dbconvert.tasks.token_classification import TokenClassification
 
 CLASSES = 5
+LABELS = 3
+"""Of a position of `several`."""
 
 
 class Near(nn.Module):
@@ -30,14 +32,15 @@ class Tagger(nn.Module):
     Args:
         layout: axes of the stream between stem and head: examples, positions, channels.
         extra: a token of no position stands before the others.
+        labels: of a position; the scores are [N, S, labels, classes] where it is more than one.
     """
 
-    def __init__(self, layer=Block, layout=(0, 1, 2), classes=CLASSES, extra=False):
+    def __init__(self, layer=Block, layout=(0, 1, 2), classes=CLASSES, extra=False, labels=1):
         super().__init__()
-        self.layout, self.extra = layout, extra
+        self.layout, self.extra, self.labels = layout, extra, labels
         self.tokens, self.positions = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(64, WIDTH)
         self.layers = nn.ModuleList(layer() for _ in range(DEPTH))
-        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, classes)
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, labels * classes)
 
     def forward(self, ids):
         x = self.tokens(ids) + self.positions(torch.arange(ids.shape[1]))
@@ -46,7 +49,8 @@ class Tagger(nn.Module):
         for layer in self.layers:
             x = layer(x)
         x = self.norm(x.permute(self.layout))  # every layout here is its own inverse
-        return self.head(x[:, 1:] if self.extra else x)
+        scores = self.head(x[:, 1:] if self.extra else x)
+        return scores.view(*ids.shape, self.labels, -1) if self.labels > 1 else scores
 
 
 class Vectors(nn.Module):
@@ -73,6 +77,7 @@ def of_transformers(kind, config, **more):
 ROWS = {
     "tagger": lambda: (Tagger(), {"ids": networks.tokens()}),
     "channels_first": lambda: (Tagger(Near, (0, 2, 1)), {"ids": networks.tokens()}),
+    "several": lambda: (Tagger(labels=LABELS), {"ids": networks.tokens()}),
     "vectors": lambda: (Vectors(), {"x": networks.features()}),
     "hf_bert": lambda: of_transformers("Bert", transformers.BertConfig),
     "hf_roberta": lambda: of_transformers("Roberta", transformers.RobertaConfig, pad_token_id=1),

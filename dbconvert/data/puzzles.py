@@ -2,7 +2,7 @@
 
 Example i of a part is a function of the puzzle's name, the part and i alone, made when it is asked for, so that
 training data is as good as unlimited. Parts are drawn apart: where examples are short, some occur in two parts.
-Shapes: N examples, S positions.
+Shapes: N examples, S positions, L labels of a position.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TOKENS, LABEL = "tokens", "label"
 
 
 class Puzzle(Dataset[dict[str, Tensor]], ABC):
-    """One part of a puzzle: items {tokens: [S], label: [S]}, both long.
+    """One part of a puzzle: items {tokens: [S], label: [S], or [S, L] where L is more than 1}, both long.
 
     Args:
         options: what it leaves open is the puzzle's own.
@@ -37,6 +37,7 @@ class Puzzle(Dataset[dict[str, Tensor]], ABC):
     Attributes:
         vocabulary: tokens that there are.
         classes: labels that there are.
+        labels: L.
 
     Raises:
         UsageError: the options are of no such puzzle.
@@ -45,6 +46,7 @@ class Puzzle(Dataset[dict[str, Tensor]], ABC):
     name: ClassVar[str]
     vocabulary: int
     classes: int
+    labels = 1
 
     def __init__(self, part: str, options: PuzzleOptions) -> None:
         self.options = options
@@ -63,11 +65,12 @@ class Puzzle(Dataset[dict[str, Tensor]], ABC):
 
     @abstractmethod
     def make(self, random: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens, labels and how many steps deep each label lies, [N, S] each, of random numbers [N, drawn]."""
+        """Tokens [N, S], and of every position its labels and how many steps deep each lies, of random numbers
+        [N, drawn]."""
 
-    @abstractmethod
     def asked(self, positions: int) -> np.ndarray:
         """Which positions have a label where there is a single answer, [S] bool."""
+        return np.ones(positions, dtype=bool)
 
     def __len__(self) -> int:
         return self.count
@@ -80,7 +83,7 @@ class Puzzle(Dataset[dict[str, Tensor]], ABC):
         return {TOKENS: tokens, LABEL: labels}
 
     def depths(self, indices: list[int]) -> Tensor:
-        """How many steps it takes to each label, [N, S]."""
+        """How many steps it takes to each label, of the labels' shape."""
         return self.made(indices)[2]
 
     def made(self, indices: list[int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,7 +130,10 @@ class S3(Puzzle):
 
 
 class PermutationPowers(Puzzle):
-    """Powers of a random permutation f of n points: position i p + j - 1 holds f(i) and asks for f^j(i), j = 1 .. p."""
+    """Powers of a random permutation f of n points: position i holds f(i), and asks for f^j(i), j from 1 to p.
+
+    A single answer is f^p(i) alone, at every position.
+    """
 
     name: ClassVar[str] = "permutation-powers"
 
@@ -138,6 +144,7 @@ class PermutationPowers(Puzzle):
         if self.size < 2:
             raise self.refuse("size", "there is one permutation of one point", "give 2 or more")
         self.vocabulary = self.classes = self.size
+        self.labels = 1 if options.single else self.powers
 
     @property
     def drawn(self) -> int:
@@ -149,12 +156,10 @@ class PermutationPowers(Puzzle):
         for _ in range(1, self.powers):
             power = np.take_along_axis(image, power, 1)
             found.append(power)
-        labels = np.stack(found, 2).reshape(len(random), -1)
-        depths = np.broadcast_to(np.tile(1 + np.arange(self.powers), self.size), labels.shape)
-        return image.repeat(self.powers, 1), labels, depths
-
-    def asked(self, positions: int) -> np.ndarray:
-        return np.asarray(np.arange(positions) % self.powers == self.powers - 1)
+        if self.labels == 1:
+            return image, power, np.full_like(power, self.powers)
+        labels = np.stack(found, 2)
+        return image, labels, np.broadcast_to(1 + np.arange(self.powers), labels.shape)
 
 
 class Automaton(Puzzle):

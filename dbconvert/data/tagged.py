@@ -14,6 +14,7 @@ from dbconvert.data.puzzles import Puzzle
 from dbconvert.data_options import DataOptions
 from dbconvert.errors import DBConvertError
 from dbconvert.graph.values import example_shape
+from dbconvert.plan import Target
 
 COUNTED = 4096
 """Examples from which the frequencies of labels are taken."""
@@ -22,23 +23,23 @@ COUNTED = 4096
 class Tagged(Dataset[Batch]):
     """A map-style dataset of dicts, read in batches.
 
-    A batch holds the network's arguments under their names, and the labels, [N, S] long, under `LABEL`: -100 where a
-    position has none.
+    A batch holds the network's arguments under their names, and the labels, [N, S] long, or [N, S, L] where every
+    position has several, under `LABEL`: -100 where a position has none.
 
     Args:
-        classes: that the network has.
+        target: classes, and labels of a position, that the network tells.
 
     Raises:
         DBConvertError: columns are missing, examples are not of one shape, or labels of another number of classes.
     """
 
-    def __init__(self, dataset: Any, options: DataOptions, anatomy: Anatomy, classes: int) -> None:
+    def __init__(self, dataset: Any, options: DataOptions, anatomy: Anatomy, target: Target) -> None:
         if len(dataset) == 0:
             raise DBConvertError(f"data source {options.source} is empty")
-        self.dataset, self.classes, self.label = dataset, classes, options.label
+        self.dataset, self.target, self.label = dataset, target, options.label
         self.columns = find_columns(dataset[0], options, anatomy)
         if isinstance(dataset, Puzzle):
-            refuse_other_puzzle(dataset, anatomy, classes)
+            refuse_other_puzzle(dataset, anatomy, target)
         self.shapes = {name: value.shape for name, value in self.read(0).items()}
         self.refuse_other_rank(anatomy)
 
@@ -64,16 +65,7 @@ class Tagged(Dataset[Batch]):
         item = self.dataset[index]
         found = {name: tensor_of(item[column], column, index) for name, column in self.columns.items()}
         labels = found[LABEL] = tensor_of(item[self.label], self.label, index)
-        if labels.dim() != 1 or labels.is_floating_point():
-            raise DBConvertError(
-                f"the label of example {index} is no row of whole numbers", hint="give one a position, -100 for none"
-            )
-        wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= self.classes))]
-        if len(wrong):
-            raise DBConvertError(
-                f"example {index} has label {int(wrong[0])}, and the network has {self.classes} classes",
-                hint="labels are 0 to K - 1, and -100 where a position has none",
-            )
+        self.refuse_other_labels(index, labels)
         for name, shape in getattr(self, "shapes", {}).items():
             if found[name].shape != shape:
                 column = self.label if name == LABEL else self.columns[name]
@@ -83,16 +75,39 @@ class Tagged(Dataset[Batch]):
                 )
         return found
 
+    def refuse_other_labels(self, index: int, labels: Tensor) -> None:
+        """Raises DBConvertError for labels that the network does not tell."""
+        classes, several = self.target.classes, self.target.labels
+        if labels.is_floating_point() or not labels.dim() or labels.shape[1:] != ((several,) if several > 1 else ()):
+            what = "row of whole numbers" if several == 1 else f"table of whole numbers, [S, {several}]"
+            raise DBConvertError(
+                f"the label of example {index} is no {what}",
+                hint=f"give {'one' if several == 1 else several} a position, -100 for none",
+            )
+        known = (labels != IGNORED).reshape(len(labels), -1)
+        if not torch.equal(known.any(1), known.all(1)):
+            raise DBConvertError(
+                f"example {index} has a position that lacks some of its {several} labels",
+                hint="give all labels of a position, or -100 for each of them",
+            )
+        wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= classes))]
+        if len(wrong):
+            raise DBConvertError(
+                f"example {index} has label {int(wrong[0])}, and the network has {classes} classes",
+                hint="labels are 0 to K - 1, and -100 where a position has none",
+            )
+
     def label_counts(self) -> Tensor:
-        """How often each label occurs, [classes]; from a fixed sample where there are many examples."""
+        """How often each label occurs, [K] or [L, K]; from a fixed sample where there are many examples."""
         indices = torch.arange(len(self))
         if len(self) > COUNTED:
             indices = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))[:COUNTED]
         labels = self.__getitems__(indices.tolist())[LABEL]
-        counts = labels[labels != IGNORED].bincount(minlength=self.classes).double()
+        rows = labels.reshape(-1, self.target.labels).T
+        counts = torch.stack([row[row != IGNORED].bincount(minlength=self.target.classes) for row in rows]).double()
         if not counts.any():
             raise DBConvertError("no position of the data has a label", hint="-100 means none; labels count from 0")
-        return counts
+        return counts[0] if self.target.labels == 1 else counts
 
 
 def tensor_of(value: Any, column: str, index: int) -> Tensor:
@@ -105,12 +120,18 @@ def tensor_of(value: Any, column: str, index: int) -> Tensor:
         ) from None
 
 
-def refuse_other_puzzle(puzzle: Puzzle, anatomy: Anatomy, classes: int) -> None:
-    """Raises DBConvertError where the network has too few classes, or its table too few rows, for a puzzle."""
+def refuse_other_puzzle(puzzle: Puzzle, anatomy: Anatomy, target: Target) -> None:
+    """Raises DBConvertError where the network has too few classes, its table too few rows, or positions another number
+    of labels than a puzzle asks for."""
     rows = anatomy.embedding.rows if anatomy.embedding is not None else puzzle.vocabulary
-    if puzzle.classes > classes or puzzle.vocabulary > rows:
+    if puzzle.classes > target.classes or puzzle.vocabulary > rows:
         raise DBConvertError(
             f"{puzzle.name} has {puzzle.vocabulary} tokens and {puzzle.classes} classes, and the network {rows} and "
-            f"{classes}",
+            f"{target.classes}",
             hint="give a network with as many, or set data.puzzle.size and data.puzzle.steps",
+        )
+    if puzzle.labels != target.labels:
+        raise DBConvertError(
+            f"{puzzle.name} asks {puzzle.labels} of every position, and the network tells {target.labels}",
+            hint="give a network that returns scores [N, S, L, K], or [N, S, K] where L is 1",
         )

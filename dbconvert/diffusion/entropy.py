@@ -65,16 +65,16 @@ def posterior_entropy(table: Tensor, frequencies: Tensor, log_sigma: Tensor, *, 
     return entropies
 
 
-def closed_form(labels: int, width: int) -> EntropyFit:
-    """About what `fit_entropy` gives for many equally frequent labels and a random unit-norm table, without the table.
+def closed_form(classes: int, width: int, labels: int = 1) -> EntropyFit:
+    """About what `fit_entropy` gives for many equally frequent classes and a random unit-norm table, without the table.
 
     F is nearly log-normal then, around 1.25 / sqrt(2 H), whatever the width (fitted to Monte Carlo of 10 to 20,000
-    labels).
+    classes).
 
     Args:
-        labels: K. width: d.
+        classes: K. width: d. labels: L.
     """
-    entropy = math.log(labels)
+    entropy = math.log(classes)
     normal = LogNormal(math.log(1.25 / math.sqrt(2 * entropy)), SPREAD, 1e-3, 1e3)
     ends = normal.icdf(torch.tensor([OPEN_AT_MIN, OPEN_AT_MAX]).double())
     log_sigma = torch.linspace(math.log(float(ends[0])) - 0.1, math.log(float(ends[1])) + 0.1, GRID_POINTS).double()
@@ -84,31 +84,35 @@ def closed_form(labels: int, width: int) -> EntropyFit:
         sigma_min=significant(float(ends[0])),
         sigma_max=significant(float(ends[1])),
     )
-    return EntropyFit(fitted, significant(width**-0.5), significant(entropy))
+    return EntropyFit(fitted, significant((labels / width) ** 0.5), significant(labels * entropy))
 
 
 def fit_entropy(table: Tensor, frequencies: Tensor, *, seed: int = 0) -> EntropyFit:
     """Fits F(sigma) to a table of targets.
 
+    A target that is the sum of L labels' embeddings is taken to open them one by one, each with the others known: exact
+    where the labels' embeddings are orthogonal to each other's, too little entropy else.
+
     Args:
-        table: [K, d], as it is used in training (normalised).
-        frequencies: [K], counts or probabilities of the labels; labels of frequency 0 are left out.
+        table: [K, d], as it is used in training (normalised), or [L, K, d].
+        frequencies: [K] or [L, K], counts or probabilities of the labels; labels of frequency 0 are left out.
         seed: of the Monte Carlo draws.
 
     Raises:
         DBConvertError: fewer than two labels occur, so that there is nothing to resolve.
     """
-    present = frequencies > 0
-    if int(present.sum()) < 2:
+    tables, counts = table.detach().reshape(-1, *table.shape[-2:]), frequencies.reshape(-1, table.shape[-2])
+    occur = [(rows[count > 0], count[count > 0]) for rows, count in zip(tables, counts, strict=True)]
+    parts = [(rows, count) for rows, count in occur if len(rows) > 1]
+    if not parts:
         raise DBConvertError(
-            f"noise `auto` needs at least two labels that occur, found {int(present.sum())}",
+            f"noise `auto` needs at least two labels that occur, found {max(len(rows) for rows, _ in occur)}",
             hint="look at the labels of the training data, or use --noise edm",
         )
-    table, frequencies = table.detach()[present], frequencies[present]
-    deviation = rms_deviation(table, frequencies)
-    spread = math.log(deviation * math.sqrt(table.shape[1]))
+    deviation = math.sqrt(sum(rms_deviation(*part) ** 2 for part in parts))
+    spread = math.log(deviation / math.sqrt(len(parts)) * math.sqrt(table.shape[-1]))
     log_sigma = spread + torch.linspace(math.log(1e-3), math.log(1e2), GRID_POINTS, dtype=torch.float64)
-    entropy = posterior_entropy(table, frequencies, log_sigma, draws=DRAWS, seed=seed)
+    entropy = torch.stack([posterior_entropy(*part, log_sigma, draws=DRAWS, seed=seed) for part in parts]).sum(0)
     still_open = entropy.cummax(0).values
     still_open = still_open / still_open[-1]
     rising = still_open + torch.arange(GRID_POINTS).double() * 1e-12
@@ -123,8 +127,8 @@ def fit_entropy(table: Tensor, frequencies: Tensor, *, seed: int = 0) -> Entropy
         sigma_min=sigma_min,
         sigma_max=sigma_max,
     )
-    prior = frequencies.double() / float(frequencies.sum())
-    label_entropy = float(-(prior * prior.log()).sum())
+    priors = [count.double() / float(count.sum()) for _, count in parts]
+    label_entropy = sum(float(-(prior * prior.log()).sum()) for prior in priors)
     return EntropyFit(rounded, significant(deviation), significant(label_entropy))
 
 

@@ -24,8 +24,8 @@ def fit_noise(rule: NoiseRule, blocks: int, table: Tensor | None, frequencies: T
     """Applies a rule.
 
     Args:
-        table: targets [K, d] for `auto`.
-        frequencies: of the labels [K]; None counts them as equally frequent.
+        table: targets [K, d], or [L, K, d] of several labels, for `auto`.
+        frequencies: of the labels, [K] or [L, K]; None counts them as equally frequent.
         basis: what the table and the frequencies are, in words.
 
     Raises:
@@ -38,16 +38,17 @@ def fit_noise(rule: NoiseRule, blocks: int, table: Tensor | None, frequencies: T
     refuse_others(rule)
     if table is None:
         raise UsageError("noise `auto` needs a table of discrete targets", hint="use --noise edm")
-    frequencies = torch.ones(len(table)) if frequencies is None else frequencies
+    frequencies = torch.ones(table.shape[:-1]) if frequencies is None else frequencies
     return auto_noise(rule, blocks, fit_entropy(table, frequencies), basis)
 
 
 def preview_noise(rule: NoiseRule, blocks: int, target: Target) -> NoiseFit:
     """What `auto` will about give, before there is data: for equally frequent labels and a random table."""
-    if target.classes * target.width > LARGEST_TABLE:
+    if target.labels * target.classes * target.width > LARGEST_TABLE:
         refuse_others(rule)
-        return auto_noise(rule, blocks, closed_form(target.classes, target.width), UNIFORM)
-    random = torch.randn(target.classes, target.width, generator=torch.Generator().manual_seed(0))
+        return auto_noise(rule, blocks, closed_form(target.classes, target.width, target.labels), UNIFORM)
+    shape = (target.classes, target.width) if target.labels == 1 else (target.labels, target.classes, target.width)
+    random = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     return fit_noise(rule, blocks, torch.nn.functional.normalize(random, dim=-1), None, UNIFORM)
 
 

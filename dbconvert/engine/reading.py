@@ -60,7 +60,7 @@ def open_examples(
     """
     assert plan.target is not None
     if named(str(plan.task)).tagged:
-        return Tagged(open_part(data, part), data, as_read(plan), plan.target.classes)
+        return Tagged(open_part(data, part), data, as_read(plan), plan.target)
     if tokenizer is None:
         pictures = Examples(open_part(data, part), data, as_read(plan), plan.target.classes)
         if data.latents is None:
@@ -103,5 +103,5 @@ def stand_in(recipe: Recipe, plan: Plan) -> Data:
     task = task_of(plan)
     if task.tagged:
         labels = task.stand_in({name: value[None] for name, value in item.items()})[0]
-        return Tagged([{**item, LABEL: labels}] * recipe.train.batch, options, anatomy, plan.target.classes)
+        return Tagged([{**item, LABEL: labels}] * recipe.train.batch, options, anatomy, plan.target)
     return Examples([{**item, LABEL: 0}] * recipe.train.batch, options, anatomy, plan.target.classes)

@@ -88,7 +88,7 @@ def structure(anatomy: Anatomy) -> dict[str, Any]:
         "post norm": anatomy.post_norm,
         "stem": anatomy.stem.modules,
         "readout": anatomy.readout.modules,
-        "head": head and (head.module, head.output, head.token, head.pooled, len(head.after)),
+        "head": head and (head.module, head.output, head.token, head.pooled, head.labels, len(head.after)),
         "embedding": anatomy.embedding and (anatomy.embedding.module, anatomy.embedding.argument),
         "inputs": tuple((given.name, len(given.shape), given.dtype) for given in anatomy.inputs),
         "layers": {kind(layer) for layer in anatomy.layers},

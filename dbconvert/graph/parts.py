@@ -130,8 +130,16 @@ def find_head(evidence: Evidence, end: fx.Node) -> Head | None:
         if features is None:
             return None
         token, pooled = how_read(features, end, evidence)
-        return Head(str(made.target), module.in_features, module.out_features, output, token, pooled, after)
+        labels = rows_of_scores(node, made)
+        return Head(str(made.target), module.in_features, module.out_features, output, token, pooled, after, labels)
     return None
+
+
+def rows_of_scores(output: fx.Node, made: fx.Node) -> int:
+    """L, where the last axis L K of what a head made is two axes, L and K, of the network's output."""
+    before, after = tuple(made.meta["shape"]), tuple(output.meta["shape"])
+    split = len(after) > 1 and before == (*after[:-2], after[-2] * after[-1])
+    return after[-2] if split else 1
 
 
 def look_back(node: fx.Node) -> tuple[fx.Node, tuple[Change, ...]]:

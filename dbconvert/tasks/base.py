@@ -1,7 +1,8 @@
 """What a task answers. To add one: subclass Task in a file of its own and list it in registry.py.
 
 Shapes: N examples, S positions, d width of the target. Labels are what a block is to tell: [N], or [N, S] where every
-position has one, and losses have their shape; or images [N, C, H, W], with one loss an example.
+position has one, [N, S, L] where it has several, and losses have their shape; or images [N, C, H, W], with one loss an
+example.
 """
 
 from __future__ import annotations
@@ -211,7 +212,7 @@ class Task(ABC):
         """The block that owns a parameter that `register` added, None for the periphery."""
 
     def table(self, model: nn.Module) -> Tensor:
-        """The targets as training uses them, [K, d]."""
+        """The targets as training uses them, [K, d], or [L, K, d] where a position has several labels."""
         raise self.without("table of targets")
 
     # -- a batch ------------------------------------------------------------------------------------------
@@ -240,7 +241,7 @@ class Task(ABC):
         raise self.without("noisy target")
 
     def clean(self, model: nn.Module, labels: Tensor) -> Tensor:
-        """Clean targets y [*labels, d]."""
+        """Clean targets y, of `target_shape`."""
         raise self.without("noisy target")
 
     def c_noise(self, level: Tensor, scaling: Preconditioning) -> Tensor:
@@ -248,8 +249,8 @@ class Task(ABC):
         return scaling.c_noise(level)
 
     def level_shape(self, labels: Tensor) -> torch.Size:
-        """Of the levels of a batch: [N], or that of the labels where every label has its own."""
-        return labels.shape if self.noise.per == "position" else labels.shape[:1]
+        """Of the levels of a batch: [N], or [N, S] where every position has its own."""
+        return labels.shape[:2] if self.noise.per == "position" else labels.shape[:1]
 
     def draw(
         self, inputs: Inputs, *, generator: torch.Generator | None = None, device: torch.device | None = None
@@ -282,7 +283,7 @@ class Task(ABC):
         return Passage(inputs)
 
     def denoised(self, model: nn.Module, output: Tensor) -> Tensor:
-        """The network's output as an estimate of the clean target, [*labels, d]."""
+        """The network's output as an estimate of the clean target, of `target_shape`."""
         raise self.without("noisy target")
 
     def expected(self, model: nn.Module, scores: Tensor) -> Tensor:

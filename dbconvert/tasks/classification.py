@@ -40,6 +40,8 @@ class Classification(LabelTask):
             return "the network's output is not the result of one linear head"
         if not head.pooled:
             return "the head reads every position, not one vector an example"
+        if head.labels > 1:
+            return f"the head tells {head.labels} labels an example"
         return unfit(head, anatomy.width)
 
     @staticmethod

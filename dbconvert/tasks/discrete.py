@@ -14,8 +14,9 @@ from dbconvert.tasks.base import Change, Corruption, along, conditioning
 
 
 def register_table(model: nn.Module, target: Target, seed: int) -> None:
-    """Adds `target.weight` [K, d], random of norm 1; it is used normalised, so that embeddings cannot collapse."""
-    table = nn.Embedding(target.classes, target.width)
+    """Adds `target.weight` [K, d], or [L K, d], random of norm 1; it is used normalised, so that embeddings cannot
+    collapse."""
+    table = nn.Embedding(target.labels * target.classes, target.width)
     if table.weight.device.type != "meta":
         random = torch.randn(table.weight.shape, generator=torch.Generator().manual_seed(seed))
         table.weight.data.copy_(F.normalize(random, dim=-1))

@@ -53,4 +53,4 @@ def unfit(head: Head, width: int) -> str | None:
     """Why a head cannot read the stream, and tell one class from another; None where it can."""
     if head.features != width:
         return f"the head reads {head.features} features, the stream has {width}"
-    return "the head has a single output" if head.outputs < 2 else None
+    return "the head has a single output" if head.classes < 2 else None

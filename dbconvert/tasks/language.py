@@ -29,7 +29,8 @@ class LanguageTask(Task):
         if head.pooled:
             return "the head reads one vector an example, not every position"
         if head.outputs != embedding.rows:
-            return f"the head tells {head.outputs} tokens apart, the table has {embedding.rows}"
+            several = f"{head.labels} times " if head.labels > 1 else ""
+            return f"the head tells {several}{head.classes} tokens apart, the table has {embedding.rows}"
         if len(anatomy.stream_shape) != 3:
             return "the stream has other axes than examples, positions and channels"
         return None

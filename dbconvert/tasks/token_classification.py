@@ -1,5 +1,8 @@
 """A label for every position: y is the labels' embeddings, whose noisy forms all positions see (a joint target).
 
+Where every position has L labels, as in an output [N, S, L, K], y is the sum of their embeddings, each out of a table
+of its own.
+
 z [N, S, d] is added to the stream as it enters: c_in z, of unit scale, times the root mean square of the stream at that
 position, so that neither drowns the other. Positions without a label have no z: nothing enters there, and D is c_out F.
 Which these are is told by `ASKED` among the inputs, in training and evaluation from the labels of the data; without
@@ -23,11 +26,11 @@ from dbconvert.graph.two_streams import as_stream, positions_axis
 from dbconvert.plan import Context, Target
 from dbconvert.recipe import Z
 from dbconvert.tasks.base import Change, Corruption, Headline, Inputs, Passage, along
-from dbconvert.tasks.discrete import denoise_before_head
+from dbconvert.tasks.discrete import denoise_before_head, fresh_table
 from dbconvert.tasks.labels import LabelTask, unfit
 
 ASKED = "__asked__"
-"""Key among the inputs of the positions that have a label, [N, S] bool; no argument of a network is called this."""
+"""Key among the inputs of the positions that have labels, [N, S] bool; no argument of a network is called this."""
 
 
 class TokenClassification(LabelTask):
@@ -61,12 +64,12 @@ class TokenClassification(LabelTask):
     def on_request(anatomy: Anatomy) -> bool:
         """Networks of tokens whose head names other things than tokens are taken for this task unasked."""
         embedding, head = anatomy.embedding, anatomy.head
-        return embedding is None or head is None or head.outputs == embedding.rows
+        return embedding is None or head is None or (head.classes == embedding.rows and head.labels == 1)
 
     @staticmethod
     def decide(anatomy: Anatomy) -> Target:
         assert anatomy.head is not None
-        return Target(anatomy.head.outputs, anatomy.width, "positions")
+        return Target(anatomy.head.classes, anatomy.width, "positions", labels=anatomy.head.labels)
 
     @staticmethod
     def learn(model: nn.Module, anatomy: Anatomy, target: Target) -> Target:
@@ -87,7 +90,7 @@ class TokenClassification(LabelTask):
     # -- a batch ------------------------------------------------------------------------------------------
 
     def arranged(self, inputs: Inputs, labels: Tensor) -> tuple[Inputs, Tensor]:
-        asked = labels != IGNORED
+        asked = labels != IGNORED if self.target.labels == 1 else (labels != IGNORED).all(-1)
         return inputs if bool(asked.all()) else {**inputs, ASKED: asked}, labels
 
     # -- a forward pass -----------------------------------------------------------------------------------
@@ -95,9 +98,28 @@ class TokenClassification(LabelTask):
     def target_shape(self, inputs: Inputs) -> tuple[int, ...]:
         return len(next(iter(inputs.values()))), positions_of(self.anatomy, inputs), self.target.width
 
+    def table(self, model: nn.Module) -> Tensor:
+        rows, several = fresh_table(model), self.target.labels
+        return rows if several == 1 else rows.view(several, -1, rows.shape[-1])
+
     def clean(self, model: nn.Module, labels: Tensor) -> Tensor:
         """Of the first class where there is no label: nobody sees it."""
-        return self.table(model)[labels.clamp(min=0)]
+        table, labels = self.table(model), labels.clamp(min=0)
+        if self.target.labels == 1:
+            return table[labels]
+        return table[torch.arange(self.target.labels, device=labels.device), labels].sum(-2)
+
+    def denoised(self, model: nn.Module, output: Tensor) -> Tensor:
+        likely = output.float().softmax(-1)
+        expected: Tensor = (likely if self.target.labels == 1 else likely.flatten(-2)) @ fresh_table(model)
+        return expected
+
+    def told(self, model: nn.Module, expected: Tensor, z: Tensor) -> Tensor:
+        if self.target.labels == 1:
+            return super().told(model, expected, z)
+        unit: float = (self.target.width / self.target.labels) ** 0.5
+        above: Tensor = (expected - self.table(model).mean(1).sum(0)) * unit
+        return above
 
     def passage(self, model: nn.Module, block: int, inputs: Inputs, corruption: Corruption) -> Passage:
         asked, given = inputs.get(ASKED), own_inputs(inputs)
@@ -124,7 +146,9 @@ class TokenClassification(LabelTask):
 
     def stand_in(self, inputs: Inputs) -> Tensor:
         first = next(iter(inputs.values()))
-        return torch.zeros(len(first), positions_of(self.anatomy, inputs), dtype=torch.long, device=first.device)
+        several = () if self.target.labels == 1 else (self.target.labels,)
+        shape = (len(first), positions_of(self.anatomy, inputs), *several)
+        return torch.zeros(shape, dtype=torch.long, device=first.device)
 
     def losses(self, output: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(output.float().movedim(-1, 1), labels, ignore_index=IGNORED, reduction="none")
@@ -132,7 +156,7 @@ class TokenClassification(LabelTask):
     def figures(self, output: Tensor, labels: Tensor) -> dict[str, float]:
         """`accuracy_examples`: the share of examples all of whose labels are met."""
         right = self.correct(output, labels) | (labels == IGNORED)
-        return {"accuracy_examples": float(right.all(-1).float().mean())}
+        return {"accuracy_examples": float(right.flatten(1).all(1).float().mean())}
 
     def counted(self, labels: Tensor) -> Tensor:
         return (labels != IGNORED).float()

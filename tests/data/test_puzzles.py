@@ -13,6 +13,7 @@ from dbconvert.data.tagged import Tagged
 from dbconvert.data_options import DataOptions
 from dbconvert.errors import DBConvertError, UsageError
 from dbconvert.graph.analysis import analyse
+from dbconvert.plan import Target
 from dbconvert.schema import parse
 
 NAMES = list(PUZZLES)
@@ -39,12 +40,12 @@ def test_powers_of_a_permutation():
     puzzle = part("permutation-powers", size=5, steps=3)
     found = puzzle.__getitems__(list(range(50)))
     assert len({tuple(row.tolist()) for row in found["tokens"]}) > 40
-    for tokens, labels in zip(found["tokens"].tolist(), found["label"].tolist(), strict=True):
-        f = tokens[::3]
-        assert sorted(f) == list(range(5)) and tokens == [image for image in f for _ in range(3)]
-        for i in range(5):
-            assert labels[3 * i : 3 * i + 3] == [f[i], f[f[i]], f[f[f[i]]]]
-    assert puzzle.depths([0])[0, :6].tolist() == [1, 2, 3, 1, 2, 3]
+    for f, labels in zip(found["tokens"].tolist(), found["label"].tolist(), strict=True):
+        assert sorted(f) == list(range(5)) and labels == [[f[i], f[f[i]], f[f[f[i]]]] for i in range(5)]
+    assert puzzle.depths([0])[0].tolist() == [[1, 2, 3]] * 5 and puzzle.labels == 3
+    highest = part("permutation-powers", size=5, steps=3, single=True)
+    assert highest.labels == 1 and torch.equal(highest.__getitems__([4, 7])["label"], found["label"][[4, 7], :, 2])
+    assert highest.depths([0]).tolist() == [[3] * 5]
 
 
 def after(cells, steps):
@@ -70,7 +71,7 @@ def test_steps_of_an_automaton():
     assert told == set(range(6)) and mixed.vocabulary == 12
 
 
-@pytest.mark.parametrize(("name", "count"), [("s3", 1), ("permutation-powers", 16), ("automaton", 1)])
+@pytest.mark.parametrize(("name", "count"), [("s3", 1), ("automaton", 1)])
 def test_a_single_answer_is_the_deepest(name, count):
     every, single = part(name), part(name, single=True)
     labels, asked = every.__getitems__([5, 6])["label"], single.__getitems__([5, 6])["label"]
@@ -137,8 +138,8 @@ def anatomy():
     return analyse(*taggers.build("tagger"))
 
 
-def tagged(rows, anatomy, classes=5):
-    return Tagged(rows, DataOptions(source="rows"), anatomy, classes)
+def tagged(rows, anatomy, classes=5, labels=1):
+    return Tagged(rows, DataOptions(source="rows"), anatomy, Target(classes, 8, "positions", labels=labels))
 
 
 def row(tokens, labels):
@@ -179,3 +180,34 @@ def test_unfit_data_is_refused(rows, message, anatomy):
 def test_a_network_with_too_few_classes_is_refused(anatomy):
     with pytest.raises(DBConvertError, match="s3 has 6 tokens and 6 classes, and the network 61 and 5"):
         tagged(part("s3"), anatomy)
+
+
+# -- several labels a position ----------------------------------------------------------------------------------
+
+
+def test_labels_of_a_position_are_counted_apart(anatomy):
+    rows = [row([1, 2, 3], [[0, 4], [IGNORED, IGNORED], [1, 4]]), row([4, 5, 6], [[1, 2], [1, 2], [0, 0]])]
+    data = tagged(rows, anatomy, labels=2)
+    assert data.__getitems__([1, 0])[LABEL].shape == (2, 3, 2)
+    assert data.label_counts().tolist() == [[2, 3, 0, 0, 0], [1, 0, 2, 0, 2]]
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, 1], r"the label of example 0 is no table of whole numbers, \[S, 2\]"),
+        ([[0, 1, 2], [0, 1, 2]], r"the label of example 0 is no table of whole numbers, \[S, 2\]"),
+        ([[0, 1], [0, 7]], "example 0 has label 7, and the network has 5 classes"),
+        ([[0, 1], [IGNORED, 1]], "example 0 has a position that lacks some of its 2 labels"),
+    ],
+)
+def test_unfit_labels_of_several_are_refused(labels, message, anatomy):
+    with pytest.raises(DBConvertError, match=message):
+        tagged([row([1, 2], labels)], anatomy, labels=2)
+
+
+def test_a_network_of_another_number_of_labels_is_refused(anatomy):
+    powers = part("permutation-powers", size=5, steps=3)
+    with pytest.raises(DBConvertError, match="permutation-powers asks 3 of every position, and the network tells 1"):
+        tagged(powers, anatomy)
+    assert tagged(powers, anatomy, labels=3).label_counts().sum(1).tolist() == [4096 * 5] * 3

@@ -150,6 +150,17 @@ class TestEntropy:
         table = unit_table(10, 16)
         assert fit_entropy(table, frequencies) == fit_entropy(table[:5], torch.ones(5))
 
+    def test_several_labels_are_opened_one_by_one(self):
+        table, frequencies = unit_table(10, 16), torch.tensor([3.0, 1, 0, *[2] * 7])
+        one = fit_entropy(table, frequencies)
+        same = fit_entropy(torch.stack([table] * 4), torch.stack([frequencies] * 4))
+        assert same.distribution == one.distribution
+        assert same.entropy == pytest.approx(4 * one.entropy, rel=1e-5)
+        assert same.sigma_data == pytest.approx(2 * one.sigma_data, rel=1e-5)
+        fixed = torch.tensor([5.0, *[0] * 9])
+        assert fit_entropy(torch.stack([table, -table]), torch.stack([frequencies, fixed])) == one
+        assert closed_form(50, 16, 4).sigma_data == 2 * closed_form(50, 16).sigma_data == 0.5
+
     def test_one_label_is_refused(self):
         with pytest.raises(DBConvertError, match="at least two labels"):
             fit_entropy(unit_table(3, 4), torch.tensor([9.0, 0, 0]))

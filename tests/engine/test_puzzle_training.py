@@ -50,6 +50,20 @@ def run(recipe):
     return dbconvert.train(str(recipe), overrides=[*QUICK, *ON_POLICY], out=str(recipe.parent / "run"))
 
 
+def test_powers_of_a_permutation_are_eight_labels_a_position(recipe):
+    def powers(name, *overrides):
+        small = ["data.puzzle.examples=64", "split.blocks=2", *overrides]
+        return dbconvert.train("permutation_powers", overrides=[*QUICK, *small], out=str(recipe.parent / name))
+
+    found = powers("powers")
+    assert 0 < found.metrics["accuracy_zero"] < 1
+    assert load(found.folder)(torch.stack([torch.randperm(16) for _ in range(3)])).shape == (3, 16, 8, 16)
+    one = f"source={EXAMPLES / 'permutation_powers.py'}:highest_power"
+    with pytest.raises(DBConvertError, match="permutation-powers asks 8 of every position, and the network tells 1"):
+        powers("one", one)
+    assert "accuracy_zero" in powers("highest", one, "data.puzzle.single=true").metrics
+
+
 def train(recipe, name, *overrides, **more):
     return dbconvert.train(str(recipe), overrides=[*QUICK, *overrides], out=str(recipe.parent / name), **more)
 

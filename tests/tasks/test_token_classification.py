@@ -44,8 +44,9 @@ def given(network, examples=N):
     return {told.name: torch.randint(3, networks.VOCABULARY, (examples, S), generator=generator)}
 
 
-def labels_of(examples=N, *, some=False):
-    labels = torch.randint(0, taggers.CLASSES, (examples, S), generator=torch.Generator().manual_seed(5))
+def labels_of(examples=N, *, some=False, name="tagger"):
+    shape = (examples, S, taggers.LABELS) if name == "several" else (examples, S)
+    labels = torch.randint(0, taggers.CLASSES, shape, generator=torch.Generator().manual_seed(5))
     if some:
         labels[:, ::3] = IGNORED
     return labels
@@ -100,7 +101,7 @@ def test_positions_of_the_stream_that_the_head_does_not_read_are_refused():
 @pytest.mark.parametrize("name", NAMES)
 def test_z_is_as_loud_as_the_stream_at_every_level(name):
     network, intervals = network_of(name)
-    inputs, labels, task = given(network), labels_of(), network.task
+    inputs, labels, task = given(network), labels_of(name=name), network.task
     clean = task.clean(network.model, labels).detach()
     for block, level in enumerate((intervals.boundaries[-1], 0.6, intervals.boundaries[0])):
         streams = []
@@ -140,6 +141,55 @@ def test_the_target_is_the_expected_embedding():
     assert torch.allclose(expected[0], torch.stack([table[3], table[:2].mean(0)]), atol=1e-6)
     assert torch.allclose(table.norm(dim=-1), torch.ones(taggers.CLASSES), atol=1e-6)
     assert torch.equal(network.task.clean(network.model, torch.tensor([[2, IGNORED]]))[0, 0], table[2])
+
+
+def test_several_labels_are_one_sum():
+    """y of one position, its estimate where the network is sure, and what is told of it: at unit scale."""
+    network, _ = network_of("several")
+    task, model = network.task, network.model
+    assert (task.target.labels, task.target.classes) == (taggers.LABELS, taggers.CLASSES)
+    table = task.table(model)
+    assert table.shape == (taggers.LABELS, taggers.CLASSES, networks.WIDTH)
+    labels = labels_of(name="several")
+    y = task.clean(model, labels).detach()
+    assert torch.allclose(y[1, 2], sum(table[i, labels[1, 2, i]] for i in range(taggers.LABELS)), atol=1e-6)
+    sure = 50.0 * torch.nn.functional.one_hot(labels, taggers.CLASSES)
+    assert torch.allclose(task.denoised(model, sure), y, atol=1e-5) and task.correct(sure, labels).all()
+    blank = task.denoised(model, torch.zeros_like(sure))
+    assert torch.allclose(task.told(model, blank, y), torch.zeros_like(y), atol=1e-5)
+    assert 0.7 < task.told(model, y, y).square().mean().sqrt().item() < 1.2
+    assert task.losses(sure, labels).shape == labels.shape and task.losses(sure, labels).max() < 1e-3
+
+
+@pytest.mark.parametrize("some", [False, True])
+def test_losses_of_several_labels_reach_their_block(some):
+    network, _ = network_of("several")
+    inputs, labels = network.task.arranged(given(network), labels_of(some=some, name="several"))
+    assert (ASKED in inputs) is some and network.task.counted(labels).shape == labels.shape
+    for sigma in (torch.full((N,), 0.5), torch.full((N, S), 0.5)):
+        losses = network(1, inputs, labels, sigma, network.task.draw(inputs))
+        assert losses.shape == labels.shape and (losses[labels == IGNORED] == 0).all()
+        assert (losses[labels != IGNORED] > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [("causal_lm", "the head tells 3 times 5 tokens apart, the table has 61"), ("masked_lm", "the head tells 3 times")],
+)
+def test_several_labels_are_no_tokens(task, message):
+    with pytest.raises(UsageError, match=message):
+        choose_task(analyse(*taggers.build("several")), task)
+
+
+def test_several_labels_of_an_example_are_refused():
+    class Several(type(networks.build("vit")[0])):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs).unflatten(-1, (5, -1))
+
+    model, inputs = networks.build("vit")
+    model.__class__ = Several
+    with pytest.raises(UsageError, match="the head tells 5 labels an example"):
+        choose_task(analyse(model, inputs), "classification")
 
 
 # -- positions without a label ----------------------------------------------------------------------------------
@@ -195,11 +245,11 @@ def test_a_baseline_is_the_network_itself(some):
 
 @pytest.mark.parametrize("some", [False, True])
 @pytest.mark.parametrize("context", ["raw", *CONTEXTS])
-@pytest.mark.parametrize("name", ["tagger", "channels_first", "hf_llama"])
+@pytest.mark.parametrize("name", ["tagger", "channels_first", "several", "hf_llama"])
 def test_training_on_policy_meets_what_sampling_meets(name, context, some):
     """To the bit, at every level of the sampler."""
     network, intervals = network_of(name, context)
-    inputs, labels = network.task.arranged(given(network), labels_of(some=some))
+    inputs, labels = network.task.arranged(given(network), labels_of(some=some, name=name))
     with Entered(network) as sampled:
         list(sample(network, intervals, inputs))
     assert [b for b, _ in sampled.seen] == [0, 1, 2, 2]
