@@ -289,7 +289,16 @@ def inject(
             module = model.get_submodule(found.module)
             swap_class(module, mixin)
             module.db_run = run  # type: ignore[assignment]
+    unfuse(model)
     return run
+
+
+def unfuse(model: nn.Module) -> None:
+    """torch's own layers evaluate by a fused pass, which reads weights past the modules: sites would be left out."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.__dict__["db_fused"] = module.activation_relu_or_gelu
+            module.activation_relu_or_gelu = 0
 
 
 def inject_layer(
@@ -331,6 +340,8 @@ def eject(model: nn.Module) -> None:
     for module in model.modules():
         while type(module).__mro__[1] in MIXINS:
             module.__class__ = type(module).__mro__[2]
+        if "db_fused" in module.__dict__:
+            module.activation_relu_or_gelu = module.db_fused
         for name in [name for name in module.__dict__ if name.startswith("db_")]:
             del module.__dict__[name]
     delattr(model, PREFIX)

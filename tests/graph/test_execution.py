@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dbconvert.graph.analysis import analyse
-from dbconvert.graph.inject import inject
+from dbconvert.graph.inject import eject, inject
 from dbconvert.graph.proof import no_fast_paths
 from dbconvert.graph.tape import tensors
 
@@ -42,6 +42,23 @@ def test_compiles_without_a_graph_break(name):
                 condition = torch.randn(2, WIDTH)
                 assert torch.allclose(compiled(condition, active), network(condition, active), atol=1e-6)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["encoder_pre", "encoder_post"])
+def test_torchs_fused_layers_leave_no_site_out(name):
+    """Their pass for evaluation reads weights past the norms and the gates that are conditioned."""
+    torch.manual_seed(0)
+    network = Running(name).eval()
+    condition = torch.randn(2, WIDTH)
+    assert torch.backends.mha.get_fastpath_enabled()
+    with torch.no_grad():
+        found = network(condition)
+        with no_fast_paths():
+            expected = network(condition)
+    assert torch.allclose(found, expected, atol=1e-6)
+    assert not torch.allclose(found, network(torch.randn(2, WIDTH)), atol=1e-3)
+    eject(network.model)
+    assert all(layer.activation_relu_or_gelu for layer in network.model.encoder.layers)
 
 
 @pytest.mark.parametrize("name", ["vit", "hf_gpt2", "functional_norm"])
