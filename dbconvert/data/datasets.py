@@ -22,6 +22,9 @@ BUILT_IN: dict[str, tuple[Collection[str], Callable[[str, PuzzleOptions], Any]]]
     **{name: (PUZZLE_PARTS, puzzle) for name, puzzle in PUZZLES.items()},
 }
 """Name: its parts, and what opens one of them."""
+EXPORTS = "refs/convert/"
+TEXT = ("tokenizer", "length", "limit", "streaming")
+"""Options that only text has."""
 
 
 def open_part(options: DataOptions, part: str) -> Any:
@@ -50,13 +53,22 @@ def open_part(options: DataOptions, part: str) -> Any:
     if options.tile is not None:
         return from_mosaics(path, part, options)
     if path.exists():
-        return from_disk(path, part)
+        return from_disk(path, part, options)
     if source.count("/") == 1 and not source.endswith(".parquet"):
-        return from_library(source, {}, part)
+        return from_library(source, place_of(options), part)
     raise UsageError(
         f"data source {source} does not exist",
         hint=f"give a built-in name ({', '.join(BUILT_IN)}), a hub id, a folder, a parquet file, or file.py:function",
     )
+
+
+def refuse_text(options: DataOptions) -> None:
+    """Raises UsageError for what only text has, where the data are something else."""
+    default = DataOptions()
+    for name in TEXT:
+        if getattr(options, name) != getattr(default, name):
+            hint = "data.train='train[:1000]' takes some examples of a dataset" if name == "limit" else "leave it out"
+            raise UsageError(f"data.{name} is for text, and this task reads none", hint=hint)
 
 
 def built_in(name: str, part: str, puzzle: PuzzleOptions) -> Any:
@@ -83,13 +95,20 @@ def from_function(source: str, part: str) -> Any:
     return dataset
 
 
-def from_disk(path: Path, part: str) -> Any:
+def place_of(options: DataOptions) -> dict[str, Any]:
+    """Where in a repository: the branches of converted files name a configuration's files by its folder only."""
+    exported = options.revision is not None and options.revision.startswith(EXPORTS)
+    place = {"revision": options.revision, "data_dir" if exported else "name": options.config}
+    return {key: value for key, value in place.items() if value is not None}
+
+
+def from_disk(path: Path, part: str, options: DataOptions) -> Any:
     if path.is_file():
         if path.suffix != ".parquet":
             raise UsageError(f"{path} is not a parquet file", hint="use file.py:function for other formats")
         return from_library("parquet", {"data_files": {part.partition("[")[0]: str(path)}}, part)
     if any(path.rglob("*.parquet")):
-        return from_library(str(path), {}, part)
+        return from_library(str(path), place_of(options), part)
     if parts_of(path):
         raise UsageError(f"{path} holds mosaics", hint="say how large one picture is: data.tile=32")
     if not any(file.is_file() for file in path.rglob("*")):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dbconvert.data.datasets import library
+from dbconvert.data.datasets import library, place_of
 from dbconvert.data.documents import Documents, missing_column, text_of
 from dbconvert.data.parts import SHARES, sliced, span
 from dbconvert.data_options import DataOptions
@@ -15,7 +15,6 @@ from dbconvert.files import sha256_file
 from dbconvert.schema import identity
 
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-EXPORTS = "refs/convert/"
 
 
 def from_table_file(path: Path, options: DataOptions, part: str, share: str) -> Documents:
@@ -57,18 +56,10 @@ def from_repository(options: DataOptions, part: str) -> Documents:
     return Documents(name, identity(content), read)
 
 
-def place_of(options: DataOptions) -> dict[str, Any]:
-    """Where in a repository: the branches of converted files name a configuration's files by its folder only."""
-    if options.revision is not None and options.revision.startswith(EXPORTS):
-        return {"revision": options.revision, "data_dir": options.config}
-    return {"revision": options.revision, "name": options.config}
-
-
 def open_builder(name: str, path: str, options: dict[str, Any]) -> Any:
-    given = {key: value for key, value in options.items() if value is not None}
     datasets = library(path)
     try:
-        return datasets.load_dataset_builder(path, **given)
+        return datasets.load_dataset_builder(path, **options)
     except Exception as error:  # the library raises many kinds, all meaning that it cannot be read
         raise unreadable(name, error) from None
 

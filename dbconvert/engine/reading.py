@@ -10,7 +10,7 @@ import torch
 
 from dbconvert.anatomy import Anatomy
 from dbconvert.data.batches import Data
-from dbconvert.data.datasets import open_part
+from dbconvert.data.datasets import open_part, refuse_text
 from dbconvert.data.examples import LABEL, Examples
 from dbconvert.data.latents import open_latents
 from dbconvert.data.sequences import Blank, Sequences
@@ -59,6 +59,8 @@ def open_examples(
         UsageError, DBConvertError: there is no such part, it cannot be read, or it does not fit the network.
     """
     assert plan.target is not None
+    if not is_text(plan):
+        refuse_text(data)
     if named(str(plan.task)).tagged:
         return Tagged(open_part(data, part), data, as_read(plan), plan.target)
     if tokenizer is None:

@@ -121,6 +121,23 @@ def test_parquet(tmp_path, anatomy):
     assert examples.label_counts().tolist() == [1, 2, 1, 0, 0]
 
 
+@pytest.mark.parametrize(
+    ("revision", "asked"),
+    [
+        ("v1", {"revision": "v1", "name": "plain"}),
+        ("refs/convert/parquet", {"revision": "refs/convert/parquet", "data_dir": "plain"}),
+    ],
+)
+def test_a_hub_id_has_a_configuration_and_a_revision(monkeypatch, revision, asked):
+    import datasets
+
+    seen = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, **options: seen.append((path, options)) or "the part")
+    options = DataOptions(source="org/pictures", config="plain", revision=revision)
+    assert open_part(options, "train[:9]") == "the part"
+    assert seen == [("org/pictures", {"split": "train[:9]", **asked})]
+
+
 FUNCTION = """
 class Data:
     def __init__(self, items): self.items = items

@@ -157,6 +157,8 @@ def test_estimate_takes_the_task_by_name(recipe):
         (["train.method=forward-forward"], "is for one label an example, and the task is token_classification"),
         (["data.source=digits"], "data.puzzle is for s3, permutation-powers, automaton"),
         (["data.source=permutation-powers", "data.puzzle.size=7"], "has 7 tokens and 7 classes, and the network 6"),
+        (["data.limit=9"], "data.limit is for text, and this task reads none"),
+        (["data.tokenizer=byte"], "data.tokenizer is for text"),
         (["data.source=digits", "data.puzzle=null"], "the label of example 0 is no row of whole numbers"),
     ],
 )
