@@ -48,7 +48,7 @@ class Examples(Dataset[Batch]):
             self.columns = {anatomy.inputs[0].name: "image"}
             self.refuse_other_labels(dataset.labels)
         else:
-            self.columns = find_columns(dataset[0], options, anatomy, labelled=classes > 0)
+            self.columns = find_columns(self.read(0), options, anatomy, labelled=classes > 0)
         stored = hasattr(dataset, "select_columns") and not options.workers  # each worker would keep its own
         self.kept = Kept(len(dataset)) if stored and len(self.columns) == 1 else None
         self.shared = {given.name for given in anatomy.inputs if given.shared} & self.columns.keys()
@@ -101,7 +101,7 @@ class Examples(Dataset[Batch]):
         kept = None if self.kept is None else self.kept.get(index)
         if kept is not None:
             return {argument: unit(kept[0]), LABEL: kept[1]}
-        item = self.dataset[index]
+        item = self.read(index)
         size, mode, crop = self.image.size, self.image.mode, self.image.crop
         read = {a: to_picture(item[column], size, mode, crop=crop) for a, column in self.columns.items()}
         label = self.read_label(item, index)
@@ -110,6 +110,17 @@ class Examples(Dataset[Batch]):
         if self.kept is not None:
             self.kept.put(index, read[argument], label)
         return {**{name: unit(value) for name, value in read.items()}, LABEL: label}
+
+    def read(self, index: int) -> Any:
+        """A row of the data.
+
+        Raises:
+            DBConvertError: its picture cannot be read.
+        """
+        try:
+            return self.dataset[index]
+        except OSError as error:  # what PIL raises for files that are no pictures, or are cut off
+            raise DBConvertError(f"cannot read example {index} of the data", why=str(error).split("\n", 1)[0]) from None
 
     def refuse_other_shapes(self, taken: Batch, index: int) -> None:
         """Examples of a batch are stacked."""

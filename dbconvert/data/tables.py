@@ -28,7 +28,7 @@ def from_table_file(path: Path, options: DataOptions, part: str, share: str) -> 
     split = "train" + part[part.index("[") :] if "[" in part else "train"
 
     def read() -> Iterator[str]:
-        if not path.stat().st_size:
+        if not path.stat().st_size or without_rows(path):
             return
         builder = open_builder(name, FORMATS[path.suffix], {"data_files": {"train": [str(path)]}})
         dataset = prepared(builder, split, name)
@@ -37,6 +37,18 @@ def from_table_file(path: Path, options: DataOptions, part: str, share: str) -> 
 
     fingerprint = identity([sha256_file(path), FORMATS[path.suffix], options.text, split, SHARES[share]])
     return Documents(name, fingerprint, read)
+
+
+def without_rows(path: Path) -> bool:
+    """Whether a file is parquet without any rows, which the library cannot read."""
+    if path.suffix != ".parquet":
+        return False
+    from pyarrow import ArrowException, parquet
+
+    try:
+        return bool(parquet.read_metadata(path).num_rows == 0)
+    except (ArrowException, OSError):
+        return False  # the library says what is wrong with it
 
 
 def from_repository(options: DataOptions, part: str) -> Documents:

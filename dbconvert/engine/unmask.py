@@ -92,6 +92,8 @@ def filled_in(
         UsageError: the start leaves no room.
     """
     length = min(start.shape[1] + count, loaded.data.length or start.shape[1] + count)
+    if count < 1:
+        return ""
     if length <= start.shape[1]:
         raise UsageError(
             f"the prompt has {start.shape[1]} tokens, and the network was trained on {loaded.data.length}",

@@ -30,6 +30,14 @@ def attention_arguments(args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**dict(zip(ARGUMENTS, args, strict=False)), **kwargs}
 
 
+def own_mask(func: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of a torch function with its mask in force: F.multi_head_attention_forward drops one that
+    it is told is causal, and a mask that was changed is not."""
+    if func is not F.multi_head_attention_forward or given.get("attn_mask") is None:
+        return given
+    return {**given, "is_causal": False}
+
+
 def attend(given: dict[str, Any], mask: Tensor, kernel: Kernel = "auto") -> Tensor:
     """Attention with a mask in the place of the one that a call gives.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from dbconvert.anatomy import Path, SideAxes
-from dbconvert.graph.attention import ATTENTION, attention_arguments
+from dbconvert.graph.attention import ATTENTION, attention_arguments, own_mask
 from dbconvert.graph.functions import uncounted
 from dbconvert.graph.two_streams import known_side
 
@@ -74,7 +74,7 @@ class _Attention(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is not ATTENTION:
-            return func(*args, **(kwargs or {}))
+            return func(*args, **own_mask(func, kwargs or {}))
         given = attention_arguments(args, kwargs or {})
         if given["query"].shape[-2] == given["key"].shape[-2]:
             given["attn_mask"], given["is_causal"] = self.mask(given)

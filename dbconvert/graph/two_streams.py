@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from dbconvert.anatomy import Axes, Path, SideAxes
 from dbconvert.errors import DBConvertError
-from dbconvert.graph.attention import ATTENTION, attend, attention_arguments
+from dbconvert.graph.attention import ATTENTION, attend, attention_arguments, own_mask
 from dbconvert.graph.functions import uncounted
 from dbconvert.plan import Kernel
 
@@ -122,7 +122,7 @@ class _Attention(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is not ATTENTION:
-            return func(*args, **(kwargs or {}))
+            return func(*args, **own_mask(func, kwargs or {}))
         given = attention_arguments(args, kwargs or {})
         streams = self.streams
         if not given["query"].shape[-2] == given["key"].shape[-2] == 2 * streams.length:

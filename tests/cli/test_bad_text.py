@@ -54,6 +54,12 @@ def test_an_empty_corpus(place, task):
     assert not list(Path("run").glob("*.json")) and not list(Path("cache").rglob("*.tokens"))
 
 
+def test_a_table_without_rows(place):
+    datasets.Dataset.from_dict({"text": []}).to_parquet("none.parquet")
+    given = ["data.source=none.parquet", "-o", "run"]
+    assert "none.parquet holds no text" in refused(*training("causal_lm", place, *given), code=1)
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_a_vocabulary_that_exceeds_the_table(place, task):
     told = refused(*training(task, place, f"data.tokenizer={place / 'bpe'}"), code=1)

@@ -175,6 +175,16 @@ def test_a_mode_makes_them_fit(tmp_path, anatomy):
     assert examples_of(options, anatomy).__getitems__([0, 1, 2, 3])["x"].shape == (4, 3, 16, 16)
 
 
+def test_a_picture_that_is_none(tmp_path, anatomy):
+    source = save_folder(tmp_path / "pets")
+    examples = examples_of(DataOptions(source=source), anatomy)
+    file = sorted((tmp_path / "pets" / "train").rglob("*.*"))[-1]
+    file.write_bytes(b"no picture")
+    with pytest.raises(DBConvertError, match=r"cannot read example \d+ of the data") as caught:
+        examples.__getitems__(list(range(len(examples))))
+    assert file.name in caught.value.why
+
+
 def test_an_empty_folder(tmp_path):
     (tmp_path / "pets" / "train" / "cat").mkdir(parents=True)
     with pytest.raises(DBConvertError, match="is empty"):

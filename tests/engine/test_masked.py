@@ -271,6 +271,10 @@ def test_what_makes_no_sense_is_refused(recipe, tmp_path, override, message):
         dbconvert.train(str(recipe), overrides=[*QUICK, override], out=str(tmp_path / "run"))
 
 
+def test_no_tokens_are_no_text(run):
+    assert list(dbconvert.generate(str(run.folder), TEXT[:3], tokens=0)) == [""]
+
+
 def test_a_prompt_that_leaves_no_room_is_refused(run):
     with pytest.raises(UsageError, match="the prompt has 40 tokens, and the network was trained on 16"):
         list(dbconvert.generate(str(run.folder), TEXT[:40]))
