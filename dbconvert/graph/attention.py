@@ -6,7 +6,9 @@ masks are computed once for each mask, and masks that depend on the length alone
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dbconvert.plan import Kernel
@@ -30,12 +33,40 @@ def attention_arguments(args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**dict(zip(ARGUMENTS, args, strict=False)), **kwargs}
 
 
-def own_mask(func: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
-    """The keyword arguments of a torch function with its mask in force: F.multi_head_attention_forward drops one that
-    it is told is causal, and a mask that was changed is not."""
-    if func is not F.multi_head_attention_forward or given.get("attn_mask") is None:
-        return given
-    return {**given, "is_causal": False}
+class Attending(TorchFunctionMode, ABC):
+    """Meets every call of torch's attention, also by nn.MultiheadAttention, which calls it where no mode looks.
+
+    That gives no attention weights meanwhile, since it would attend in a way of its own for them.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        if func is ATTENTION:
+            return self.attend(attention_arguments(args, given))
+        if func is F.multi_head_attention_forward and "need_weights" in given:
+            with instead(lambda *args, **kwargs: self.attend(attention_arguments(args, kwargs))):
+                return func(*args, **{**given, "need_weights": False})
+        return self.other(func, args, given)
+
+    @abstractmethod
+    def attend(self, given: dict[str, Any]) -> Tensor:
+        """What becomes of a call of attention, by its arguments."""
+
+    def other(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        """What becomes of a call of another function."""
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def instead(attention: Callable[..., Tensor]) -> Iterator[None]:
+    """torch.nn.functional calls this in the place of its own attention meanwhile."""
+    F.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = ATTENTION
 
 
 def attend(given: dict[str, Any], mask: Tensor, kernel: Kernel = "auto") -> Tensor:

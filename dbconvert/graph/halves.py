@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from dbconvert.anatomy import Path
 from dbconvert.errors import DBConvertError
-from dbconvert.graph.attention import ATTENTION, attend, attention_arguments
+from dbconvert.graph.attention import ATTENTION, Attending, attend
 from dbconvert.graph.functions import uncounted
 from dbconvert.graph.tape import argument_leaves
 from dbconvert.graph.two_streams import TwoStreams
@@ -95,35 +95,26 @@ class _Met(Exception):
         self.keys, self.values = keys, values
 
 
-class _UpToKeys(TorchFunctionMode):
+class _UpToKeys(Attending):
     def __init__(self, length: int) -> None:
         super().__init__()
         self.length = length
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is ATTENTION:
-            given = attention_arguments(args, kwargs or {})
-            if given["query"].shape[-2] == given["key"].shape[-2] == self.length:
-                raise _Met(given["key"], given["value"])
-        return func(*args, **(kwargs or {}))
+    def attend(self, given: dict[str, Any]) -> Tensor:
+        if given["query"].shape[-2] == given["key"].shape[-2] == self.length:
+            raise _Met(given["key"], given["value"])
+        return ATTENTION(**given)
 
 
-class _OverBoth(TorchFunctionMode):
+class _OverBoth(Attending):
     def __init__(self, layer: LastLayer, clean: tuple[Tensor, Tensor]) -> None:
         super().__init__()
         self.layer, self.clean = layer, clean
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is not ATTENTION:
-            return func(*args, **(kwargs or {}))
-        given = attention_arguments(args, kwargs or {})
+    def attend(self, given: dict[str, Any]) -> Tensor:
         streams = self.layer.streams
         if given["query"].shape[-2] != streams.length or given["key"].shape[-2] != streams.length:
-            return func(**given)
+            return ATTENTION(**given)
         self.layer.calls += 1
         with uncounted():
             mask = streams.mask_for(given, noisy=True)

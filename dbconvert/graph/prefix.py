@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from dbconvert.anatomy import Axes, Path, SideAxes
 from dbconvert.errors import DBConvertError
-from dbconvert.graph.attention import ATTENTION, attention_arguments
+from dbconvert.graph.attention import ATTENTION, Attending
 from dbconvert.graph.functions import uncounted
 from dbconvert.graph.rows import LINEAR, of_two_rows
 from dbconvert.graph.two_streams import positions_axis
@@ -101,31 +101,32 @@ class Prefix:
         return self.masks[query.dtype]
 
 
-class _Cached(TorchFunctionMode):
+class _Cached(Attending):
     """Attention over the cached prefix too, while one layer runs."""
 
     def __init__(self, prefix: Prefix, layer: object) -> None:
         super().__init__()
         self.prefix, self.layer, self.calls = prefix, layer, 0
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def other(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         if func is LINEAR and self.prefix.new == 2:
-            return of_two_rows(*args, **(kwargs or {}))
-        if func is not ATTENTION:
-            return func(*args, **(kwargs or {}))
-        given = attention_arguments(args, kwargs or {})
+            return of_two_rows(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def attend(self, given: dict[str, Any]) -> Tensor:
         prefix = self.prefix
         if given["key"].shape[-2] != prefix.new:
-            return func(**given)
+            return ATTENTION(**given)
+        mask = given.get("attn_mask")
+        if prefix.filled and mask is not None and mask.shape[-1] != prefix.length:
+            raise DBConvertError("a layer makes a mask of its own for the positions that it is given, not for all")
         with uncounted():
             key = self.layer, self.calls
             given["key"], given["value"] = prefix.meet(key, (given["key"], given["value"]))
-            if prefix.filled and given.get("attn_mask") is None and given.get("is_causal"):
+            if prefix.filled and mask is None and given.get("is_causal"):
                 given["attn_mask"], given["is_causal"] = prefix.mask(given["query"]), False
         self.calls += 1
-        return func(**given)
+        return ATTENTION(**given)
 
 
 def with_heads(tensor: Tensor, heads: int) -> Tensor:

@@ -6,7 +6,7 @@ stays hidden. Documents and padding of a batch can be kept apart on top.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from dbconvert.anatomy import Path, SideAxes
-from dbconvert.graph.attention import ATTENTION, attention_arguments, own_mask
+from dbconvert.graph.attention import ATTENTION, Attending
 from dbconvert.graph.functions import uncounted
 from dbconvert.graph.two_streams import known_side
 
@@ -63,22 +63,17 @@ class Sight:
         return self.masks[id(given)][1]
 
 
-class _Attention(TorchFunctionMode):
+class _Attention(Attending):
     """Gives attention the mask for it."""
 
     def __init__(self, sight: Sight) -> None:
         super().__init__()
         self.sight = sight
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is not ATTENTION:
-            return func(*args, **own_mask(func, kwargs or {}))
-        given = attention_arguments(args, kwargs or {})
+    def attend(self, given: dict[str, Any]) -> Tensor:
         if given["query"].shape[-2] == given["key"].shape[-2]:
             given["attn_mask"], given["is_causal"] = self.mask(given)
-        return func(**given)
+        return ATTENTION(**given)
 
     def mask(self, given: dict[str, Any]) -> tuple[Tensor | None, bool]:
         """The mask, and whether attention is to hide the future by itself."""

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from dbconvert.anatomy import Axes, Path, SideAxes
 from dbconvert.errors import DBConvertError
-from dbconvert.graph.attention import ATTENTION, attend, attention_arguments, own_mask
+from dbconvert.graph.attention import ATTENTION, Attending, attend
 from dbconvert.graph.functions import uncounted
 from dbconvert.plan import Kernel
 
@@ -111,22 +111,17 @@ class TwoStreams:
         return self.mask(seen.view((1,) * (query.dim() - 2) + seen.shape), made_of=seen, noisy=noisy)
 
 
-class _Attention(TorchFunctionMode):
+class _Attention(Attending):
     """Gives attention over both sequences the mask for it."""
 
     def __init__(self, streams: TwoStreams) -> None:
         super().__init__()
         self.streams = streams
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is not ATTENTION:
-            return func(*args, **own_mask(func, kwargs or {}))
-        given = attention_arguments(args, kwargs or {})
+    def attend(self, given: dict[str, Any]) -> Tensor:
         streams = self.streams
         if not given["query"].shape[-2] == given["key"].shape[-2] == 2 * streams.length:
-            return func(**given)
+            return ATTENTION(**given)
         with uncounted():
             mask = streams.mask_for(given)
         return attend(given, mask, streams.kernel)

@@ -16,6 +16,8 @@ def known(name):
 WRITTEN = {
     **{name: known(name) for name in networks.ACCEPTED},
     "gpt_inline": Row(lambda: (networks.GPT(written.InlineBlock), {"ids": tokens()}), branches=2),
+    "gpt_multihead": Row(lambda: (networks.GPT(written.MultiheadBlock), {"ids": tokens()}), branches=2),
+    "gpt_encoder": Row(lambda: (written.EncoderLM(), {"ids": tokens()}), layers=3, branches=2),
     "nested_pairs": Row(lambda: (written.NestedPairs(), {"x": features()}), branches=2),
     "shortcut": Row(lambda: (networks.Net(written.Shortcut), {"x": features()}), width=networks.WIDTH, branches=4),
     "scaled_and_shifted": Row(

@@ -28,6 +28,36 @@ class InlineBlock(nn.Module):
         return x + F.linear(F.gelu(F.linear(y, self.up)), self.down)
 
 
+class MultiheadBlock(nn.Module):
+    """torch's own attention as tutorials call it: with a mask made in the layer, and weights that nobody reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
+
+    def forward(self, x):
+        y, future = self.norm1(x), torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        x = x + self.attention(y, y, y, attn_mask=future)[0]
+        return x + self.mlp(self.norm2(x))
+
+
+class EncoderLM(nn.Module):
+    """A language model of torch's own encoder, which tells its layers that the mask is causal."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 2 * WIDTH, batch_first=True, norm_first=True)
+        self.tokens, self.positions = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(64, WIDTH)
+        self.encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+        self.head = nn.Linear(WIDTH, VOCABULARY)
+
+    def forward(self, ids):
+        mask = nn.Transformer.generate_square_subsequent_mask(ids.shape[1])
+        return self.head(self.encoder(self.tokens(ids) + self.positions(torch.arange(ids.shape[1])), mask=mask))
+
+
 class PreNorm(nn.Module):
     def __init__(self, inner):
         super().__init__()

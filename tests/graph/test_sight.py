@@ -17,9 +17,9 @@ from dbconvert.graph.sight import both_ways, limited
 from tests.acceptance.table import CONVERTED
 
 CAUSAL = [
-    "gpt", "gpt_inline", "hf_bloom", "hf_cohere", "hf_deepseek_v3", "hf_falcon", "hf_gemma2", "hf_gemma3",
-    "hf_gpt2", "hf_gpt_neox", "hf_gptj", "hf_granite", "hf_llama", "hf_mistral", "hf_mixtral", "hf_olmo2", "hf_opt",
-    "hf_phi", "hf_qwen2", "hf_qwen3",
+    "gpt", "gpt_inline", "gpt_multihead", "gpt_encoder", "hf_bloom", "hf_cohere", "hf_deepseek_v3", "hf_falcon",
+    "hf_gemma2", "hf_gemma3", "hf_gpt2", "hf_gpt_neox", "hf_gptj", "hf_granite", "hf_llama", "hf_mistral",
+    "hf_mixtral", "hf_olmo2", "hf_opt", "hf_phi", "hf_qwen2", "hf_qwen3",
 ]  # fmt: skip
 RECURRENT = {"hf_mamba": "backbone.layers.0", "hf_jamba": "model.layers.0"}
 BOTH_WAYS = ["hf_bert", "hf_modernbert", "hf_albert"]

@@ -18,8 +18,11 @@ from dbconvert.tasks.causal_lm import CausalLM
 from dbconvert.tasks.registry import choose_task
 from tests.acceptance.table import CONVERTED
 
-CACHED = ["gpt", "hf_gpt2", "hf_llama", "hf_mistral", "hf_gemma3", "hf_gpt_neox", "hf_opt", "hf_falcon", "hf_mixtral"]
-UNCACHED = ["hf_bloom", "hf_gptj", "hf_gemma2"]
+CACHED = [
+    "gpt", "gpt_encoder", "hf_gpt2", "hf_llama", "hf_mistral", "hf_gemma3", "hf_gpt_neox", "hf_opt",
+    "hf_falcon", "hf_mixtral",
+]  # fmt: skip
+UNCACHED = ["gpt_multihead", "hf_bloom", "hf_gptj", "hf_gemma2"]
 
 
 def start(length=5):
