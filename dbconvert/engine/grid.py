@@ -24,12 +24,15 @@ from dbconvert.engine.against import (
 )
 from dbconvert.engine.package import PLAN
 from dbconvert.engine.prepare import read_origin, with_own_z
+from dbconvert.engine.requests import refuse_unlabelled
 from dbconvert.errors import UsageError
 from dbconvert.files import quick_digest
 from dbconvert.plan import read_plan
 from dbconvert.recipe import Recipe
 from dbconvert.schema import identity, record, to_data
 from dbconvert.tasks.registry import named
+
+BLOCKS = "split.blocks"
 
 
 @record
@@ -129,6 +132,7 @@ def lay_out(request: Request, versions: Mapping[str, str]) -> list[Planned]:
     if part is None:
         raise UsageError("which part of the data?", hint="name it with --part")
     asked = [baseline for word in request.against for baseline in AGAINST[word]]
+    cut = fewest_blocks(base, request.varied)
     idle = () if baselines_denoise(base) else NOISE
     found: dict[str, Planned] = {}
     for seed in range(base.seed, base.seed + request.seeds):
@@ -142,10 +146,18 @@ def lay_out(request: Request, versions: Mapping[str, str]) -> list[Planned]:
             idles = (*baseline.ignores, *idle)
             heeded = {k: v for k, v in request.varied.items() if matches(k, baseline.heeds) or not ignored(k, idles)}
             for combination in combinations(heeded):
-                planned = plan_cell(request, baseline, combination, seed, part, versions)
+                same = () if BLOCKS in heeded else cut
+                planned = plan_cell(request, baseline, combination, seed, part, versions, same)
                 if not is_end_to_end(baseline, planned.recipe) and not is_untold(baseline, planned.recipe):
                     found.setdefault(planned.cell.identity, planned)
     return list(found.values())
+
+
+def fewest_blocks(recipe: Recipe, varied: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """As an override, for a baseline that is the same for every cut: the recipe's own may not fit its network."""
+    asked = [int(value) for value in varied.get(BLOCKS, ()) if value.isdigit() and int(value) > 1]
+    fewer = [count for count in asked if recipe.split.blocks is not None and count < recipe.split.blocks]
+    return (f"{BLOCKS}={min(fewer)}",) if fewer else ()
 
 
 def combinations(varied: Mapping[str, tuple[str, ...]]) -> list[dict[str, str]]:
@@ -200,14 +212,22 @@ def plan_cell(
     seed: int,
     part: str,
     versions: Mapping[str, str],
+    cut: tuple[str, ...] = (),
 ) -> Planned:
-    own = (*STAY, *baseline.overrides) if baseline else ()
+    """One cell.
+
+    Args:
+        cut: override of a baseline that is the same for every cut.
+    """
+    own = (*STAY, *baseline.overrides, *cut) if baseline else ()
     varied = [f"{key}={value}" for key, value in combination.items()]
     # A cell is evaluated once, when it is trained, on the part that is asked for, if nothing asks for more.
     along = any(word in ON_THE_WAY for word in request.against)
     evaluated = [f"data.validation={json.dumps(part)}", *WATCHED] if along else ["data.validation=null"]
     overrides = [*request.overrides, *varied, *own, f"seed={seed}", *evaluated]
     recipe = read_origin(request.target, overrides).recipe
+    if baseline and recipe.task is not None:
+        refuse_unlabelled(named(recipe.task), recipe.train.method)
     named_by = [baseline.name] if baseline else []
     name = ", ".join([*named_by, *varied]) or recipe.train.method
     content = {**to_data(with_own_form(recipe)), "log": None}

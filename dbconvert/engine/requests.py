@@ -13,6 +13,7 @@ from dbconvert.engine.refit import refuse_alone
 from dbconvert.errors import UsageError
 from dbconvert.plan import Plan
 from dbconvert.recipe import Recipe, about_samples
+from dbconvert.tasks.base import Task
 from dbconvert.tasks.registry import named
 
 
@@ -145,14 +146,18 @@ def check_attention(plan: Plan, recipe: Recipe) -> None:
 
 
 def check_method(plan: Plan, recipe: Recipe) -> None:
-    """Refuses a form of training that this network cannot have, or this task: some are told one label an example."""
-    task, method = named(str(plan.task)), METHODS[recipe.train.method]
-    if method.labelled and (task.text or task.tagged or task.denoiser):
+    """Refuses a form of training that this network cannot have, or this task."""
+    refuse_unlabelled(named(str(plan.task)), recipe.train.method)
+    METHODS[recipe.train.method].refuse(plan, recipe)
+
+
+def refuse_unlabelled(task: type[Task], method: str) -> None:
+    """Raises UsageError for a form of training that is told one label an example, where there is none."""
+    if METHODS[method].labelled and (task.text or task.tagged or task.denoiser):
         raise UsageError(
-            f"train.method={recipe.train.method} is for one label an example, and the task is {plan.task}",
+            f"train.method={method} is for one label an example, and the task is {task.name}",
             hint="use train.method=end-to-end",
         )
-    method.refuse(plan, recipe)
 
 
 def check_z(plan: Plan, recipe: Recipe) -> None:

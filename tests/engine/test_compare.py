@@ -153,6 +153,21 @@ def test_values_of_a_key_are_yaml():
     }
 
 
+def test_a_baseline_that_is_the_same_for_every_cut_takes_one_that_was_asked_for(recipe):
+    """The recipe's own may not fit its network."""
+    for values, own, expected in (("1,2", 3, 2), ("2,3", 3, 2), ("1,9", 2, 2), ("3,4", 2, 2)):
+        varied = parse_vary([f"split.blocks={values}"])
+        planned = lay_out(Request(recipe, (f"split.blocks={own}",), varied, 1), VERSIONS)
+        (whole,) = [one for one in planned if one.cell.name == "end-to-end"]
+        assert whole.recipe.split.blocks == expected and whole.cell.varied == {}
+
+
+@pytest.mark.parametrize("word", ["forward-forward", "noprop-dt"])
+def test_what_is_told_one_label_an_example_is_refused_at_once(word):
+    with pytest.raises(UsageError, match=f"method={word} is for one label an example, and the task is causal_lm"):
+        names("ar_text_tiny", against=[word])
+
+
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
