@@ -7,6 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from rows import titled
 from text_tables import TEXT, figures
 
 CONTEXT = Path(__file__).with_name("context.json")
@@ -39,7 +40,7 @@ def table(rows: dict[str, Any]) -> str:
         held = statistics.median(one["activations"] for one in by_seed.values()) / 1e6
         time = statistics.median(one["seconds"] for one in by_seed.values())
         cells = [loss, right, drawn, bound, first, early, f"{before:.2f}", f"{held:.1f} MB", f"{time:.0f}"]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append(f"| {titled(name, by_seed, rows)} | {' | '.join(cells)} |")
     controls = json.loads(TEXT.read_text())["rows"]
     for name in CONTROLS:
         by_seed = controls[name]

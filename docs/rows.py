@@ -22,3 +22,9 @@ def keep(path: Path, name: str, seed: str, row: dict[str, Any]) -> None:
     by_seed[seed] = row
     results["rows"][name] = dict(sorted(by_seed.items()))
     path.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def titled(name: str, by_seed: dict[str, Any], rows: dict[str, Any]) -> str:
+    """A row's name, with its seeds where other rows have more."""
+    lacks = set().union(*rows.values()) - set(by_seed)
+    return f"{name} (seed {', '.join(by_seed)})" if lacks else name

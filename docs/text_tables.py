@@ -8,6 +8,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from rows import titled
+
 from dbconvert.engine.shares import entropy_shares
 
 TEXT = Path(__file__).with_name("text.json")
@@ -42,7 +44,7 @@ def losses(rows: dict[str, Any]) -> str:
         drawn = figures(by_seed, "loss_first_draw")
         right = figures(by_seed, "accuracy_zero", "accuracy", percent=True)
         held = statistics.median(one["activations"] for one in by_seed.values()) / 1e6
-        lines.append(f"| {name} | {first} | {drawn} | {right} | {held:.1f} MB |")
+        lines.append(f"| {titled(name, by_seed, rows)} | {first} | {drawn} | {right} | {held:.1f} MB |")
     return "\n".join(lines)
 
 
@@ -85,7 +87,7 @@ def bounds(rows: dict[str, Any]) -> str:
         cells = (with_interval(by_seed, figure) for figure in ("nats_bound", "bits_per_character"))
         told = all(one["metrics"].get("perplexity_bound", LOST) < LOST for one in by_seed.values())
         perplexity = figures(by_seed, "perplexity_bound") if told else "-"
-        lines.append(f"| {name} | {' | '.join(cells)} | {perplexity} |")
+        lines.append(f"| {titled(name, by_seed, measured)} | {' | '.join(cells)} | {perplexity} |")
     return "\n".join(lines)
 
 
