@@ -8,7 +8,7 @@ blocks run one after the other are the whole stack; and every scale, shift and g
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +26,8 @@ from dbconvert.graph.values import item, joined, look_up, put_in
 
 WIDTH = 8
 SHORTER = 3
+LOUD, APART = 0.5, 0.01
+"""Size of random modulation, and how far two evaluations may lie apart, of the largest number."""
 Outputs = list[Tensor]
 
 
@@ -159,7 +161,7 @@ def loud_around(model: nn.Module, run: Run, anatomy: Anatomy, inputs: Inputs) ->
 
 
 def sites_reach_output(model: nn.Module, run: Run, anatomy: Anatomy, inputs: Inputs) -> Check:
-    """Every scale, shift and gate has a gradient: no site is bypassed by a fused path."""
+    """Every scale, shift and gate has a gradient, and no fused path of evaluation leaves one out."""
     run.condition = condition_for(inputs, anatomy)
     with awake(model), torch.enable_grad():
         outputs = [o for _, o in tensors(model(**inputs)) if o.is_floating_point() and o.requires_grad]
@@ -175,8 +177,31 @@ def sites_reach_output(model: nn.Module, run: Run, anatomy: Anatomy, inputs: Inp
         if grad is None or not parts_alive(grad, modulation):
             silent.append(anatomy.layers[int(index)].path)
     model.zero_grad(set_to_none=True)
+    past = fused_past(model, run, anatomy, inputs)
     detail = f"no gradient in: {', '.join(silent)}" if silent else "gradients of all scales, shifts and gates"
-    return Check("every site reaches the output", not silent, detail)
+    detail = "evaluation takes a fused path past them" if past and not silent else detail
+    return Check("every site reaches the output", not silent and not past, detail)
+
+
+def fused_past(model: nn.Module, run: Run, anatomy: Anatomy, inputs: Inputs) -> bool:
+    """Whether evaluation as torch does it by itself gives something else than with its fused paths off, once scales,
+    shifts and gates are not what they are in the original."""
+    linears = [modulation.linear for modulation in modulations(model)]
+    outputs: list[Outputs] = []
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for linear in linears:
+            linear.bias.copy_(LOUD * torch.randn(linear.bias.shape, generator=generator))
+    for fused in (False, True):
+        run.condition = condition_for(inputs, anatomy)
+        with fast_paths(fused):
+            outputs.append(run_case(model, inputs))
+        run.reset()
+    with torch.no_grad():
+        for linear in linears:
+            linear.bias.zero_()
+    pairs = [pair for pair in zip(*outputs, strict=True) if pair[0].is_floating_point()]
+    return any(bool((a - b).abs().max() > APART * b.abs().max()) for a, b in pairs)
 
 
 def backward_fails(error: RuntimeError) -> Refused:
@@ -333,11 +358,15 @@ def awake(model: nn.Module) -> Iterator[None]:
                 parameter.zero_()
 
 
-@contextmanager
-def no_fast_paths() -> Iterator[None]:
+def no_fast_paths() -> AbstractContextManager[None]:
     """torch's fused attention reads weights past the modules that hold them; it is off on both sides."""
+    return fast_paths(False)
+
+
+@contextmanager
+def fast_paths(on: bool) -> Iterator[None]:
     enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+    torch.backends.mha.set_fastpath_enabled(on)
     try:
         yield
     finally:

@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import nn
 
+from dbconvert.errors import Refused
+from dbconvert.graph import inject as injecting
 from dbconvert.graph.analysis import analyse
 from dbconvert.graph.inject import eject, inject
-from dbconvert.graph.proof import no_fast_paths
+from dbconvert.graph.proof import no_fast_paths, prove
 from dbconvert.graph.tape import tensors
 
 WIDTH = 8
@@ -59,6 +61,16 @@ def test_torchs_fused_layers_leave_no_site_out(name):
     assert not torch.allclose(found, network(torch.randn(2, WIDTH)), atol=1e-3)
     eject(network.model)
     assert all(layer.activation_relu_or_gelu for layer in network.model.encoder.layers)
+
+
+def test_the_proof_catches_a_fused_path_past_the_sites(monkeypatch):
+    model, inputs = networks.build("encoder_pre")
+    anatomy = analyse(model, inputs)
+    assert all(check.passed for check in prove(model, anatomy, inputs).proof)
+    monkeypatch.setattr(injecting, "unfuse", lambda _: None)
+    with pytest.raises(Refused, match="every site reaches the output") as refused:
+        prove(model, anatomy, inputs)
+    assert "evaluation takes a fused path past them" in str(refused.value)
 
 
 @pytest.mark.parametrize("name", ["vit", "hf_gpt2", "functional_norm"])
