@@ -16,6 +16,9 @@ TABLES = {
     "s3-6": "s3 split.blocks=6",
     "s3-single": "s3 data.puzzle.single=true data.puzzle.size=6",
     "permutation_powers": "permutation_powers",
+    "permutation_powers-6": "permutation_powers split.blocks=6",
+    "permutation_powers-single": "permutation_powers source=examples/permutation_powers.py:highest_power "
+    "data.puzzle.single=true",
     "automaton": "automaton",
     "automaton-6": "automaton split.blocks=6",
     "automaton-single": "automaton data.puzzle.single=true",
