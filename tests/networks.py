@@ -574,3 +574,18 @@ def build(name):
     torch.manual_seed(0)
     model, inputs = ACCEPTED[name]()
     return model.eval(), inputs
+
+
+class Torchs(nn.Module):
+    """A language model of torch's own encoder, which tells its layers that the mask is causal."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(WIDTH, 2, 2 * WIDTH, batch_first=True, norm_first=True)
+        self.tokens, self.positions = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(64, WIDTH)
+        self.encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+        self.head = nn.Linear(WIDTH, VOCABULARY)
+
+    def forward(self, ids):
+        mask = nn.Transformer.generate_square_subsequent_mask(ids.shape[1])
+        return self.head(self.encoder(self.tokens(ids) + self.positions(torch.arange(ids.shape[1])), mask=mask))

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -30,6 +31,9 @@ class Prefix:
     Args:
         axes: of the stream.
         sides: what the layers receive beside the stream, by argument.
+
+    Attributes:
+        enclosed: whether torch.nn.MultiheadAttention was met, inside of which nothing is.
     """
 
     def __init__(self, axes: Axes, sides: Mapping[Path, SideAxes]) -> None:
@@ -38,6 +42,7 @@ class Prefix:
         self.kept: dict[object, Pair] = {}
         self.masks: dict[torch.dtype, Tensor] = {}
         self.filled = self.length = 0
+        self.enclosed = False
 
     def begin(self, length: int) -> None:
         """Before a pass on `length` positions, of which the last is not to be kept."""
@@ -50,6 +55,8 @@ class Prefix:
         Raises:
             DBConvertError: no layer attended where keys and values are met.
         """
+        if not self.kept and self.enclosed:
+            raise DBConvertError("attention inside torch.nn.MultiheadAttention keeps its keys and values to itself")
         if not self.kept:
             raise DBConvertError("the layers do not mix positions in torch's attention, so that nothing can be cached")
         self.filled = self.length - 1
@@ -113,6 +120,8 @@ class _Cached(TorchFunctionMode):
     ) -> Any:
         if func is LINEAR and self.prefix.new == 2:
             return of_two_rows(*args, **(kwargs or {}))
+        if func is F.multi_head_attention_forward:
+            self.prefix.enclosed = True
         if func is not ATTENTION:
             return func(*args, **(kwargs or {}))
         given = attention_arguments(args, kwargs or {})

@@ -166,25 +166,9 @@ def test_biases_by_index_pass():
     assert sides == () and halves
 
 
-class Torchs(nn.Module):
-    """A language model of torch's own encoder, which tells its layers that the mask is causal."""
-
-    def __init__(self):
-        super().__init__()
-        width = networks.WIDTH
-        layer = nn.TransformerEncoderLayer(width, 2, 2 * width, batch_first=True, norm_first=True)
-        self.tokens, self.positions = nn.Embedding(networks.VOCABULARY, width), nn.Embedding(64, width)
-        self.encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
-        self.head = nn.Linear(width, networks.VOCABULARY)
-
-    def forward(self, ids):
-        mask = nn.Transformer.generate_square_subsequent_mask(ids.shape[1])
-        return self.head(self.encoder(self.tokens(ids) + self.positions(torch.arange(ids.shape[1])), mask=mask))
-
-
 def test_torchs_multi_head_attention_keeps_a_mask_that_it_is_told_is_causal():
     torch.manual_seed(0)
-    model = Torchs().eval()
+    model = networks.Torchs().eval()
     anatomy = analyse(model, {"ids": networks.tokens()})
     assert oracle.is_causal(model, anatomy)
     oracle.ask(model, anatomy)

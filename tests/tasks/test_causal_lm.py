@@ -1,6 +1,7 @@
 """The autoregressive task: what it accepts, what it counts, and generation with and without a cache."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import networks
 import pytest
@@ -24,6 +25,11 @@ UNCACHED = ["hf_bloom", "hf_gptj", "hf_gemma2"]
 
 def start(length=5):
     return torch.randint(0, networks.VOCABULARY, (1, length), generator=torch.Generator().manual_seed(1))
+
+
+def torchs():
+    torch.manual_seed(0)
+    return networks.Torchs().eval(), {"ids": networks.tokens()}
 
 
 def writer(name, **decoding):
@@ -57,6 +63,13 @@ def test_attention_by_hand_is_generated_without_a_cache_and_says_so(name):
     assert not can_cache(made, start(), notes.append)
     assert "without a cache" in notes[0].text
     assert len(list(made.tokens(start(), 3, cache=False))) == 3
+
+
+def test_what_multi_head_attention_keeps_to_itself_is_said():
+    network, intervals = causal_network(SimpleNamespace(build=torchs, stack=None))
+    made, notes = Writer(network, intervals, Decoding(), torch.Generator()), []
+    assert not can_cache(made, start(), notes.append)
+    assert "inside torch.nn.MultiheadAttention keeps its keys and values to itself" in notes[0].text
 
 
 def test_one_pass_on_all_positions_is_the_generator_s_at_each():
