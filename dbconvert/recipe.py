@@ -12,7 +12,7 @@ from dbconvert.diffusion.predictions import Predicted, Times
 from dbconvert.errors import UsageError
 from dbconvert.overrides import keys, merge, parse_overrides, without_displaced
 from dbconvert.plan import Context, Entry, Kernel, NoiseRule, Readout, Table
-from dbconvert.schema import Count, Positive, PositiveFloat, Share, parse, read_yaml, record
+from dbconvert.schema import Count, NotNegative, Positive, PositiveFloat, Share, parse, read_yaml, record
 
 Method = Literal[
     "blocks", "end-to-end", "shallow", "truncated-bptt", "forward-forward", "noprop-dt", "badam", "lisa", "lora"
@@ -186,7 +186,7 @@ class SampleOptions(EvalOptions):
     teacher: str | None = None
     mauve: str | None = None
     features: str | None = None
-    guidance: float = 1.0
+    guidance: NotNegative = 1.0
 
 
 def about_samples(options: SampleOptions) -> dict[str, Any]:

@@ -32,6 +32,9 @@ from dbconvert.tasks.recurrent import Recurrent
 AGREE = 1e-3
 """The largest difference of cached and uncached scores, over the largest score."""
 
+SHOWN = 10
+"""Unknown characters that a warning names at the most."""
+
 
 @record
 class Decoding:
@@ -78,11 +81,14 @@ def generate(
     """
     if decoding.temperature < 0 or not 0 < decoding.top_p <= 1:
         raise UsageError("temperature must not be negative, and top-p lies in (0, 1]")
+    if tokens < 0:
+        raise UsageError(f"{tokens} tokens cannot be written", hint="give at least 0 with --tokens")
     report(Stage("loading"))
     loaded = load(target, model)
     tokenizer, task = loaded.tokenizer, loaded.network.decided_task
     if tokenizer is None or not isinstance(task, (CausalLM, MaskedLM, Recurrent)):
         raise UsageError(f"{target} does not generate text", hint="its task is none of causal_lm, masked_lm, recurrent")
+    warn_of_strangers(tokenizer.unknown(prompt), report)
     start = torch.tensor([tokenizer.encode(prompt)], dtype=torch.long)
     if isinstance(task, MaskedLM):
         refuse_cuts(decoding)
@@ -149,6 +155,14 @@ def refuse_long(prompt: int, longest: int | None) -> None:
         raise UsageError(
             f"the prompt has {prompt} tokens, and the network has positions for {longest}", hint="shorten the prompt"
         )
+
+
+def warn_of_strangers(characters: list[str], report: Reporter) -> None:
+    """As in validation text, where they count as the same token."""
+    if characters:
+        some = ", ".join(map(repr, characters[:SHOWN])) + (", ..." if len(characters) > SHOWN else "")
+        told = f"characters that the training text did not have: {some}; all become one token, which was not trained on"
+        report(Note(told, warning=True))
 
 
 def refuse_cuts(decoding: Decoding) -> None:

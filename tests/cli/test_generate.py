@@ -58,3 +58,17 @@ def test_positions_that_end_while_a_text_is_written(capsys, run):
     count = len(out) - len("the quick brown\n")
     assert f"after {count} tokens were written" in told and f"--tokens {count}" in told
     assert said(capsys, run, "--prompt", "the quick brown", "--tokens", str(count), code=0)[0] == out
+
+
+def test_characters_that_the_tokenizer_does_not_know(capsys, run):
+    out, told = said(capsys, run, "--prompt", "thé fox €€", "--tokens", "3", code=0)
+    assert out.startswith("thé fox €€")
+    assert told.count("warning:") == 1 and "the training text did not have: 'é', '€'; all become one token" in told
+    assert "warning" not in said(capsys, run, "--prompt", "the fox", "--tokens", "3", code=0)[1]
+
+
+def test_wrong_numbers(capsys, run):
+    told = said(capsys, run, "--prompt", "the", "--tokens", "-3", code=2)[1]
+    assert "-3 tokens cannot be written" in told and "--tokens" in told
+    assert guarded(["sample", str(run), "--guidance", "-1"], debug=False) == 2
+    assert "guidance" in capsys.readouterr().err
