@@ -251,7 +251,7 @@ def check(recipe: Recipe, file: str) -> None:
         raise UsageError(
             f"{settled[0]} was decided when the package was made",
             where=file,
-            hint="split the source again with other options",
+            hint="split the source again with other options, or train from a recipe that names the source",
         )
     if recipe.train.steps is not None and recipe.train.epochs is not None:
         raise UsageError("train.steps and train.epochs are both given", where=file, hint="give one of them")
