@@ -43,7 +43,7 @@ class ImageOptions:
     mode: Mode | None = None
     crop: bool = False
     mean: tuple[float, ...] = (0.0,)
-    std: tuple[float, ...] = (1.0,)
+    std: tuple[PositiveFloat, ...] = (1.0,)
 
 
 @record

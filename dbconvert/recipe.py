@@ -12,7 +12,7 @@ from dbconvert.diffusion.predictions import Predicted, Times
 from dbconvert.errors import UsageError
 from dbconvert.overrides import keys, merge, parse_overrides, without_displaced
 from dbconvert.plan import Context, Entry, Kernel, NoiseRule, Readout, Table
-from dbconvert.schema import Count, Positive, PositiveFloat, Share, parse, read_yaml, record
+from dbconvert.schema import Count, NotNegative, Positive, PositiveFloat, Share, parse, read_yaml, record
 
 Method = Literal[
     "blocks", "end-to-end", "shallow", "truncated-bptt", "forward-forward", "noprop-dt", "badam", "lisa", "lora"
@@ -186,7 +186,7 @@ class SampleOptions(EvalOptions):
     teacher: str | None = None
     mauve: str | None = None
     features: str | None = None
-    guidance: float = 1.0
+    guidance: NotNegative = 1.0
 
 
 def about_samples(options: SampleOptions) -> dict[str, Any]:
@@ -251,7 +251,7 @@ def check(recipe: Recipe, file: str) -> None:
         raise UsageError(
             f"{settled[0]} was decided when the package was made",
             where=file,
-            hint="split the source again with other options",
+            hint="split the source again with other options, or train from a recipe that names the source",
         )
     if recipe.train.steps is not None and recipe.train.epochs is not None:
         raise UsageError("train.steps and train.epochs are both given", where=file, hint="give one of them")

@@ -26,6 +26,7 @@ Positive = Annotated[int, pydantic.Field(gt=0)]
 Count = Annotated[int, pydantic.Field(ge=0)]
 Share = Annotated[float, pydantic.Field(ge=0, le=1)]
 PositiveFloat = Annotated[float, pydantic.Field(gt=0)]
+NotNegative = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
 
 
 @dataclass_transform(frozen_default=True)

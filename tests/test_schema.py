@@ -26,6 +26,8 @@ def test_unknown_key_names_file_line_and_nearest_key(tmp_path):
     [
         ("source: m.py\ntrain: {steps: many}", "", "train.steps = 'many'"),
         ("source: m.py\ntrain: {batch: 0}", "", "train.batch = 0"),
+        ("source: m.py\ndata: {image: {std: [0.0]}}", "", r"data.image.std.0 = 0.0: input should be greater than 0"),
+        ("source: m.py", "data.image.std=[0.2, -0.2, 0.2]", r"data.image.std.1 = -0.2"),
         ("source: m.py\nnoise: {rule: edn}", "", "noise.rule = 'edn'"),
         ("source: m.py\npackage: p", "", "either a source or a package"),
         ("seed: 1", "", "either a source or a package"),

@@ -34,6 +34,8 @@ def generate(
             target, prompt, tokens=tokens, decoding=decoding, cache=cache, seed=seed, model=model, report=report
         )
     typer.echo(prompt, nl=False)
-    for piece in pieces:
-        typer.echo(piece, nl=False)
-    typer.echo("")
+    try:
+        for piece in pieces:
+            typer.echo(piece, nl=False)
+    finally:
+        typer.echo("")  # before an error too

@@ -101,6 +101,11 @@ def split(
     tokenizer: Annotated[str | None, typer.Option(help="byte, char, or a Transformers folder or hub id.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens an example.")] = None,
     table: Annotated[str | None, typer.Option(help="Target table: own embeddings or fresh.")] = None,
+    entry: Annotated[
+        str | None, typer.Option(help="Where a noisy label enters: token, replace, append or add; found by default.")
+    ] = None,
+    readout: Annotated[str | None, typer.Option(help="What the head reads: token or pooled; found by default.")] = None,
+    modulation: Annotated[str, typer.Option(help="linear, or silu as in the paper's code.")] = "linear",
     context: CONTEXT = None,
     prediction: Annotated[str | None, typer.Option(help="Of images: edm, epsilon, v or flow.")] = None,
     weights: WEIGHTS = None,
@@ -143,6 +148,9 @@ def split(
         "start": start,
         "condition_width": condition_width,
         "table": table,
+        "entry": entry,
+        "readout": readout,
+        "modulation": modulation,
         "context": context,
         "prediction": prediction,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,7 @@ def from_library(name: str, options: dict[str, Any], part: str) -> Any:
 
 
 def library(source: str) -> Any:
-    """The `datasets` library, without its progress bars."""
+    """The `datasets` library, without its progress bars, and without what its readers log before they raise it."""
     try:
         import datasets
     except ImportError:
@@ -143,4 +144,5 @@ def library(source: str) -> Any:
             f"data source {source} needs the `datasets` library", hint="pip install 'dbconvert[data]'"
         ) from None
     datasets.disable_progress_bars()
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
     return datasets

@@ -51,6 +51,7 @@ class Examples(Dataset[Batch]):
             self.columns = find_columns(self.read(0), options, anatomy, labelled=classes > 0)
         stored = hasattr(dataset, "select_columns") and not options.workers  # each worker would keep its own
         self.kept = Kept(len(dataset)) if stored and len(self.columns) == 1 else None
+        self.seen = {} if options.latents else {given.name: example_shape(given) for given in anatomy.inputs}
         self.shared = {given.name for given in anatomy.inputs if given.shared} & self.columns.keys()
         self.first = self[0]
         self.refuse_other_rank(anatomy)
@@ -129,7 +130,7 @@ class Examples(Dataset[Batch]):
                 raise DBConvertError(
                     f"example {index} has {self.columns[argument]} {list(value.shape)}, and example 0 has "
                     f"{list(self.first[argument].shape)}",
-                    hint="data.image.size=32 resizes pictures, data.image.mode=RGB reads grey ones as colour",
+                    hint=made_equal(self.seen.get(argument, ())),
                 )
             if argument in self.shared and not torch.equal(value, self.first[argument]):
                 raise DBConvertError(
@@ -165,6 +166,14 @@ class Examples(Dataset[Batch]):
         column = self.dataset.select_columns([self.label]) if hasattr(self.dataset, "select_columns") else self.dataset
         labels = torch.stack([self.read_label(column[index], index) for index in indices])
         return labels.bincount(minlength=self.classes).double()
+
+
+def made_equal(seen: tuple[int, ...]) -> str:
+    """How pictures become those that a network takes, [C, H, W]; in general terms where that is no square picture."""
+    square = len(seen) == 3 and seen[0] in (1, 3) and seen[1] == seen[2]
+    size = f"size={seen[1]}" if square else "size"
+    mode = "L reads colour ones as grey" if square and seen[0] == 1 else "RGB reads grey ones as colour"
+    return f"data.image.{size} resizes pictures, data.image.mode={mode}"
 
 
 def find_columns(item: Any, options: DataOptions, anatomy: Anatomy, *, labelled: bool = True) -> dict[str, str]:

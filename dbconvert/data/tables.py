@@ -58,6 +58,8 @@ def from_repository(options: DataOptions, part: str) -> Documents:
     builder = open_builder(name, source, place_of(options))
 
     def read() -> Iterator[str]:
+        if files_without_rows(builder, part):
+            return
         if options.streaming and not Path(source).is_dir():
             dataset = streamed(builder, part, name)
         else:
@@ -66,6 +68,13 @@ def from_repository(options: DataOptions, part: str) -> Documents:
 
     content = [source, builder.config_id, str(builder.hash), part, options.text]
     return Documents(name, identity(content), read)
+
+
+def files_without_rows(builder: Any, part: str) -> bool:
+    """Whether all files of a part lie here and are parquet without any rows."""
+    piece = sliced(part)
+    files = (builder.config.data_files or {}).get(part if piece is None else piece.name, [])
+    return bool(files) and all(without_rows(Path(file)) for file in files)
 
 
 def open_builder(name: str, path: str, options: dict[str, Any]) -> Any:

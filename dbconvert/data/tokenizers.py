@@ -60,6 +60,10 @@ class Tokenizer(ABC):
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of some tokens; what is no text becomes U+FFFD."""
 
+    def unknown(self, text: str) -> list[str]:
+        """The characters of a text that all become one token, each once; none where every text can be told."""
+        return []
+
     @abstractmethod
     def describe(self) -> Description:
         """What `from_description` needs, as JSON can hold it."""
@@ -121,6 +125,9 @@ class CharTokenizer(Tokenizer):
             places = np.searchsorted(self.codes, codes).clip(max=len(self.codes) - 1)
             tokens[start : start + PIECE] = np.where(self.codes[places] == codes, places, len(self.codes))
         return tokens
+
+    def unknown(self, text: str) -> list[str]:
+        return sorted(set(text) - set(self.characters))
 
     def decode(self, tokens: Iterable[int]) -> str:
         return "".join(self.characters[t] if t < len(self.characters) else UNKNOWN for t in tokens)

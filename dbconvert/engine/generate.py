@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain, islice
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +31,9 @@ from dbconvert.tasks.recurrent import Recurrent
 
 AGREE = 1e-3
 """The largest difference of cached and uncached scores, over the largest score."""
+
+SHOWN = 10
+"""Unknown characters that a warning names at the most."""
 
 
 @record
@@ -62,6 +67,8 @@ def generate(
 ) -> Iterator[str]:
     """Continues a prompt; yields text as it comes, or at once where tokens are hidden and shown in any order.
 
+    The first token is made before anything is yielded, so that a prompt that the network does not take is refused here.
+
     Args:
         target: a checkpoint or a run, as `load` takes it.
         tokens: at most so many; an end token ends it.
@@ -70,15 +77,18 @@ def generate(
 
     Raises:
         UsageError: the prompt is empty or too long, or the network is none of text.
-        DBConvertError: the network fails, as on more tokens than it has positions for.
+        DBConvertError: the network fails, or does so later, as on more tokens than it has positions for.
     """
     if decoding.temperature < 0 or not 0 < decoding.top_p <= 1:
         raise UsageError("temperature must not be negative, and top-p lies in (0, 1]")
+    if tokens < 0:
+        raise UsageError(f"{tokens} tokens cannot be written", hint="give at least 0 with --tokens")
     report(Stage("loading"))
     loaded = load(target, model)
     tokenizer, task = loaded.tokenizer, loaded.network.decided_task
     if tokenizer is None or not isinstance(task, (CausalLM, MaskedLM, Recurrent)):
         raise UsageError(f"{target} does not generate text", hint="its task is none of causal_lm, masked_lm, recurrent")
+    warn_of_strangers(tokenizer.unknown(prompt), report)
     start = torch.tensor([tokenizer.encode(prompt)], dtype=torch.long)
     if isinstance(task, MaskedLM):
         refuse_cuts(decoding)
@@ -89,15 +99,54 @@ def generate(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded.network.to(device)
     writer = Writer(loaded.network, loaded.intervals, decoding, torch.Generator().manual_seed(seed))
-    found: Iterator[int]
+    with taking(start.shape[1], loaded.data.length):
+        found = writing(loaded, writer, start.to(device), tokens, cache, report)
+        first = list(islice(found, 1))
+    return pieces(counted(chain(first, found)), tokenizer, prompt)
+
+
+def writing(loaded: Loaded, writer: Writer, start: Tensor, count: int, cache: bool, report: Reporter) -> Iterator[int]:
+    """At most `count` tokens after `start` [1, n], as the network writes them."""
     if loaded.layers is not None:
-        found = (int(token) for token in plain_rows(loaded, start.to(device), tokens, writer))
-    elif isinstance(task, Recurrent):
-        found = (int(token) for token in recurrent_rows(writer, start.to(device), tokens))
+        rows = plain_rows(loaded, start, count, writer)
+    elif isinstance(loaded.network.task, Recurrent):
+        rows = recurrent_rows(writer, start, count)
     else:
-        cache = cache and can_cache(writer, start.to(device), report)
-        found = writer.tokens(start.to(device), tokens, cache=cache)
-    return pieces(found, tokenizer, prompt)
+        return writer.tokens(start, count, cache=cache and can_cache(writer, start, report))
+    return (int(token) for token in rows)
+
+
+@contextmanager
+def taking(prompt: int, trained: int | None) -> Iterator[None]:
+    """Raises UsageError where a network fails on a prompt of so many tokens that is no shorter than what it was
+    trained on."""
+    try:
+        yield
+    except DBConvertError as error:
+        if trained is not None and prompt < trained:
+            raise
+        known = "" if trained is None else f"; it was trained on {trained}"
+        raise UsageError(
+            f"the network does not take the prompt of {prompt} tokens",
+            why=error.message,
+            hint=f"a network may have positions for so many tokens only{known}: shorten the prompt",
+        ) from error
+
+
+def counted(found: Iterator[int]) -> Iterator[int]:
+    """The same tokens; a failure says how many there were."""
+    count = 0
+    try:
+        for token in found:
+            yield token
+            count += 1
+    except DBConvertError as error:
+        raise DBConvertError(
+            error.message,
+            where=f"after {count} tokens were written",
+            why=error.why,
+            hint=f"a network may have positions for so many tokens only: give --tokens {count}, or a shorter prompt",
+        ) from error
 
 
 def refuse_long(prompt: int, longest: int | None) -> None:
@@ -106,6 +155,14 @@ def refuse_long(prompt: int, longest: int | None) -> None:
         raise UsageError(
             f"the prompt has {prompt} tokens, and the network has positions for {longest}", hint="shorten the prompt"
         )
+
+
+def warn_of_strangers(characters: list[str], report: Reporter) -> None:
+    """As in validation text, where they count as the same token."""
+    if characters:
+        some = ", ".join(map(repr, characters[:SHOWN])) + (", ..." if len(characters) > SHOWN else "")
+        told = f"characters that the training text did not have: {some}; all become one token, which was not trained on"
+        report(Note(told, warning=True))
 
 
 def refuse_cuts(decoding: Decoding) -> None:
@@ -250,14 +307,19 @@ class Writer:
 
 
 def can_cache(writer: Writer, start: Tensor, report: Reporter) -> bool:
-    """Whether cached scores are those without a cache, tried on the prompt; a note says why not."""
+    """Whether cached scores are those without a cache, tried on the prompt; a note says why not.
+
+    Raises:
+        DBConvertError: the network fails on the prompt without a cache too.
+    """
     tried = Writer(writer.network, writer.intervals, Decoding(), torch.Generator())
     prefixes = {b: tried.task.prefix() for b in tried.network.present}
+    with torch.no_grad():
+        plain = tried.next_scores(start, {})
     try:
         with torch.no_grad():
             for length in dict.fromkeys((max(1, start.shape[1] - 1), start.shape[1])):
                 cached = tried.next_scores(start[:, :length], prefixes)
-            plain = tried.next_scores(start, {})
     except (DBConvertError, RuntimeError) as error:
         report(Note(f"without a cache: {str(error).splitlines()[0]}", warning=True))
         return False
@@ -273,7 +335,8 @@ def plain_rows(loaded: Loaded, start: Tensor, count: int, writer: Writer) -> Ite
     written = start
     argument = loaded.network.plan.anatomy.embedding.argument  # type: ignore[union-attr]
     for _ in range(count):
-        output = loaded.network.output(loaded.network.model_output({argument: written}, loaded.layers))
+        with long_enough(written.shape[1]):
+            output = loaded.network.output(loaded.network.model_output({argument: written}, loaded.layers))
         token = writer.choose(writer.filtered(output[:, -1]))
         yield token
         written = torch.cat([written, token[:, None].to(written.device)], 1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dbconvert.data.batches import OrderedBatches, seed_all
-from dbconvert.data.examples import LABEL
+from dbconvert.data.examples import LABEL, made_equal
 from dbconvert.data.images import entering
 from dbconvert.engine.layer_kinds import layer_kinds
 from dbconvert.engine.method import Job
@@ -18,6 +18,7 @@ from dbconvert.engine.ram import memory_errors
 from dbconvert.errors import DBConvertError
 from dbconvert.graph.account import parameter_bytes, saved_bytes
 from dbconvert.graph.proof import unchanged_state
+from dbconvert.graph.values import example_shape
 from dbconvert.schema import record
 from dbconvert.tasks.base import Inputs
 
@@ -153,10 +154,11 @@ def failed(error: Exception, inputs: Inputs, network: BlockwiseNetwork) -> DBCon
     """The network cannot run a batch of the data."""
     given = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
     seen = ", ".join(f"{known.name} {list(known.shape)}" for known in network.plan.anatomy.inputs)
+    picture = next((example_shape(known) for known in network.plan.anatomy.inputs), ())
     reason = str(error).strip().split("\n", 1)[0]
     return DBConvertError(
         f"the network fails on a batch of the data: {reason}",
         where=f"batch: {given}; the split saw: {seen}",
-        hint="give data of the shape that the network takes (data.image.size resizes pictures, data.image.mode=RGB "
-        "reads grey ones as colour), or split again with an example_inputs() that looks like the data",
+        hint=f"give data of the shape that the network takes ({made_equal(picture)}), "
+        "or split again with an example_inputs() that looks like the data",
     )

@@ -23,7 +23,7 @@ from dbconvert.engine.png import write_grid, write_png
 from dbconvert.errors import DBConvertError, UsageError
 from dbconvert.events import Advance, Reporter, Stage, silent
 from dbconvert.files import atomic_folder, refuse_occupied
-from dbconvert.schema import Count, Positive, record, to_json
+from dbconvert.schema import Count, NotNegative, Positive, record, to_json
 from dbconvert.tasks.base import Inputs
 from dbconvert.tasks.image_diffusion import PICTURE_AXES, ImageDiffusion, spelled
 
@@ -38,14 +38,15 @@ class Sampling:
     Args:
         steps: network evaluations an image; `heun` may use one less.
         grid: levels equally spaced in the noise's own mass, or by EDM's eq. 5.
-        guidance: D = D_none + guidance (D_class - D_none), which doubles every evaluation; 1 is none.
+        guidance: D = D_none + guidance (D_class - D_none), which doubles every evaluation; 1 is none, 0 draws
+            without classes.
         batch: images that run together; it changes nothing but memory and time.
     """
 
     steps: Positive = 50
     sampler: SolverName = "euler"
     grid: Grid = "quantiles"
-    guidance: float = 1.0
+    guidance: NotNegative = 1.0
     batch: Positive = 64
     seed: Count = 0
 

@@ -2,12 +2,17 @@
 
 import json
 import os
+from dataclasses import fields
+from inspect import signature
 from pathlib import Path
 
 import commands
 import pytest
 from commands import as_json, dbconvert
 from engine.conftest import write_model
+
+from dbconvert.cli.main import guarded, split
+from dbconvert.recipe import SplitOptions
 
 NOT_RESIDUAL = """
 from torch import nn
@@ -40,6 +45,15 @@ def test_the_three_lines_on_the_front_page(model):
     assert as_json("eval", "parts.safetensors", "eval.draws=0", "--json")["examples"] == 300
 
 
+def test_every_option_of_a_split_in_a_recipe_is_one_of_the_command(model, capsys):
+    """But `times`, a mapping, which a diffusers folder says itself."""
+    assert {field.name for field in fields(SplitOptions)} - {"times"} <= signature(split).parameters.keys()
+    asked = ["--entry", "append", "--readout", "pooled", "--modulation", "silu"]
+    assert guarded(["split", str(model), "--data", "digits", "--dry-run", *asked], debug=False) == 0
+    shown = capsys.readouterr().out
+    assert "enters as one token more" in shown and "pooled" in shown and "SiLU" in shown
+
+
 def test_inspect_accepts(model):
     found = as_json("inspect", model, "--json")
     assert found["verdict"] == "accepted" and found["reason"] is None
@@ -69,6 +83,7 @@ def test_inspect_refuses(tmp_path):
         (["split", "m/model.py", "--layers", "2,2"], 2, "add up to 4"),
         (["split", "m/model.py", "--layers", "two"], 2, "not a list of whole numbers"),
         (["split", "m/model.py", "--noise", "loud"], 2, "noise.rule = 'loud'|rule = 'loud'"),
+        (["split", "m/model.py", "--entry", "nose"], 2, "entry = 'nose': .*'append' or 'add'"),
         (["split", "m/model.py", "-o", "m"], 2, "exists already"),
         (["split", "m/model.py", "-o", "m", "--force"], 2, "not written by dbconvert"),
         (["split", "m/model.py", "--data", "nowhere", "--dry-run"], 2, "does not exist"),

@@ -11,7 +11,7 @@ from dbconvert.data.datasets import open_part
 from dbconvert.data.digits import PARTS, Digits
 from dbconvert.data.examples import LABEL, Examples
 from dbconvert.data.images import augmentation, flip, normalise, to_image
-from dbconvert.data_options import DataOptions, ImageOptions, RandAugment
+from dbconvert.data_options import DataOptions, ImageOptions, LatentOptions, RandAugment
 from dbconvert.errors import DBConvertError, UsageError
 from dbconvert.graph.analysis import analyse
 
@@ -182,6 +182,22 @@ def test_bad_data_is_told(tmp_path, anatomy, source, part, message):
     options = DataOptions(source=source)
     with pytest.raises((DBConvertError, UsageError), match=message):
         Examples(open_part(options, part), options, anatomy, classes=5).label_counts()
+
+
+@pytest.mark.parametrize(
+    ("latents", "hint"),
+    [
+        (None, "data.image.size=16 resizes pictures, data.image.mode=RGB"),
+        (LatentOptions(vae="v"), "data.image.size resizes pictures"),
+    ],
+)
+def test_pictures_of_two_sizes_are_told_the_network_s(tmp_path, anatomy, latents, hint):
+    """Where a VAE reads them, theirs is not the network's."""
+    (tmp_path / "d.py").write_text(FUNCTION.replace("torch.zeros(3, 4, 4)", "torch.zeros(3, 4 + i, 4)"))
+    options = DataOptions(source="d.py:data", latents=latents)
+    with pytest.raises(DBConvertError, match=r"example 1 has image \[3, 5, 4\], and example 0") as caught:
+        Examples(open_part(options, "train"), options, anatomy, classes=5)[1]
+    assert caught.value.hint.startswith(hint)
 
 
 def test_workers_give_the_same_batches(tmp_path, anatomy):

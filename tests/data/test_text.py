@@ -131,6 +131,20 @@ def test_a_folder_of_tables(tmp_path):
 # -- the hub ----------------------------------------------------------------------------------------------------
 
 
+def test_a_folder_of_tables_without_rows(tmp_path):
+    save_repository(tmp_path / "repo", rows=[])
+    assert texts(source="repo") == texts("train[:50%]", source="repo") == []
+    save_repository(tmp_path / "repo")
+    assert len(texts(source="repo")) == len(ROWS)
+
+
+def test_a_damaged_table_is_told_once(caplog):
+    Path("rows.parquet").write_bytes(b"PAR1, and then nothing of the kind")
+    with pytest.raises(DBConvertError, match=r"cannot read part train of rows\.parquet") as caught:
+        texts(source="rows.parquet")
+    assert "magic bytes" in caught.value.why and not caplog.records
+
+
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """org/corpus is on the hub; what was asked of the library is kept."""

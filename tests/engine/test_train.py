@@ -174,6 +174,7 @@ def test_data_that_the_network_cannot_run_is_told(package, tmp_path):
     with pytest.raises(DBConvertError, match="fails on a batch of the data") as caught:
         dbconvert.train(str(package), overrides=[*QUICK, *data], out="run")
     assert "[8, 1, 6, 8]" in caught.value.where and "[2, 1, 8, 8]" in caught.value.where
+    assert "data.image.size=8 resizes" in caught.value.hint and "mode=L reads" in caught.value.hint
     assert not (tmp_path / "run").exists()
 
 

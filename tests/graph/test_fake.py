@@ -5,6 +5,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from transformers.integrations import moe
 
 from dbconvert.graph.analysis import analyse
 from dbconvert.graph.fake import NEEDS_NUMBERS, build_up_to, empty_weights, is_empty
@@ -59,6 +60,20 @@ def test_the_anatomy_is_that_of_real_tensors(name):
         found = analyse(empty, inputs)
     assert found == analyse(model, inputs)
     assert is_empty(empty)
+
+
+def test_experts_run_on_fake_tensors_forwards_and_backwards():
+    """And real ones keep the kernel that is theirs."""
+    kernel = moe._can_use_grouped_mm
+    with empty_weights():
+        model, inputs = FAMILIES["mixtral"]()
+    with runnable_on_fake(model):
+        scores = model(**inputs).logits
+        scores.sum().backward()
+        given = [p.grad for name, p in model.named_parameters() if "experts" in name]
+        assert scores.shape == (*networks.tokens().shape, networks.VOCABULARY)
+        assert given and all(grad is not None for grad in given)
+    assert moe._can_use_grouped_mm is kernel
 
 
 def test_empty_weights_keep_ties_and_buffers():

@@ -1,11 +1,16 @@
 """The tape writes down what happened, whatever the network does."""
 
 import networks
+import pytest
 import torch
+from cascades import in_blocks
 from torch import nn
 
+from dbconvert.graph.analysis import analyse
+from dbconvert.graph.proof import prove
 from dbconvert.graph.spine import find_spines
 from dbconvert.graph.tape import describe, record
+from dbconvert.tasks.classification import Classification
 
 
 def functions(recording):
@@ -81,3 +86,25 @@ def test_a_sum_is_residual_only_if_one_term_dominates():
     spines = find_spines(record(model, (), {"x": torch.randn(2, 3), "y": torch.randn(2, 3)}), model)
     chain = spines.chains()[0]
     assert [len(add.branches) for add in chain] == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["conv", "conv_post", "conv_stem"])
+def test_traces_in_train_mode_leave_the_statistics_of_batch_norms(name):
+    """Of the analysis, its proof and the choice of the label's place: buffers and modes are what they were."""
+    model, inputs = networks.build(name)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.num_batches_tracked += 3
+    model.layers.train()
+    before = {key: buffer.clone() for key, buffer in model.named_buffers()}
+    modes = [module.training for module in model.modules()]
+    traced = []
+    count = model.layers[0].register_forward_pre_hook(lambda module, _: traced.append(module.training))
+    anatomy = prove(model, analyse(model, inputs), inputs)
+    assert True in traced and len(before) > 3
+    assert [module.training for module in model.modules()] == modes
+    in_blocks(model, inputs, anatomy, Classification)
+    count.remove()
+    after = dict(model.named_buffers())
+    assert all(torch.equal(after[key], before[key]) for key in before)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from language import causal_network
 from torch.nn import functional as F
+from transformers import masking_utils
 
 from dbconvert.data.examples import IGNORED
 from dbconvert.data.sequences import DOCUMENTS
@@ -73,6 +74,21 @@ def test_one_pass_on_all_positions_is_the_generator_s_at_each():
         for i in range(1, 7):
             alone = made.evaluate(block, tokens[:, :i], z[:, i : i + 1], level, None)
             assert torch.allclose(together[:, i], alone[:, 0], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["hf_llama", "hf_mistral"])
+def test_positions_that_come_twice_are_not_read_as_packed_documents(name, monkeypatch):
+    """Transformers hides documents from each other where there is no mask and positions start again."""
+    network, asked, find = writer(name).network, [], masking_utils.find_packed_sequence_indices
+    monkeypatch.setattr(
+        masking_utils, "find_packed_sequence_indices", lambda ids: asked.append((ids, find(ids))) or asked[-1][1]
+    )
+    tokens, z, sigma = start(6), torch.randn(1, 6, networks.WIDTH), torch.tensor([1.0])
+    before = network.denoise(0, {"input_ids": tokens}, z, sigma)
+    assert asked and all(ids[0].tolist() == list(range(6)) and found is None for ids, found in asked)
+    tokens[0, 2] += 1
+    apart = (network.denoise(0, {"input_ids": tokens}, z, sigma) - before).abs().amax((0, 2))
+    assert not apart[:3].any() and apart[3:].all()
 
 
 def test_levels_of_single_positions():
