@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -45,7 +46,7 @@ class Cell:
         varied: the varied keys that it depends on.
         part: of the data, on which it is evaluated.
         optional: where this machine, this network or what is installed does not allow it, it is no failure.
-        identity: SHA-256 of its settled recipe, of the part, of what the recipe's files hold, and of the versions.
+        identity: SHA-256 of its settled recipe, with what its files hold, of the part, and of the versions.
     """
 
     name: str
@@ -230,23 +231,26 @@ def plan_cell(
         refuse_unlabelled(named(recipe.task), recipe.train.method)
     named_by = [baseline.name] if baseline else []
     name = ", ".join([*named_by, *varied]) or recipe.train.method
-    content = {**to_data(with_own_form(recipe)), "log": None}
-    told = identity({"recipe": content, "part": part, "files": digests(recipe), "versions": dict(versions)})
+    content = {**placeless(with_own_form(recipe)), "log": None}
+    told = identity({"recipe": content, "part": part, "versions": dict(versions)})
     optional = baseline is not None and baseline.optional
     return Planned(Cell(name, baseline.name if baseline else None, combination, seed, part, told, optional), recipe)
 
 
-def digests(recipe: Recipe) -> dict[str, str]:
-    """Of the files that a recipe names, so that a cell is run again when they change; of a package its plan's."""
-    named_files = (
-        recipe.source,
-        recipe.package and str(Path(recipe.package) / PLAN),
-        recipe.weights,
-        recipe.data.source,
-    )
-    found = {}
-    for name in filter(None, named_files):
-        path = Path(name.partition(".py:")[0] + ".py") if ".py:" in name else Path(name)
-        if path.is_file():
-            found[str(path)] = quick_digest(path)
-    return found
+def placeless(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as data, with what its files hold in the place of where they lie: a cell is run again when they change,
+    and not when they are moved. Of a package it is its plan."""
+    content: dict[str, Any] = to_data(recipe)
+    for key in ("source", "package", "weights"):
+        content[key] = held(content[key])
+    return {**content, "data": {**content["data"], "source": held(recipe.data.source)}}
+
+
+def held(name: str | None) -> str | None:
+    """What a file that a recipe names holds, and the function taken of it; names of anything else as they are."""
+    if name is None:
+        return None
+    file, python, function = name.partition(".py:")
+    path = Path(file + ".py") if python else Path(name)
+    path = path / PLAN if (path / PLAN).is_file() else path
+    return f"{path.name}:{function} {quick_digest(path)}" if path.is_file() else name

@@ -1,6 +1,7 @@
 """compare: a grid and its baselines, each trained once; what is finished stays, what failed says why."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -140,6 +141,9 @@ def test_a_cell_is_known_by_what_it_trains_on_what_and_with_what(model_file, tmp
     first = identity()
     assert first == identity(["log.every=7"])
     others = [identity(["train.steps=9"]), identity(versions={"dbconvert": "2"}), identity(part="validation")]
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(tmp_path, moved)
+    assert first == lay_out(Request(write(moved, moved / "model.py"), (), {}, 1), VERSIONS)[0].cell.identity
     model.write_text(model.read_text() + "# changed\n")
     assert len({first, identity(), *others}) == 5
 
