@@ -288,7 +288,15 @@ def stream_after(
     """The stream that leaves the stack when `active` layers run, on their own input or on a given one."""
     entry: Callable[[Tensor], Tensor] | None = None if stream is None else lambda _: stream
     run.active, run.entry, run.keep = active, entry, True
-    run_case(model, inputs)
+    try:
+        run_case(model, inputs)
+    except (TypeError, AttributeError) as error:
+        raise Refused(
+            f"the network fails where layers hand their stream on: {error}",
+            node=anatomy.stack,
+            kind="proof",
+            hint="what else a layer returns is None then: the network must do without it, as without an auxiliary loss",
+        ) from None
     leaving = run.leaving
     run.reset()
     if leaving is None:
