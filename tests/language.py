@@ -1,5 +1,7 @@
 """Converted networks of tokens for tests, without a package on disk."""
 
+import copy
+
 import torch
 from cascades import in_blocks
 
@@ -11,7 +13,10 @@ from dbconvert.tasks.causal_lm import CausalLM
 def loud(model):
     """The same network, its layers as loud as their stream and the head awake, so that mistakes show."""
     anatomy = analyse(*model)
-    network = outspoken(model[0], anatomy)
+    network = copy.deepcopy(model[0]).eval()
+    with outspoken(network, anatomy):
+        weights = {name: value.clone() for name, value in network.state_dict().items()}
+    network.load_state_dict(weights)
     with torch.no_grad():
         head = network.get_submodule(anatomy.head.module)
         if not head.weight.any():

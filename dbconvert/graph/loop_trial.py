@@ -46,8 +46,8 @@ def ask_loop(model: nn.Module, anatomy: Anatomy) -> Loop:
             places, prelude = find_state(record(model, (), {**tokens, **more}), model, anatomy)
         loop = Loop(rounds, places, tuple(prelude), scale_of_state(model, anatomy, rounds, tokens))
         refuse_moved(model, loop, tokens)
-        trial = Trial.of(outspoken(model, anatomy), anatomy, loop, tokens)
-        trial.judge()
+        with outspoken(model, anatomy):
+            Trial.of(model, anatomy, loop, tokens).judge()
     return loop
 
 

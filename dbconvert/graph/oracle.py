@@ -6,8 +6,8 @@ position i must be that of the ordinary network run on the clean tokens before i
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isnan
 from typing import Any
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from dbconvert.anatomy import Anatomy, Embedding, Layer, Path, SideAxes
 from dbconvert.errors import DBConvertError, Refused
 from dbconvert.graph.halves import LastLayer
-from dbconvert.graph.inject import PREFIX, inject
-from dbconvert.graph.proof import no_fast_paths
+from dbconvert.graph.inject import PREFIX, eject, inject
+from dbconvert.graph.proof import no_fast_paths, unchanged_state
 from dbconvert.graph.run import Run
 from dbconvert.graph.tape import argument_leaves
 from dbconvert.graph.two_streams import TwoStreams, spread
@@ -118,9 +118,7 @@ def ask(model: nn.Module, anatomy: Anatomy) -> tuple[tuple[SideAxes, ...], bool]
     """
     embedding = anatomy.embedding
     assert embedding is not None
-    with no_fast_paths(), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = outspoken(model, anatomy)
+    with no_fast_paths(), torch.no_grad(), torch.random.fork_rng(devices=[]), outspoken(model, anatomy):
         tokens = longest_that_runs(model, embedding)
         sides = side_axes(model, anatomy, embedding, tokens)
         run = inject(model, anatomy, blocks=1, width=WIDTH, start="original")
@@ -140,27 +138,37 @@ def is_causal(model: nn.Module, anatomy: Anatomy) -> bool | None:
     embedding, head = anatomy.embedding, anatomy.head
     if embedding is None or head is None or head.pooled:
         return None
-    with no_fast_paths(), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = outspoken(model, anatomy)
+    with no_fast_paths(), torch.no_grad(), torch.random.fork_rng(devices=[]), outspoken(model, anatomy):
         tokens = longest_that_runs(model, embedding)
         changed = tokens.clone()
         changed[:, -1] = (changed[:, -1] + 1) % embedding.rows
         found = []
         for each in (tokens, changed):
             torch.manual_seed(0)  # a looped core may begin with a random state
-            found.append(item(run_on(model, embedding, each), head.output)[:, :-1])
-        before, after = found
+            found.append(item(run_on(model, embedding, each), head.output))
+            if found[-1].shape[1] < tokens.shape[1]:
+                raise Refused(
+                    f"of {tokens.shape[1]} positions the head reads {found[-1].shape[1]}",
+                    node=head.module,
+                    kind="head",
+                    hint="give it all of them, head(x) in place of head(x[:, [-1]]), whether targets are given or not",
+                )
+        before, after = (each[:, :-1] for each in found)
     return apart(after, before) <= TOLERANCE
 
 
-def outspoken(model: nn.Module, anatomy: Anatomy) -> nn.Module:
-    """A copy whose layers speak as loudly as their stream: freshly initialised ones whisper, and so would mistakes.
+@contextmanager
+def outspoken(model: nn.Module, anatomy: Anatomy) -> Iterator[None]:
+    """Meanwhile layers speak as loudly as their stream: freshly initialised ones whisper, and so would mistakes.
 
-    Weights that begin at zero, a head's or those at the ends of branches, become random: they would say nothing.
+    Weights that begin at zero, a head's or those at the ends of branches, become random: they would say nothing. A copy
+    would not do: functions that a layer keeps (`self.mlpf = lambda x: ..`) go on calling the modules copied from. What
+    was injected meanwhile is taken out again; random numbers are seeded.
     """
-    model = copy.deepcopy(model).eval()
-    with torch.no_grad():
+    torch.manual_seed(0)
+    before = [(parameter, parameter.detach().clone()) for parameter in model.parameters()]
+    with unchanged_state(model), torch.no_grad():
+        model.eval()
         for name, parameter in model.named_parameters():
             if parameter.dim() < 2:
                 continue
@@ -169,7 +177,13 @@ def outspoken(model: nn.Module, anatomy: Anatomy) -> nn.Module:
             elif anatomy.layer_of(name) is not None:
                 scale = float(parameter.float().std()) * parameter.shape[-1] ** 0.5
                 parameter.mul_(1 / scale if scale else 1)
-    return model
+        try:
+            yield
+        finally:
+            if hasattr(model, PREFIX):
+                eject(model)
+            for parameter, value in before:
+                parameter.copy_(value)
 
 
 def judge(trial: Trial, sides: dict[Path, SideAxes]) -> None:

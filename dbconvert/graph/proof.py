@@ -26,6 +26,7 @@ from dbconvert.graph.values import item, joined, look_up, put_in
 
 WIDTH = 8
 SHORTER = 3
+DRAWS = 16
 LOUD, APART = 0.5, 0.01
 """Size of random modulation, and how far two evaluations may lie apart, of the largest number."""
 Outputs = list[Tensor]
@@ -162,8 +163,25 @@ def loud_around(model: nn.Module, run: Run, anatomy: Anatomy, inputs: Inputs) ->
 
 def sites_reach_output(model: nn.Module, run: Run, anatomy: Anatomy, inputs: Inputs) -> Check:
     """Every scale, shift and gate has a gradient, and no fused path of evaluation leaves one out."""
-    run.condition = condition_for(inputs, anatomy)
-    with awake(model), torch.enable_grad():
+    with awake(model), unchanged_state(model), torch.random.fork_rng(devices=[]), torch.enable_grad():
+        silent = silent_layers(model, run, anatomy, inputs, train=False)
+        trains_silent = silent_layers(model, run, anatomy, inputs, train=True)
+    past = fused_past(model, run, anatomy, inputs)
+    detail = f"no gradient in: {', '.join(silent)}" if silent else "gradients of all scales, shifts and gates"
+    if not silent and (trains_silent or past):
+        who = f"training ({', '.join(trains_silent)})" if trains_silent else "evaluation"
+        detail = f"{who} takes a {'path of its own' if trains_silent else 'fused path'} past them"
+    return Check("every site reaches the output", not (silent or trains_silent or past), detail)
+
+
+def silent_layers(model: nn.Module, run: Run, anatomy: Anatomy, inputs: Inputs, *, train: bool) -> list[str]:
+    """Layers with a scale, shift or gate without gradient; of train mode, whose passes may drop branches by chance, in
+    all of `DRAWS` passes."""
+    silent: list[str] = []
+    for seed in range(DRAWS if train else 1):
+        torch.manual_seed(seed)
+        model.train(train)
+        run.condition = condition_for(inputs, anatomy)
         outputs = [o for _, o in tensors(model(**inputs)) if o.is_floating_point() and o.requires_grad]
         try:
             sum((random_like(o) * o).sum() for o in outputs).backward()  # type: ignore[union-attr]
@@ -171,16 +189,12 @@ def sites_reach_output(model: nn.Module, run: Run, anatomy: Anatomy, inputs: Inp
             raise backward_fails(error) from None
         finally:
             run.reset()
-    silent = []
-    for index, modulation in getattr(model, PREFIX).modulation.items():
-        grad = modulation.linear.bias.grad
-        if grad is None or not parts_alive(grad, modulation):
-            silent.append(anatomy.layers[int(index)].path)
+        grads = {int(i): (m.linear.bias.grad, m) for i, m in getattr(model, PREFIX).modulation.items()}
+        silent = [anatomy.layers[i].path for i, (g, m) in grads.items() if g is None or not parts_alive(g, m)]
+        if not silent:
+            break
     model.zero_grad(set_to_none=True)
-    past = fused_past(model, run, anatomy, inputs)
-    detail = f"no gradient in: {', '.join(silent)}" if silent else "gradients of all scales, shifts and gates"
-    detail = "evaluation takes a fused path past them" if past and not silent else detail
-    return Check("every site reaches the output", not silent and not past, detail)
+    return silent
 
 
 def fused_past(model: nn.Module, run: Run, anatomy: Anatomy, inputs: Inputs) -> bool:
@@ -274,7 +288,15 @@ def stream_after(
     """The stream that leaves the stack when `active` layers run, on their own input or on a given one."""
     entry: Callable[[Tensor], Tensor] | None = None if stream is None else lambda _: stream
     run.active, run.entry, run.keep = active, entry, True
-    run_case(model, inputs)
+    try:
+        run_case(model, inputs)
+    except (TypeError, AttributeError) as error:
+        raise Refused(
+            f"the network fails where layers hand their stream on: {error}",
+            node=anatomy.stack,
+            kind="proof",
+            hint="what else a layer returns is None then: the network must do without it, as without an auxiliary loss",
+        ) from None
     leaving = run.leaving
     run.reset()
     if leaving is None:

@@ -34,9 +34,7 @@ def ask_both_ways(model: nn.Module, anatomy: Anatomy) -> tuple[tuple[SideAxes, .
     """
     embedding = anatomy.embedding
     assert embedding is not None
-    with no_fast_paths(), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = outspoken(model, anatomy)
+    with no_fast_paths(), torch.no_grad(), torch.random.fork_rng(devices=[]), outspoken(model, anatomy):
         tokens = longest_that_runs(model, embedding)[:1]
         sides = side_axes(model, anatomy, embedding, tokens.expand(2, -1))
         run = inject(model, anatomy, blocks=1, width=WIDTH, start="original")

@@ -6,6 +6,7 @@ import networks
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from dbconvert.errors import Refused
 from dbconvert.graph import inject as injecting
@@ -71,6 +72,28 @@ def test_the_proof_catches_a_fused_path_past_the_sites(monkeypatch):
     with pytest.raises(Refused, match="every site reaches the output") as refused:
         prove(model, anatomy, inputs)
     assert "evaluation takes a fused path past them" in str(refused.value)
+
+
+class TrainsFused(nn.Module):
+    """A layer that reads its weights past the modules that hold them, in training only."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.down = nn.LayerNorm(8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        if not self.training:
+            return x + self.down(self.norm(x))
+        normed = F.layer_norm(x, (8,), self.norm.weight, self.norm.bias)
+        return x + F.linear(normed, self.down.weight, self.down.bias)
+
+
+def test_the_proof_catches_a_path_of_training_past_the_sites():
+    model = nn.Sequential(nn.Linear(4, 8), TrainsFused(), TrainsFused(), nn.Linear(8, 3))
+    inputs = {"input": torch.randn(2, 4)}
+    with pytest.raises(Refused, match="every site reaches the output") as refused:
+        prove(model, analyse(model, inputs), inputs)
+    assert "training (1, 2) takes a path of its own past them" in str(refused.value)
 
 
 @pytest.mark.parametrize("name", ["vit", "hf_gpt2", "functional_norm"])

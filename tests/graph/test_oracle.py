@@ -201,3 +201,49 @@ def test_an_argument_that_was_not_there_before_is_refused():
     streams = TwoStreams(4, Axes(0, -1), {})
     with pytest.raises(DBConvertError, match=r"receive a tensor .* at extra"):
         streams.beside(("extra",), torch.zeros(2, 4))
+
+
+class KeepsFunction(nn.Module):
+    """A layer as minGPT writes it: its MLP is a function that was made of modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(16), nn.LayerNorm(16)
+        self.qkv, self.projection = nn.Linear(16, 48), nn.Linear(16, 16)
+        self.mlp = mlp = nn.ModuleDict({"up": nn.Linear(16, 32), "down": nn.Linear(32, 16), "drop": nn.Dropout()})
+        self.mlpf = lambda x: mlp["drop"](mlp["down"](F.gelu(mlp["up"](x))))
+
+    def forward(self, x):
+        q, k, v = (part[:, None] for part in self.qkv(self.norm1(x)).chunk(3, -1))
+        x = x + self.projection(F.scaled_dot_product_attention(q, k, v, is_causal=True)[:, 0])
+        return x + self.mlpf(self.norm2(x))
+
+
+def test_layers_may_keep_functions_of_their_modules():
+    model = nn.Sequential(nn.Embedding(30, 16), KeepsFunction(), KeepsFunction(), nn.Linear(16, 30))
+    anatomy = analyse(model, {"input": torch.randint(0, 30, (2, 8))})
+    assert oracle.is_causal(model, anatomy)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    oracle.ask(model, anatomy)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not hasattr(model, "dbconvert")
+
+
+class LastOnly(nn.Module):
+    """A language model that scores the last position only, as nanoGPT where it is given no targets."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(30, 16), nn.Linear(16, 30)
+        self.layers = nn.Sequential(KeepsFunction(), KeepsFunction())
+
+    def forward(self, tokens):
+        return self.head(self.layers(self.embedding(tokens))[:, [-1]])
+
+
+def test_a_head_that_reads_the_last_position_only_is_refused_with_the_way_out():
+    model = LastOnly()
+    anatomy = analyse(model, {"tokens": torch.randint(0, 30, (2, 8))})
+    with pytest.raises(Refused, match="of 18 positions the head reads 1") as refusal:
+        oracle.is_causal(model, anatomy)
+    assert "in place of" in refusal.value.hint

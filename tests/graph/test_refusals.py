@@ -185,3 +185,34 @@ def test_one_list_of_branches_on_an_unbroken_stream_is_something_else():
     with pytest.raises(Refused, match=r"the residual addition of first\.0 is written outside of it") as caught:
         analyse(Around(plain, lists=1).eval(), {"x": networks.features()})
     assert caught.value.kind == "functional"
+
+
+class Balanced(nn.Module):
+    """A layer that returns an auxiliary loss beside its stream."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.down = nn.LayerNorm(8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x + self.down(self.norm(x)), x.mean()
+
+
+class AddsLosses(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.layers = nn.Linear(4, 8), nn.ModuleList(Balanced() for _ in range(3))
+
+    def forward(self, x):
+        x, self.loss = self.stem(x), torch.zeros(())
+        for layer in self.layers:
+            x, loss = layer(x)
+            self.loss = self.loss + loss
+        return x
+
+
+def test_what_skipped_layers_do_not_return_must_not_be_needed():
+    model, inputs = AddsLosses(), {"x": torch.randn(2, 4)}
+    with pytest.raises(Refused, match="fails where layers hand their stream on") as refused:
+        prove(model, analyse(model, inputs), inputs)
+    assert "auxiliary loss" in refused.value.hint
