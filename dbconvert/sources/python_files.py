@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib.util
 import sys
@@ -75,11 +76,32 @@ def own_file(module: ModuleType | None, folder: Path) -> Path | None:
 
 
 def imported_neighbours(path: Path) -> tuple[Path, ...]:
-    """The file itself and the files of its folder that it has imported, relative to the folder."""
+    """The file itself and the files of its folder that it has imported, relative to the folder; also those that were
+    imported before it was loaded, as in a notebook."""
     folder = real(path).parent
     found = {own_file(sys.modules.get(name), folder) for name, home in _loaded_from.items() if home == folder}
+    waiting = [Path(path.name), *filter(None, found)]
+    while waiting:
+        for name in named_imports(folder, waiting.pop()):
+            file = own_file(sys.modules.get(name), folder)
+            if file is not None and file not in found:
+                found.add(file)
+                waiting.append(file)
     others = sorted(file for file in found if file is not None and file.name != path.name)
     return (Path(path.name), *others)
+
+
+def named_imports(folder: Path, file: Path) -> Iterator[str]:
+    """Modules that a file of `folder`, relative to it, names in its imports, with the packages they lie in."""
+    for node in ast.walk(ast.parse((folder / file).read_bytes())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            above = file.parts[: -node.level] if node.level else ()
+            base = [*above, *(node.module or "").split(".")] if node.module else list(above)
+            names = [".".join(base), *(".".join([*base, alias.name]) for alias in node.names)]
+        for name in names:
+            parts = name.split(".")
+            yield from (".".join(parts[: i + 1]) for i in range(len(parts)))
 
 
 @contextmanager

@@ -1,5 +1,8 @@
 """A network in a Python file: found, run in isolation, copied whole."""
 
+import importlib
+import sys
+
 import pytest
 import torch
 
@@ -38,6 +41,28 @@ def project(folder, width=16):
     (folder / "helpers.py").touch()
     (folder / "unrelated.py").write_text("raise RuntimeError('never imported')")
     return folder / "model.py"
+
+
+def test_neighbours_that_were_imported_before_belong_to_it(tmp_path, monkeypatch):
+    """As in a notebook that has tried the network already."""
+    (tmp_path / "before").mkdir()
+    (tmp_path / "before" / "__init__.py").touch()
+    (tmp_path / "before" / "shapes.py").write_text("WIDTH = 16")
+    (tmp_path / "before" / "layers.py").write_text("from .shapes import WIDTH" + LAYERS.format(width="WIDTH"))
+    (tmp_path / "tried.py").write_text(
+        MODEL.format(width=16).replace("parts.", "before.").replace("import helpers", "")
+    )
+    (tmp_path / "unrelated_before.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    names = ["tried", "unrelated_before", "before", "before.layers", "before.shapes"]
+    for name in names[:2]:
+        importlib.import_module(name)
+    try:
+        files = open_source(str(tmp_path / "tried.py")).ref.files
+    finally:
+        for name in names:
+            sys.modules.pop(name)
+    assert files == ("tried.py", "before/__init__.py", "before/layers.py", "before/shapes.py")
 
 
 def test_entry_points(tmp_path):
