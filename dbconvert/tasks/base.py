@@ -358,8 +358,21 @@ def along(values: Tensor, like: Tensor) -> Tensor:
 
 
 def leaf(output: Any, path: tuple[int | str, ...]) -> Tensor:
-    """The tensor at `path` of a network's output."""
-    for key in path:
-        output = output[key]
-    tensor: Tensor = output
-    return tensor
+    """The tensor at `path` of a network's output.
+
+    Raises:
+        DBConvertError: it is not there, as where a network returns something else in train mode.
+    """
+    found = output
+    try:
+        for key in path:
+            found = found[key]
+    except (KeyError, IndexError, TypeError):
+        found = None
+    if not isinstance(found, Tensor):
+        where = f" with no tensor at {'.'.join(map(str, path))}" if path else ", not a tensor"
+        raise DBConvertError(
+            f"the network returns a {type(output).__name__}{where}: something else than when it was analysed",
+            hint="let it return the same in train and in eval mode, e.g. the scores alone",
+        )
+    return found

@@ -7,10 +7,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from dbconvert.diffusion.preconditioning import Preconditioning
-from dbconvert.errors import UsageError
+from dbconvert.errors import DBConvertError, UsageError
 from dbconvert.graph.analysis import analyse
 from dbconvert.graph.inject import PREFIX
-from dbconvert.tasks.base import Corruption
+from dbconvert.tasks.base import Corruption, leaf
 from dbconvert.tasks.classification import Classification
 from dbconvert.tasks.discrete import denoise_before_head
 from dbconvert.tasks.registry import choose_task
@@ -101,6 +101,16 @@ def test_losses_and_averages():
     assert torch.allclose(task.losses(logits, labels).mean(), F.cross_entropy(logits, labels))
     assert task.correct(F.one_hot(labels, 5).float(), labels).all()
     assert torch.allclose(task.probabilities(logits), logits.softmax(-1))
+
+
+def test_another_output_than_the_analysed_one_is_told():
+    """As of networks that give an auxiliary result in train mode."""
+    scores, aux = torch.zeros(2, 5), torch.zeros(())
+    assert leaf(scores, ()) is scores and leaf({"logits": (aux, scores)}, ("logits", 1)) is scores
+    with pytest.raises(DBConvertError, match="returns a tuple, not a tensor: something else than when it was analysed"):
+        leaf((scores, aux), ())
+    with pytest.raises(DBConvertError, match=r"returns a dict with no tensor at logits\.1"):
+        leaf({"logits": scores[0, 0]}, ("logits", 1))
 
 
 @pytest.mark.parametrize("name", ["gpt", "hf_gpt2", "hf_llama", "hf_bert"])
