@@ -43,6 +43,7 @@ def without_rows(path: Path) -> bool:
     """Whether a file is parquet without any rows, which the library cannot read."""
     if path.suffix != ".parquet":
         return False
+    library(str(path))  # which brings pyarrow, or says how to have it
     from pyarrow import ArrowException, parquet
 
     try:

@@ -31,6 +31,7 @@ from dbconvert.files import quick_digest
 from dbconvert.plan import read_plan
 from dbconvert.recipe import Recipe
 from dbconvert.schema import identity, record, to_data
+from dbconvert.sources.python_files import named_neighbours, sha256_files
 from dbconvert.tasks.registry import named
 
 BLOCKS = "split.blocks"
@@ -253,4 +254,6 @@ def held(name: str | None) -> str | None:
     file, python, function = name.partition(".py:")
     path = Path(file + ".py") if python else Path(name)
     path = path / PLAN if (path / PLAN).is_file() else path
-    return f"{path.name}:{function} {quick_digest(path)}" if path.is_file() else name
+    if path.is_file() and path.suffix == ".py":
+        return f"{path.name}:{function} {sha256_files(path.resolve().parent, tuple(map(str, named_neighbours(path))))}"
+    return f"{path.name} {quick_digest(path)}" if path.is_file() else name

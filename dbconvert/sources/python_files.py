@@ -80,15 +80,27 @@ def imported_neighbours(path: Path) -> tuple[Path, ...]:
     imported before it was loaded, as in a notebook."""
     folder = real(path).parent
     found = {own_file(sys.modules.get(name), folder) for name, home in _loaded_from.items() if home == folder}
-    waiting = [Path(path.name), *filter(None, found)]
+    named = (own_file(sys.modules.get(name), folder) for name in named_modules(path))
+    others = sorted(file for file in {*found, *named} if file is not None and file != Path(path.name))
+    return (Path(path.name), *others)
+
+
+def named_neighbours(path: Path) -> tuple[Path, ...]:
+    """The file itself and the files of its folder that its imports name, one after the other, without running it."""
+    return (Path(path.name), *sorted(set(named_modules(path).values()) - {Path(path.name)}))
+
+
+def named_modules(path: Path) -> dict[str, Path]:
+    """Modules that lie in a file's folder and that its imports name, and theirs; files relative to the folder."""
+    folder, found, waiting = real(path).parent, dict[str, Path](), [Path(path.name)]
     while waiting:
         for name in named_imports(folder, waiting.pop()):
-            file = own_file(sys.modules.get(name), folder)
-            if file is not None and file not in found:
-                found.add(file)
+            places = Path(*name.split(".")).with_suffix(".py"), Path(*name.split("."), "__init__.py")
+            file = next((place for place in places if (folder / place).is_file()), None)
+            if file is not None and name not in found:
+                found[name] = file
                 waiting.append(file)
-    others = sorted(file for file in found if file is not None and file.name != path.name)
-    return (Path(path.name), *others)
+    return found
 
 
 def named_imports(folder: Path, file: Path) -> Iterator[str]:
@@ -99,7 +111,7 @@ def named_imports(folder: Path, file: Path) -> Iterator[str]:
             above = file.parts[: -node.level] if node.level else ()
             base = [*above, *(node.module or "").split(".")] if node.module else list(above)
             names = [".".join(base), *(".".join([*base, alias.name]) for alias in node.names)]
-        for name in names:
+        for name in filter(None, names):
             parts = name.split(".")
             yield from (".".join(parts[: i + 1]) for i in range(len(parts)))
 

@@ -185,10 +185,14 @@ def test_in_converted_branches_a_configuration_is_a_folder(tmp_path):
     assert texts("test", **given) == ["plain test"]
 
 
-def test_a_hub_id_needs_the_library(monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DBConvertError, match=r"org/corpus needs the `datasets` library\n.*dbconvert\[data\]"):
-        texts(source="org/corpus")
+@pytest.mark.parametrize("source", ["org/corpus", "corpus.parquet"])
+def test_tables_need_the_library(monkeypatch, tmp_path, source):
+    """Which brings what reads parquet."""
+    (tmp_path / "corpus.parquet").write_bytes(b"PAR1")
+    for name in ("datasets", "pyarrow"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(DBConvertError, match=rf"{source} needs the `datasets` library\n.*dbconvert\[data\]"):
+        texts("all", source=source)
 
 
 def test_a_hub_id_that_cannot_be_reached():

@@ -144,8 +144,11 @@ def test_a_cell_is_known_by_what_it_trains_on_what_and_with_what(model_file, tmp
     moved = tmp_path / "elsewhere"
     shutil.copytree(tmp_path, moved)
     assert first == lay_out(Request(write(moved, moved / "model.py"), (), {}, 1), VERSIONS)[0].cell.identity
-    model.write_text(model.read_text() + "# changed\n")
-    assert len({first, identity(), *others}) == 5
+    model.write_text("import beside\n" + model.read_text())
+    (tmp_path / "beside.py").write_text("WIDTH = 16")
+    others.append(identity())
+    (tmp_path / "beside.py").write_text("WIDTH = 32")
+    assert len({first, identity(), *others}) == 6
 
 
 def test_values_of_a_key_are_yaml():
