@@ -166,12 +166,14 @@ def sites_reach_output(model: nn.Module, run: Run, anatomy: Anatomy, inputs: Inp
     with awake(model), unchanged_state(model), torch.random.fork_rng(devices=[]), torch.enable_grad():
         silent = silent_layers(model, run, anatomy, inputs, train=False)
         trains_silent = silent_layers(model, run, anatomy, inputs, train=True)
-    past = fused_past(model, run, anatomy, inputs)
-    detail = f"no gradient in: {', '.join(silent)}" if silent else "gradients of all scales, shifts and gates"
-    if not silent and (trains_silent or past):
-        who = f"training ({', '.join(trains_silent)})" if trains_silent else "evaluation"
-        detail = f"{who} takes a {'path of its own' if trains_silent else 'fused path'} past them"
-    return Check("every site reaches the output", not (silent or trains_silent or past), detail)
+    name = "every site reaches the output"
+    if silent:
+        return Check(name, False, f"no gradient in: {', '.join(silent)}")
+    if trains_silent:
+        return Check(name, False, f"training ({', '.join(trains_silent)}) takes a path of its own past them")
+    if fused_past(model, run, anatomy, inputs):
+        return Check(name, False, "evaluation takes a fused path past them")
+    return Check(name, True, "gradients of all scales, shifts and gates")
 
 
 def silent_layers(model: nn.Module, run: Run, anatomy: Anatomy, inputs: Inputs, *, train: bool) -> list[str]:

@@ -28,9 +28,9 @@ def fresh_table(model: nn.Module) -> Tensor:
     return F.normalize(conditioning(model).get_parameter("target.weight").float(), dim=-1)
 
 
-def above_mean(expected: Tensor, table: Tensor) -> Tensor:
-    """Expected rows of a table of unit vectors less their mean, times sqrt(d): coordinates of about 1 if sure."""
-    above: Tensor = (expected - table.mean(0)) * table.shape[-1] ** 0.5
+def above_mean(expected: Tensor, table: Tensor, several: int = 1) -> Tensor:
+    """Expected rows of a table of unit vectors, or sums of several, less their mean: coordinates of about 1 if sure."""
+    above: Tensor = (expected - several * table.mean(0)) * (table.shape[-1] / several) ** 0.5
     return above
 
 

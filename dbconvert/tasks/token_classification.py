@@ -26,7 +26,7 @@ from dbconvert.graph.two_streams import as_stream, positions_axis
 from dbconvert.plan import Context, Target
 from dbconvert.recipe import Z
 from dbconvert.tasks.base import Change, Corruption, Headline, Inputs, Passage, along
-from dbconvert.tasks.discrete import denoise_before_head, fresh_table
+from dbconvert.tasks.discrete import above_mean, denoise_before_head, fresh_table
 from dbconvert.tasks.labels import LabelTask, unfit
 
 ASKED = "__asked__"
@@ -90,7 +90,7 @@ class TokenClassification(LabelTask):
     # -- a batch ------------------------------------------------------------------------------------------
 
     def arranged(self, inputs: Inputs, labels: Tensor) -> tuple[Inputs, Tensor]:
-        asked = labels != IGNORED if self.target.labels == 1 else (labels != IGNORED).all(-1)
+        asked = (labels != IGNORED).view(*labels.shape[:2], -1).all(-1)
         return inputs if bool(asked.all()) else {**inputs, ASKED: asked}, labels
 
     # -- a forward pass -----------------------------------------------------------------------------------
@@ -104,22 +104,16 @@ class TokenClassification(LabelTask):
 
     def clean(self, model: nn.Module, labels: Tensor) -> Tensor:
         """Of the first class where there is no label: nobody sees it."""
-        table, labels = self.table(model), labels.clamp(min=0)
-        if self.target.labels == 1:
-            return table[labels]
-        return table[torch.arange(self.target.labels, device=labels.device), labels].sum(-2)
+        first = self.target.classes * torch.arange(self.target.labels, device=labels.device)
+        rows = labels.clamp(min=0).view(*labels.shape[:2], -1) + first
+        return fresh_table(model)[rows].sum(-2)
 
     def denoised(self, model: nn.Module, output: Tensor) -> Tensor:
-        likely = output.float().softmax(-1)
-        expected: Tensor = (likely if self.target.labels == 1 else likely.flatten(-2)) @ fresh_table(model)
+        expected: Tensor = output.float().softmax(-1).flatten(2) @ fresh_table(model)
         return expected
 
     def told(self, model: nn.Module, expected: Tensor, z: Tensor) -> Tensor:
-        if self.target.labels == 1:
-            return super().told(model, expected, z)
-        unit: float = (self.target.width / self.target.labels) ** 0.5
-        above: Tensor = (expected - self.table(model).mean(1).sum(0)) * unit
-        return above
+        return above_mean(expected, fresh_table(model), self.target.labels)
 
     def passage(self, model: nn.Module, block: int, inputs: Inputs, corruption: Corruption) -> Passage:
         asked, given = inputs.get(ASKED), own_inputs(inputs)
