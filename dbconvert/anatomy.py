@@ -219,7 +219,8 @@ class Embedding:
 
 @record
 class Change:
-    """What happens to every number of the head's result, by itself: `multiply` or `divide` by a number, or `tanh`."""
+    """What happens to the head's result: `multiply` or `divide` by a number, `tanh`, or, last of all, `softmax` or
+    `log_softmax` over the classes."""
 
     name: str
     by: float | None = None
@@ -238,7 +239,7 @@ class Head:
         output: where its result sits in the network's output.
         token: index of the one token that is read, or None when tokens are pooled or all read.
         pooled: whether the head sees one vector an example.
-        after: what is done to its result on the way out, in order, as a softcap: divide, tanh, multiply.
+        after: what is done to its result on the way out, in order, as a softcap (divide, tanh, multiply) or a softmax.
     """
 
     module: str

@@ -304,7 +304,8 @@ class BlockwiseNetwork(nn.Module):
         return found
 
     def read(self, block: int | None, features: Tensor) -> Tensor:
-        """What the head makes of features [..., d], and what follows it: scores [..., K]."""
+        """What the head, and what follows it, makes of features [..., d]: scores [..., K], or the logarithm of a
+        softmax."""
         facts = self.plan.anatomy.head
         assert facts is not None
         head = self.model.get_submodule(facts.module)
@@ -320,10 +321,14 @@ class BlockwiseNetwork(nn.Module):
         return scores
 
     def output(self, value: Any) -> Tensor:
-        found = self.plan.anatomy.head or self.plan.anatomy.picture
+        """The scores, of a softmax its logarithm, or the image in what the network gives."""
+        head = self.plan.anatomy.head
+        found = head or self.plan.anatomy.picture
         if found is None:
             raise DBConvertError("the network has no head to read")
-        return leaf(value, found.output)
+        output = leaf(value, found.output)
+        ends_in_softmax = head is not None and head.after[-1:] == (Change("softmax"),)
+        return output.clamp_min(torch.finfo(output.dtype).tiny).log() if ends_in_softmax else output
 
     # -- weights ------------------------------------------------------------------------------------------
 
@@ -394,6 +399,8 @@ def changed(output: Tensor, change: Acting | None) -> Tensor:
 
 
 def applied(change: Change, scores: Tensor) -> Tensor:
+    if "softmax" in change.name:
+        return scores.log_softmax(-1)
     if change.name == "tanh" or change.by is None:
         return scores.tanh()
     return scores * change.by if change.name == "multiply" else scores / change.by

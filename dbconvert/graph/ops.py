@@ -25,6 +25,7 @@ SHAPE_ONLY = {
     "new_empty", "new_full", "new_tensor",
 }  # fmt: skip
 SCALINGS = {"mul", "rmul", "imul", "mul_", "div", "truediv"}
+SOFTMAXES = {nn.Softmax: "softmax", nn.LogSoftmax: "log_softmax"}
 NORM_FUNCTIONS = {"layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm"}
 ACTIVATIONS = {"relu", "gelu", "silu", "leaky_relu", "elu", "mish", "hardswish", "relu_", "tanh", "sigmoid"}
 NORM_MODULES = (
@@ -168,6 +169,16 @@ def elementwise(node: fx.Node) -> Change | None:
     if name not in SCALINGS or not isinstance(by, int | float):
         return None
     return Change("divide" if "div" in name else "multiply", float(by))
+
+
+def normalised(node: fx.Node, model: nn.Module) -> Change | None:
+    """A softmax over the last axis, or its logarithm."""
+    module = module_of(node, model)
+    name, axis = function_name(node), node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    if isinstance(module, nn.Softmax | nn.LogSoftmax):
+        name, axis = SOFTMAXES[type(module)], module.dim
+    last = len(node.meta.get("shape") or ()) - 1
+    return Change(name) if name in SOFTMAXES.values() and axis in (-1, last) else None
 
 
 def shifted(node: fx.Node) -> fx.Node | None:

@@ -122,7 +122,7 @@ def find_head(evidence: Evidence, end: fx.Node) -> Head | None:
     for output, node in evidence.recording.outputs:
         if not ops.is_floating(node) or not evidence.spines.reach.is_ancestor(end, node):
             continue
-        made, after = look_back(node)
+        made, after = look_back(node, evidence.model)
         module = ops.module_of(made, evidence.model)
         if not isinstance(module, nn.Linear) or len(evidence.recording.calls_of(str(made.target))) != 1:
             return None
@@ -142,12 +142,13 @@ def rows_of_scores(output: fx.Node, made: fx.Node) -> int:
     return after[-2] if split else 1
 
 
-def look_back(node: fx.Node) -> tuple[fx.Node, tuple[Change, ...]]:
-    """The node that made an output's numbers, and what was done to each of them since: scalings and softcaps."""
+def look_back(node: fx.Node, model: nn.Module) -> tuple[fx.Node, tuple[Change, ...]]:
+    """The node that made an output's numbers, and what was done to them since: scalings, softcaps, a softmax at the
+    end."""
     after: list[Change] = []
     while True:
         node = ops.origin(node)
-        change = ops.elementwise(node)
+        change = ops.elementwise(node) or (None if after else ops.normalised(node, model))
         source = ops.first(node)
         if change is None or source is None:
             return node, tuple(reversed(after))

@@ -3,6 +3,7 @@
 import networks
 import pytest
 import torch
+from cascades import blockwise
 from torch import nn
 from torch.nn import functional as F
 
@@ -123,3 +124,44 @@ def test_language_models_are_none(name):
 def test_unknown_task():
     with pytest.raises(UsageError, match="no task telepathy"):
         choose_task(analyse(*networks.build("vit")), "telepathy")
+
+
+class Ending(nn.Module):
+    def __init__(self, ending):
+        super().__init__()
+        self.body, self.ending = networks.whole_sequential(), ending
+
+    def forward(self, input):
+        return self.ending(self.body(input))
+
+
+@pytest.mark.parametrize(
+    ("ending", "change"),
+    [
+        (nn.LogSoftmax(dim=-1), "log_softmax"),
+        (lambda scores: F.log_softmax(scores, dim=1), "log_softmax"),
+        (nn.Softmax(dim=1), "softmax"),
+        (lambda scores: scores.softmax(-1), "softmax"),
+    ],
+)
+def test_a_softmax_at_the_end_is_part_of_the_loss(ending, change):
+    """Classifiers that were written for nll_loss, or that tell probabilities, lose what their scores would."""
+    labels, sigma, eps = torch.tensor([1, 4, 0]), torch.tensor([0.3, 0.7, 2.0]), torch.randn(3, networks.WIDTH)
+    given = {"input": torch.randn(3, 8)}
+
+    def losses(ending):
+        torch.manual_seed(0)
+        network, _ = blockwise(Ending(ending), given, Classification)
+        plain = network.task.losses(network.plain(given), labels)
+        features = torch.randn(3, networks.WIDTH, generator=torch.Generator().manual_seed(0))
+        read = network.read(1, features).softmax(-1)
+        return network.plan.anatomy.head.after, plain, network(1, given, labels, sigma, eps), read
+
+    expected, found = losses(nn.Identity()), losses(ending)
+    assert expected[0] == () and [one.name for one in found[0]] == [change]
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found[1:], expected[1:], strict=True))
+
+
+@pytest.mark.parametrize("ending", [nn.Softmax(dim=0), lambda scores: scores.softmax(-1) * 2])
+def test_other_endings_are_no_scores(ending):
+    assert Classification.refusal(analyse(Ending(ending), {"input": torch.randn(3, 8)})) is not None
