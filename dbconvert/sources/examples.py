@@ -64,7 +64,15 @@ def first_argument(model: nn.Module) -> str:
 
 
 def candidates(model: nn.Module) -> Iterator[Tensor]:
-    """Images, tokens or vectors, by the kind of the modules that may read them; sizes that attributes name first."""
+    """Images, tokens or vectors, by the kind of the modules that may read them, and in the precision of their weights;
+    sizes that attributes name first."""
+    for candidate, reader in guesses(model):
+        weight = next(reader.parameters(), None)
+        yield candidate.to(weight.dtype) if weight is not None and candidate.is_floating_point() else candidate
+
+
+def guesses(model: nn.Module) -> Iterator[tuple[Tensor, nn.Module]]:
+    """What may enter, and the module that would read it."""
     generator = torch.Generator().manual_seed(0)
     named = [getattr(model, name, None) for name in ("image_size", "img_size", "input_size")]
     sizes = [size for size in named if isinstance(size, int)] + list(IMAGE_SIZES)
@@ -72,13 +80,13 @@ def candidates(model: nn.Module) -> Iterator[Tensor]:
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             axes = len(module.kernel_size)
             for size in dict.fromkeys(sizes):
-                yield torch.randn(BATCH, module.in_channels, *[size] * axes, generator=generator)
+                yield torch.randn(BATCH, module.in_channels, *[size] * axes, generator=generator), module
         elif isinstance(module, nn.RNNBase):
-            yield torch.randn(BATCH, TOKENS, module.input_size, generator=generator)
+            yield torch.randn(BATCH, TOKENS, module.input_size, generator=generator), module
         elif isinstance(module, nn.Embedding):
             for length in (TOKENS, 8, 4):
-                yield torch.randint(0, module.num_embeddings, (BATCH, length), generator=generator)
+                yield torch.randint(0, module.num_embeddings, (BATCH, length), generator=generator), module
         elif isinstance(module, VECTORS):
             width = module.in_features if isinstance(module, nn.Linear) else module.normalized_shape[-1]
-            yield torch.randn(BATCH, TOKENS, width, generator=generator)
-            yield torch.randn(BATCH, width, generator=generator)
+            yield torch.randn(BATCH, TOKENS, width, generator=generator), module
+            yield torch.randn(BATCH, width, generator=generator), module

@@ -164,6 +164,8 @@ def test_example_inputs(tmp_path):
         ("nn.Sequential(nn.Linear(24, 5))", [2, 16, 24]),
         ("nn.Sequential(nn.Conv1d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 30, 5))", [2, 3, 32]),
         ("nn.LSTM(6, 4)", [2, 16, 6]),
+        ("nn.Sequential(nn.Conv1d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 30, 5)).bfloat16()", [2, 3, 32]),
+        ("nn.Sequential(nn.Embedding(17, 8), nn.Linear(8, 5)).double()", [2, 16]),
     ],
 )
 def test_inputs_are_guessed_and_tried(tmp_path, body, shape):
