@@ -183,7 +183,7 @@ def silent_layers(model: nn.Module, run: Run, anatomy: Anatomy, inputs: Inputs, 
     for seed in range(DRAWS if train else 1):
         torch.manual_seed(seed)
         model.train(train)
-        run.condition = condition_for(inputs, anatomy)
+        run.condition = as_trained(condition_for(inputs, anatomy))
         outputs = [o for _, o in tensors(model(**inputs)) if o.is_floating_point() and o.requires_grad]
         try:
             sum((random_like(o) * o).sum() for o in outputs).backward()  # type: ignore[union-attr]
@@ -197,6 +197,11 @@ def silent_layers(model: nn.Module, run: Run, anatomy: Anatomy, inputs: Inputs, 
             break
     model.zero_grad(set_to_none=True)
     return silent
+
+
+def as_trained(condition: Tensor) -> Tensor:
+    """The same, with a graph behind it that all layers share, as the noise embedder's."""
+    return condition * torch.ones_like(condition, requires_grad=True)
 
 
 def fused_past(model: nn.Module, run: Run, anatomy: Anatomy, inputs: Inputs) -> bool:
@@ -222,6 +227,13 @@ def fused_past(model: nn.Module, run: Run, anatomy: Anatomy, inputs: Inputs) -> 
 
 def backward_fails(error: RuntimeError) -> Refused:
     reason = str(error).split(". Hint", 1)[0].strip()
+    if "second time" in reason:
+        return Refused(
+            "layers run a backward pass of their own through the conditioning, which they share",
+            kind="backward",
+            hint="call torch.utils.checkpoint.checkpoint with use_reentrant=False, or leave it out: "
+            "train.checkpointing=true checkpoints layers",
+        )
     return Refused(
         f"a backward pass through the network fails: {reason}",
         kind="backward",

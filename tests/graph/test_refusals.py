@@ -1,9 +1,12 @@
 """Networks that cannot be cut are refused with the node and the reason."""
 
+import warnings
+
 import networks
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from dbconvert.errors import Refused
 from dbconvert.graph.analysis import analyse
@@ -82,6 +85,24 @@ def test_a_stem_may_depend_on_the_batch():
     model, inputs = Odd(networks.Block).eval(), {"x": networks.features()}
     anatomy = analyse(model, inputs)
     assert anatomy.axes.batch == 0 and all(check.passed for check in prove(model, anatomy, inputs).proof)
+
+
+def test_checkpoints_with_a_backward_pass_of_their_own_are_refused():
+    class Checkpointed(networks.Block):
+        def __init__(self, reentrant):
+            super().__init__()
+            self.reentrant = reentrant
+
+        def forward(self, x):
+            return checkpoint(super().forward, x, use_reentrant=self.reentrant)
+
+    model, inputs = networks.Net(lambda: Checkpointed(False)).eval(), {"x": networks.features()}
+    assert all(check.passed for check in prove(model, analyse(model, inputs), inputs).proof)
+    model = networks.Net(lambda: Checkpointed(True)).eval()
+    with pytest.raises(Refused, match="backward pass of their own") as caught, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch: inputs without gradient
+        prove(model, analyse(model, inputs), inputs)
+    assert "use_reentrant=False" in caught.value.hint
 
 
 def test_branches_that_start_at_zero_do_not_hide_their_sites():
