@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from contextlib import AbstractContextManager
 
 import torch
 
@@ -37,12 +36,6 @@ def compile_layers(network: BlockwiseNetwork) -> None:
         facts = network.plan.anatomy.layers[layer]
         for path in [part.path for part in facts.around.parts] if facts.around else [facts.path]:
             network.model.get_submodule(path).compile(backend=BACKEND)
-
-
-def uncompiled() -> AbstractContextManager[None]:
-    """Meanwhile layers run as they are written: evaluation has other shapes, too seldom to compile for."""
-    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
-    return stance
 
 
 def compiled_graphs() -> int:

@@ -16,6 +16,7 @@ from dbconvert.engine.refit import refuse_refit
 from dbconvert.engine.twin import one_thread
 from dbconvert.errors import Refused, UsageError
 from dbconvert.graph.inject import site_features
+from dbconvert.graph.tape import as_written
 from dbconvert.graph.values import joined
 from dbconvert.plan import SCHEMA_VERSION, Context, NoiseFit, NoiseRule, Plan, Target, cut
 from dbconvert.recipe import SplitOptions
@@ -146,6 +147,7 @@ def decide(
     return plan, fit
 
 
+@as_written()
 def decide_target(opened: Opened, task: type[Task], options: SplitOptions) -> Target:
     """What the task decides, with what it learns by running the network or its twin.
 

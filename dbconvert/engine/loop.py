@@ -21,7 +21,7 @@ from dbconvert.data.batches import OrderedBatches, block_order, derive, load_bat
 from dbconvert.data.examples import LABEL, Batch
 from dbconvert.data.images import augmentation, entering
 from dbconvert.diffusion.intervals import stratified
-from dbconvert.engine.compiling import compiled_graphs, uncompiled
+from dbconvert.engine.compiling import compiled_graphs
 from dbconvert.engine.held import held
 from dbconvert.engine.method import Job
 from dbconvert.engine.metrics import Metrics, Scorer
@@ -32,6 +32,7 @@ from dbconvert.engine.units import Unit
 from dbconvert.engine.watch import Watch
 from dbconvert.events import Advance, Note, Reporter, Stage
 from dbconvert.files import append_line
+from dbconvert.graph.tape import as_written
 from dbconvert.plan import NoiseFit
 from dbconvert.tasks.base import Inputs
 
@@ -308,7 +309,7 @@ class Loop:
         """Figures are computed in 32 bits where weights have as many, in training's mixed precision otherwise."""
         train = self.recipe.train
         cast = self.accelerator.autocast() if train.precision == "bf16-true" else nullcontext()
-        with cast, uncompiled() if train.compile else nullcontext():
+        with cast, as_written() if train.compile else nullcontext():
             yield
 
     def scorer(self) -> Scorer:

@@ -21,7 +21,7 @@ from dbconvert.graph.analysis import analyse
 from dbconvert.graph.fake import NEEDS_NUMBERS, is_empty
 from dbconvert.graph.oracle import is_causal
 from dbconvert.graph.proof import prove
-from dbconvert.graph.tape import refuse_opaque
+from dbconvert.graph.tape import as_written, refuse_opaque
 from dbconvert.sources.base import Source
 from dbconvert.sources.fake_runs import runnable_on_fake
 from dbconvert.sources.resolve import open_source
@@ -163,6 +163,7 @@ def open_and_analyse(
     return analyse_small(opened, model, stack, trained, seed, report)
 
 
+@as_written()
 def analyse_small(
     source: Source, model: nn.Module, stack: str | None, trained: Fitted | None, seed: int, report: Reporter
 ) -> Opened:
@@ -183,6 +184,7 @@ def adapter_of(source: Source, stack: str | None) -> Adapter | None:
     return source.adapter() if stack is None else None
 
 
+@as_written()
 def analyse_large(
     source: Source, model: nn.Module, stack: str | None, trained: Fitted | None, seed: int, report: Reporter
 ) -> Opened | None:

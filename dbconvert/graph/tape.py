@@ -17,6 +17,7 @@ import operator
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +31,8 @@ Path = tuple[int | str, ...]
 """Where a value sits inside arguments or an output: positions and keys, outermost first."""
 
 MUTATORS = ("__setitem__",)
+DYNAMO = "torch._dynamo.eval_frame"
+"""Importing it takes a second, and before somebody has, nothing is compiled."""
 NOT_FRAMES = ("/torch/", "/dbconvert/graph/", "<frozen", "<string>")
 
 
@@ -103,10 +106,15 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, d
     return _Tape(model, deep).run(args, kwargs)
 
 
+@contextmanager
+def as_written() -> Iterator[None]:
+    """Meanwhile code that torch.compile was put around runs as it is written, and nothing is compiled."""
+    with torch.compiler.set_stance("force_eager") if DYNAMO in sys.modules else nullcontext():
+        yield
+
+
 def refuse_opaque(model: nn.Module) -> None:
-    dynamo = sys.modules.get(
-        "torch._dynamo.eval_frame"
-    )  # importing it takes a second, and without it nothing is compiled
+    dynamo = sys.modules.get(DYNAMO)
     for path, module in model.named_modules():
         if dynamo is not None and isinstance(module, dynamo.OptimizedModule):
             raise Refused(

@@ -13,6 +13,7 @@ from dbconvert.checkpoint import load_tensors
 from dbconvert.engine import compiling
 from dbconvert.engine.requests import check_compile
 from dbconvert.errors import UsageError
+from dbconvert.plan import NoiseRule
 from dbconvert.recipe import Recipe, TrainOptions
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
@@ -102,3 +103,34 @@ def test_inductor_makes_the_same(package, tmp_path, monkeypatch):
     plain, compiled = both(package, tmp_path, [])
     a, b = weights(plain), weights(compiled)
     assert all(torch.allclose(b[key].float(), a[key].float(), atol=1e-4) for key in a)
+
+
+COMPILED = """
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+def refuse(graph, inputs):
+    raise AssertionError("compiled while it was analysed")
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(32, 16)
+
+    @torch.compile(backend=refuse)
+    def forward(self, x):
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+def build_model():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), *[Layer() for _ in range(4)], nn.Linear(16, 10))
+
+def example_inputs():
+    return torch.zeros(2, 1, 8, 8)
+"""
+
+
+def test_layers_that_compile_themselves_are_analysed_as_they_are_written(tmp_path):
+    (tmp_path / "model.py").write_text(COMPILED)
+    plan = dbconvert.split(str(tmp_path / "model.py"), noise=NoiseRule("edm"), dry_run=True).plan
+    assert plan.anatomy.depth == 4 and plan.task == "classification"
