@@ -271,8 +271,8 @@ def inject(
     """
     if start == "zero" and anatomy.post_norm and any(layer.branches for layer in anatomy.layers):
         raise Refused(
-            "something stands on the residual stream after the addition (post-norm), so that no gate makes a layer the "
-            "identity",
+            "a norm (post-norm), an activation or a scaling stands on the residual stream, so that no gate makes a "
+            "layer the identity",
             node=next(node for layer in anatomy.layers for node in layer.on_spine),
             kind="post-norm-zero",
             hint="use --start original",

@@ -65,6 +65,7 @@ def read_layers(
         rank = len(entering.meta["shape"])
         written = tuple(inner for add in additions for inner in add.written)
         run = sites.LayerRun(call, written, after_last, rank, channel, width)
+        begins_with = (*first, *(node for node in additions[0].on_spine if call.order in node.meta["calls"]))
         conditioned = conditioned_by(run, evidence)
         second_in, second_out = second if conditioned else NO_SECOND
         beside = side_inputs(call, entering, calls, evidence, second_in)
@@ -75,7 +76,7 @@ def read_layers(
                 stream_out=stream_out,
                 form=call.form,
                 branches=() if conditioned else sites.branches(run, evidence),
-                on_spine=tuple(node.name for node in (*first, *sites.on_spine(run))),
+                on_spine=tuple(node.name for node in (*begins_with, *sites.on_spine(run))),
                 side_inputs=beside,
                 **weights_of(path, evidence.model, outside),
                 conditioned_by=conditioned,

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from dbconvert.anatomy import Change
 
 ADDITIONS = {"add", "iadd", "radd", "add_"}
+DIFFERENCES = {"sub", "isub", "sub_", "subtract"}
 RESHAPES = {
     "clone", "contiguous", "expand", "flatten", "movedim", "permute", "reshape", "squeeze", "transpose", "swapaxes",
     "unflatten", "unsqueeze", "view", "view_as", "reshape_as", "getattr", "t",
@@ -53,6 +54,14 @@ def operands(node: fx.Node) -> list[fx.Node]:
 def is_addition(node: fx.Node) -> bool:
     """A sum of two tensors, unscaled."""
     if function_name(node) not in ADDITIONS or node.kwargs.get("alpha", 1) != 1:
+        return False
+    return len(operands(node)) == 2 and is_floating(node)
+
+
+def adds_scaled(node: fx.Node) -> bool:
+    """x - f or x + a f in one call: of two tensors only the first is added as it is."""
+    name = function_name(node)
+    if name not in DIFFERENCES and not (name in ADDITIONS and node.kwargs.get("alpha", 1) != 1):
         return False
     return len(operands(node)) == 2 and is_floating(node)
 

@@ -104,7 +104,8 @@ class Spines:
 def find_spines(recording: Recording, model: nn.Module) -> Spines:
     spines = Spines(model, Reach(recording.graph))
     for node in spines.reach.nodes:
-        add = residual(node, spines) if ops.is_addition(node) else beside(node, spines)
+        adds = ops.is_addition(node) or ops.adds_scaled(node)
+        add = residual(node, spines) if adds else beside(node, spines)
         if add is not None:
             spines.adds[node] = add
             spines.length[node] = 1 + spines.length.get(add.source, 0)
@@ -115,10 +116,13 @@ def residual(node: fx.Node, spines: Spines) -> ResidualAdd | None:
     """`node` as a residual addition, or None if no term, or more than one, dominates the others."""
     terms = ops.operands(node)
     partial: list[fx.Node] = []
+    scales = ops.adds_scaled(node)
     for _ in range(EXPANSIONS):
         streams = [(t, t, ()) for t in terms if dominates(t, t, terms, spines)] or scaled_streams(terms, spines)
         if streams:
             break
+        if scales:
+            return None
         opened = [part for t in terms for part in open_sum(t, spines)]
         if len(opened) == len(terms):
             return None
@@ -127,6 +131,8 @@ def residual(node: fx.Node, spines: Spines) -> ResidualAdd | None:
     if len(streams) != 1:
         return None
     term, stream, scaling = streams[0]
+    if scales and term is not terms[0]:
+        return None
     source, passed = spines.look_through(stream)
     branches = [part for t in terms if t is not term for part in all_terms(t, node, source, spines)]
     if ops.size(source) != ops.size(node) or any(ops.size(b) != ops.size(node) for b in branches):

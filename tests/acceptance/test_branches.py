@@ -4,10 +4,11 @@ import pytest
 import torch
 from networks import WIDTH, ConvNet, Net, images
 
+from dbconvert.errors import Refused
 from dbconvert.graph.analysis import analyse
 from dbconvert.graph.inject import inject
 from dbconvert.graph.proof import prove
-from tests.acceptance.written import BRANCHES, CONVOLUTIONS, sequence
+from tests.acceptance.written import BRANCHES, CONVOLUTIONS, Summed, sequence
 
 
 def branches_of(model, inputs):
@@ -25,6 +26,20 @@ def test_placement(name):
     assert {branch.gate.module for branch in branches} <= set(gates.split())
     assert anatomy.post_norm == (placement == "spine")
     check_channels(model, anatomy, inputs, channel=-1)
+
+
+def test_a_layer_that_scales_its_stream_is_never_the_identity():
+    model, inputs = Net(lambda: Summed(lambda x, y: 0.9 * x + 0.1 * y)).eval(), {"x": sequence()}
+    anatomy, branches = branches_of(model, inputs)
+    assert anatomy.post_norm and branches[0].placement == "pre"
+    with pytest.raises(Refused, match="a scaling stands"):
+        inject(model, anatomy, blocks=1, width=8, start="zero")
+
+
+@pytest.mark.parametrize("join", [lambda x, y: y - x, lambda x, y: torch.add(y, x, alpha=0.5)])
+def test_what_does_not_hand_the_stream_on_is_refused(join):
+    with pytest.raises(Refused, match="not residual"):
+        analyse(Net(lambda: Summed(join)).eval(), {"x": sequence()})
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)

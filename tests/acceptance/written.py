@@ -377,6 +377,17 @@ class Wrapped(nn.Module):
         return x + y
 
 
+class Summed(nn.Module):
+    """The stream and its branch, put together by `join`."""
+
+    def __init__(self, join):
+        super().__init__()
+        self.norm, self.mlp, self.join = nn.LayerNorm(WIDTH), mlp(), join
+
+    def forward(self, x):
+        return self.join(x, self.mlp(self.norm(x)))
+
+
 class Convolution(nn.Module):
     def __init__(self, norm):
         super().__init__()
@@ -395,6 +406,8 @@ BRANCHES = {
     "none": (NoNorm, "input", "mlp", "mlp.2"),
     "layer_scale": (lambda: Wrapped(LayerScale), "pre", "norm", "behind.0"),
     "drop_path": (lambda: Wrapped(DropPath), "pre", "norm", "behind.0 mlp.2"),
+    "difference": (lambda: Summed(torch.sub), "pre", "norm", "mlp.2"),
+    "scaled_addition": (lambda: Summed(lambda x, y: torch.add(x, y, alpha=0.5)), "pre", "norm", "mlp.2"),
     "dropout": (lambda: Wrapped(lambda: nn.Dropout(0.1)), "pre", "norm", "behind.0 mlp.2"),
 }
 """Layers on [N, T, C]: (layer, placement, norm site, allowed gate sites)."""
