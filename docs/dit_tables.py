@@ -10,6 +10,8 @@ from typing import Any
 
 DIT, SAMPLING = (Path(__file__).with_name(name) for name in ("dit.json", "sampling.json"))
 ITSELF = "the training part itself"
+GRIDS = ("quantiles", "karras")
+PARTS = {"train": "the training part", "test": "the test part", "all": "all digits"}
 
 
 def dit_parts() -> dict[str, str]:
@@ -42,17 +44,20 @@ def steps(found: dict[str, Any]) -> str:
 
 def table(rows: dict[str, Any], itself: dict[str, float]) -> str:
     seeds = " / ".join(next(iter(rows.values()), {}))
+    columns = [(part, grid) for grid in GRIDS for part in PARTS]
+    named = [f"to {PARTS[part]}, levels by `{grid}`" for part, grid in columns]
     lines = [
-        f"| form | distance to the training part, seeds {seeds} | to the test part | activations of an update "
-        "| seconds of one core, training | sampling |",
-        "| --- " * 6 + "|",
+        f"| form, seeds {seeds} | {' | '.join(named)} | activations of an update | seconds of one core, training "
+        "| sampling |",
+        "| --- " * (len(columns) + 4) + "|",
     ]
     for name, by_seed in rows.items():
-        train, test = (" / ".join(f"{one[part]:.2f}" for one in by_seed.values()) for part in ("train", "test"))
+        told = [" / ".join(f"{one[grid][part]:.2f}" for one in by_seed.values()) for part, grid in columns]
         held = statistics.median(one["activations"] for one in by_seed.values()) / 1e6
         training, sampling = (
             statistics.median(one[f"seconds_{what}"] for one in by_seed.values()) for what in ("training", "sampling")
         )
-        lines.append(f"| {name} | {train} | {test} | {held:.1f} MB | {training:.0f} | {sampling:.0f} |")
-    lines.append(f"| {ITSELF} | - | {itself['test']:.2f} | - | - | - |")
+        lines.append(f"| {name} | {' | '.join(told)} | {held:.1f} MB | {training:.0f} | {sampling:.0f} |")
+    own = [f"{itself[part]:.2f}" if part in itself else "-" for part, _ in columns]
+    lines.append(f"| {ITSELF} | {' | '.join(own)} | - | - | - |")
     return "\n".join(lines)

@@ -91,21 +91,39 @@ class Evidence:
         return fits[-1] if fits else rank - 1
 
     def axis_by_kind(self, node: fx.Node, steps: int = STEPS) -> int | None:
-        """What torch's own modules say of a value, or of what views, activations and sums make of it."""
+        """What torch's own modules say of a value, of what it is a view of, or of what views, activations, paddings
+        and sums make of it."""
         for neighbour in (node, *readers(node)):
-            module = ops.module_of(neighbour, self.model)
+            told = self.axis_of_kind(neighbour, node)
+            if told is not None:
+                return told
+        for user in node.users if steps else ():
+            view = ops.unchanged(user) is node
+            if view or ops.is_activation(user, self.model) or ops.is_addition(user) or ops.is_padding(user):
+                passes = view or ops.same_shape(user, node) or ops.is_padding(user)
+                told = self.axis_by_kind(user, steps - 1) if passes else None
+                axis = ops.axis_before(user, told) if view and told is not None else told
+                if axis is not None:
+                    return axis
+        return self.axis_before_view(node)
+
+    def axis_of_kind(self, neighbour: fx.Node, node: fx.Node) -> int | None:
+        """What a module that makes or reads `node`, or makes what is added to another term, says by its class."""
+        terms = ops.operands(neighbour) if ops.is_addition(neighbour) and ops.same_shape(neighbour, node) else []
+        for made in (neighbour, *(term for term in terms if ops.same_shape(term, node))):
+            module = ops.module_of(made, self.model)
             if runs_as(module, CHANNELS_FIRST):
                 return 1
             if runs_as(module, CHANNELS_LAST) and len(getattr(module, "normalized_shape", [1])) == 1:
                 return len(node.meta["shape"]) - 1
-        for user in node.users if steps else ():
-            view = ops.unchanged(user) is node
-            if view or ops.is_activation(user, self.model) or ops.is_addition(user):
-                told = self.axis_by_kind(user, steps - 1) if view or ops.same_shape(user, node) else None
-                axis = ops.axis_before(user, told) if view and told is not None else told
-                if axis is not None:
-                    return axis
         return None
+
+    def axis_before_view(self, node: fx.Node) -> int | None:
+        """What the module says that made what this value is a view of."""
+        source = ops.unchanged(node)
+        told = None if source is None or node.op != "call_function" else self.axis_of_kind(source, source)
+        fits = [] if told is None else [i for i in range(len(node.meta["shape"])) if ops.axis_before(node, i) == told]
+        return fits[0] if len(fits) == 1 else None
 
     def axis_by_weights(self, node: fx.Node) -> int | None:
         """The only axis, but for the batch, that has the size of the vectors among a module's weights."""

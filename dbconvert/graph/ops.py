@@ -66,6 +66,14 @@ def adds_scaled(node: fx.Node) -> bool:
     return len(operands(node)) == 2 and is_floating(node)
 
 
+def is_padding(node: fx.Node) -> bool:
+    """As many axes as before, in their order."""
+    source = first(node)
+    if function_name(node) != "pad" or source is None:
+        return False
+    return len(source.meta.get("shape") or ()) == len(node.meta.get("shape") or ())
+
+
 def is_floating(node: fx.Node) -> bool:
     dtype = node.meta.get("dtype")
     return dtype is not None and dtype.is_floating_point

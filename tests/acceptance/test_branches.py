@@ -8,7 +8,7 @@ from dbconvert.errors import Refused
 from dbconvert.graph.analysis import analyse
 from dbconvert.graph.inject import inject
 from dbconvert.graph.proof import prove
-from tests.acceptance.written import BRANCHES, CONVOLUTIONS, Summed, sequence
+from tests.acceptance.written import BRANCHES, CONVOLUTIONS, CausalConvolutions, Summed, sequence
 
 
 def branches_of(model, inputs):
@@ -48,6 +48,15 @@ def test_placement_in_convolutions(name):
     anatomy, branches = branches_of(model, inputs)
     assert [(b.placement, b.norm.module, b.gate.module) for b in branches] == [("pre", "norm", "conv")]
     check_channels(model, anatomy, inputs, channel=-3)
+
+
+@pytest.mark.parametrize("length", [12, WIDTH])
+def test_channels_are_told_through_paddings_and_views(length):
+    """Also where the sequence is as long as the stream is wide."""
+    ids = torch.randint(9, (2, length), generator=torch.Generator().manual_seed(0))
+    anatomy, branches = branches_of(CausalConvolutions().eval(), {"ids": ids})
+    assert anatomy.axes.channel == -2 and anatomy.width == WIDTH
+    assert [(b.placement, b.norm.features, b.gate.module) for b in branches] == [("input", WIDTH, "out")]
 
 
 def check_channels(model, anatomy, inputs, channel):

@@ -397,6 +397,32 @@ class Convolution(nn.Module):
         return x + self.conv(F.silu(self.norm(x)))
 
 
+class CausalConvolution(nn.Module):
+    """As in WaveNet: [N, C, T], padded on the left, gated, without a norm."""
+
+    def __init__(self, dilation):
+        super().__init__()
+        self.dilation = dilation
+        self.conv, self.out = nn.Conv1d(WIDTH, 2 * WIDTH, 2, dilation=dilation), nn.Conv1d(WIDTH, WIDTH, 1)
+
+    def forward(self, x):
+        content, gate = self.conv(F.pad(x, (self.dilation, 0))).chunk(2, 1)
+        return x + self.out(content.tanh() * gate.sigmoid())
+
+
+class CausalConvolutions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.head = nn.Embedding(9, WIDTH), nn.Conv1d(WIDTH, 9, 1)
+        self.layers = nn.ModuleList(CausalConvolution(1 + i % 2) for i in range(6))
+
+    def forward(self, ids):
+        x = self.tokens(ids).transpose(1, 2)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x).transpose(1, 2)
+
+
 BRANCHES = {
     "pre": (RMSBlock, "pre", "norm", "mlp.2"),
     "post": (PostNorm, "spine", "norm", "mlp.2"),

@@ -1,6 +1,7 @@
 """Networks that cannot be cut are refused with the node and the reason."""
 
 import warnings
+from dataclasses import replace
 
 import networks
 import pytest
@@ -103,6 +104,18 @@ def test_checkpoints_with_a_backward_pass_of_their_own_are_refused():
         warnings.simplefilter("ignore")  # torch: inputs without gradient
         prove(model, analyse(model, inputs), inputs)
     assert "use_reentrant=False" in caught.value.hint
+
+
+def test_conditioning_that_does_not_fit_fails_the_proof():
+    model, inputs = networks.build("scaled")
+    anatomy = analyse(model, inputs)
+    layer = anatomy.layers[0]
+    branch = replace(layer.branches[0], norm=replace(layer.branches[0].norm, features=3))
+    wrong = replace(layer, branches=(branch, *layer.branches[1:]))
+    with pytest.raises(Refused, match="proof by numbers failed") as caught:
+        prove(model, replace(anatomy, layers=(wrong, *anatomy.layers[1:])), inputs)
+    assert "size of tensor" in caught.value.node
+    assert not any("dbconvert" in name for name, _ in model.named_modules())
 
 
 def test_branches_that_start_at_zero_do_not_hide_their_sites():
