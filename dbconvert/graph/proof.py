@@ -47,26 +47,28 @@ def prove(model: nn.Module, anatomy: Anatomy, inputs: Inputs) -> Anatomy:
         made = calls_stay(model, anatomy, cases)
         run = inject(model, anatomy, blocks=1, width=WIDTH, start="original")
         try:
-            checks = [
-                equals_original(model, run, anatomy, cases, references),
-                blocks_chain(model, run, anatomy, inputs),
-            ]
-            checks.extend(made)
+            checks = [passed(equals_original(model, run, anatomy, cases, references))]
+            checks.append(passed(blocks_chain(model, run, anatomy, inputs)))
+            checks.extend(map(passed, made))
             if modulations(model):
-                checks.append(sites_reach_output(model, run, anatomy, inputs))
+                checks.append(passed(sites_reach_output(model, run, anatomy, inputs)))
             if not anatomy.post_norm and all(layer.branches for layer in anatomy.layers):
-                checks.append(gates_silence(model, run, anatomy, inputs))
+                checks.append(passed(gates_silence(model, run, anatomy, inputs)))
         finally:
             eject(model)
-    for check in checks:
-        if not check.passed:
-            raise Refused(
-                f"the proof by numbers failed: {check.name}",
-                node=check.detail,
-                kind="proof",
-                hint="please report the network: its graph looked convertible",
-            )
     return replace(anatomy, proof=tuple(checks))
+
+
+def passed(check: Check) -> Check:
+    """Raises Refused if it is not."""
+    if not check.passed:
+        raise Refused(
+            f"the proof by numbers failed: {check.name}",
+            node=check.detail,
+            kind="proof",
+            hint="please report the network: its graph looked convertible",
+        )
+    return check
 
 
 # -- the checks -----------------------------------------------------------------------------------------------
