@@ -178,21 +178,31 @@ def how_read(features: fx.Node, end: fx.Node, evidence: Evidence) -> tuple[int |
     pooled = rank == 2  # [N, features]
     token = None
     for node in evidence.spines.reach.between(end, [features]):
-        if ops.function_name(node) in ("getitem", "select") and node.meta.get("shape") is not None:
-            index = picked(node)
-            if index is not None and node.meta["shape"] and len(node.meta["shape"]) == rank:
-                token = index
+        found, source = picked(node), ops.first(node)
+        if found is None or source is None or len(node.meta.get("shape") or ()) != rank:
+            continue
+        axes, axis = evidence.axes(source), found[0]
+        if axis not in (axes.batch, axes.channel + len(source.meta["shape"])):
+            token = found[1]
     return (token, True) if pooled else (None, False)
 
 
-def picked(node: fx.Node) -> int | None:
-    """The index i of x[:, i], x[:, i, ...] or x.select(1, i)."""
+def picked(node: fx.Node) -> tuple[int, int] | None:
+    """(axis, index) of what takes one place of one axis and all of the others: x[:, i], x[i], x.select(1, i)."""
+    source = ops.first(node)
+    rank = 0 if source is None else len(source.meta.get("shape") or ())
+    if not rank or ops.function_name(node) not in ("getitem", "select"):
+        return None
     if ops.function_name(node) == "select":
-        return node.args[2] if node.args[1] == 1 and isinstance(node.args[2], int) else None
-    index = node.args[1]
-    if isinstance(index, tuple) and len(index) >= 2 and index[0] == slice(None) and isinstance(index[1], int):
-        return index[1]
-    return None
+        axis, index = node.args[1], node.args[2]
+        return (axis % rank, index) if isinstance(axis, int) and isinstance(index, int) else None
+    parts = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    dots = [place for place, one in enumerate(parts) if one is ...]
+    numbers = [(place, one) for place, one in enumerate(parts) if isinstance(one, int)]
+    if len(numbers) != 1 or any(one != slice(None) for one in parts if one is not ... and not isinstance(one, int)):
+        return None
+    place, index = numbers[0]
+    return (place if not dots or place < dots[0] else rank - len(parts) + place), index
 
 
 def named_inputs(inputs: dict[str, Any]) -> tuple[Input, ...]:

@@ -165,3 +165,32 @@ def test_a_softmax_at_the_end_is_part_of_the_loss(ending, change):
 @pytest.mark.parametrize("ending", [nn.Softmax(dim=0), lambda scores: scores.softmax(-1) * 2])
 def test_other_endings_are_no_scores(ending):
     assert Classification.refusal(analyse(Ending(ending), {"input": torch.randn(3, 8)})) is not None
+
+
+class SequenceFirst(networks.Encoder):
+    """The stream is [S, N, C]; `pick` takes one position of it, or of a view."""
+
+    def __init__(self, pick):
+        super().__init__(True, False)
+        self.pick = pick
+
+    def forward(self, x):
+        return self.head(self.pick(self.encoder(self.stem(x).transpose(0, 1))))
+
+
+@pytest.mark.parametrize(
+    ("pick", "token"),
+    [
+        (lambda x: x[0], 0),
+        (lambda x: x[-1, ...], -1),
+        (lambda x: x.select(0, 2), 2),
+        (lambda x: x.transpose(0, 1)[:, 1], 1),
+        (lambda x: x.transpose(0, 1)[..., 0, :], 0),
+        (lambda x: x[:, 0], None),
+        (lambda x: x.mean(0), None),
+    ],
+)
+def test_the_token_that_is_read_is_told_by_its_axis(pick, token):
+    """An index of the batch, or of channels, is none of a token."""
+    model = SequenceFirst(pick).eval()
+    assert analyse(model, {"x": networks.features()}).head.token == token
