@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TypeVar
 
-from torch import fx
+from torch import fx, nn
 
 from dbconvert.anatomy import Around, Axes, Branch, BranchPart, GateSite, Layer, NormSite, Path
 from dbconvert.errors import Refused
@@ -36,7 +36,15 @@ def part_calls(stack: Stack, evidence: Evidence) -> list[list[ModuleCall]]:
 
 
 def part_call(path: str, add: ResidualAdd, loops: set[int], evidence: Evidence) -> ModuleCall:
-    if any(lies_in(scope, [path]) for scope in add.node.meta["scope"]):
+    inside = [scope for scope in add.node.meta["scope"] if lies_in(scope, [path])]
+    if inside and isinstance(evidence.model.get_submodule(path), nn.ModuleList | nn.ModuleDict):
+        raise Refused(
+            f"{path} is a list of modules that the network calls one by one, and one of them, {inside[-1]}, adds",
+            node=describe(add.node),
+            kind="functional",
+            hint="make each layer one module whose forward contains its norm, its branch and its addition",
+        )
+    if inside:
         raise Refused(
             f"{path} never runs as a module, though its parts do: something calls its forward directly",
             node=describe(add.node),

@@ -178,13 +178,17 @@ def changing_stages(evidence: Evidence, stack: Stack) -> Refused | None:
 
 
 def other_shapes(evidence: Evidence, stack: Stack, inside: int) -> Refused | None:
-    """A residual addition of another shape, where those outside of the stack have more weights in their branches."""
+    """A residual addition of another shape, where those outside of the stack have more weights in their branches than
+    the stack has; of a skip around the stack those beside it count."""
     paths = {path for path, _ in stack.layers}
     shape = stack.layers[0][1][0].node.meta["shape"]
     outside = [add for add in evidence.spines.adds.values() if not paths & set(add.node.meta["scope"])]
     homes = {home for add in outside for home in branch_homes(add, evidence.spines)}
     modules = dict(evidence.model.named_modules())
-    weights = {id(p): p.numel() for home in homes & set(modules) for p in modules[home].parameters()}
+    own = {id(p) for path in paths for p in modules[path].parameters()}
+    weights = {
+        id(p): p.numel() for home in homes & set(modules) for p in modules[home].parameters() if id(p) not in own
+    }
     different = [add.node for add in outside if add.node.meta["shape"] != shape]
     if not different or sum(weights.values()) <= inside:
         return None

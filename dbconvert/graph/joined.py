@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from dbconvert.anatomy import BranchPart
-from dbconvert.graph.ops import ADDITIONS
+from dbconvert.graph.ops import ADDITIONS, DIFFERENCES
 from dbconvert.graph.recompute import recomputed
 from dbconvert.graph.tape import called
 from dbconvert.graph.values import imitate, item, look_up, put_in
@@ -84,7 +84,8 @@ class Joined(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         waiting = self.run.waiting
-        if waiting is None or called(func).strip("_") not in ADDITIONS or not takes(args, waiting[0]):
+        adds = called(func).strip("_") in ADDITIONS | DIFFERENCES
+        if waiting is None or not adds or not takes(args, waiting[0]):
             return func(*args, **(kwargs or {}))
         branch, part = waiting
         self.run.waiting = None

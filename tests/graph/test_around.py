@@ -46,6 +46,8 @@ JOINS = {
     "stream first": lambda _, part, x: x + part(x),
     "branch first": lambda _, part, x: part(x) + x,
     "torch.add": lambda _, part, x: torch.add(x, part(x)),
+    "difference": lambda _, part, x: x - part(x),
+    "scaled": lambda _, part, x: torch.add(x, part(x), alpha=0.5),
 }
 
 
@@ -102,3 +104,26 @@ def test_layers_run_by_their_forward_are_told():
 
     with pytest.raises(Refused, match="calls its forward directly"):
         analyse(Bypassing(Inner).eval(), {"x": networks.features()})
+
+
+def test_an_addition_in_a_part_of_a_list_is_refused():
+    """As in networks whose lists hold norms, a branch and a module that adds."""
+
+    class Adds(nn.Module):
+        def forward(self, x, y):
+            return x + y
+
+    class Triples(Pairs):
+        def __init__(self):
+            super().__init__(None, Branch)
+            self.layers = nn.ModuleList(nn.ModuleList([nn.LayerNorm(WIDTH), Branch(), Adds()]) for _ in range(3))
+
+        def forward(self, x):
+            x = self.stem(x)
+            for norm, branch, add in self.layers:
+                x = add(x, branch(norm(x)))
+            return self.head(x.mean(1))
+
+    with pytest.raises(Refused, match=r"layers.0 is a list of modules .* layers.0.2, adds") as caught:
+        analyse(Triples().eval(), {"x": networks.features()})
+    assert "one module" in caught.value.hint

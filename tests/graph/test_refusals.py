@@ -30,6 +30,23 @@ def test_a_part_of_a_pyramid_is_restricted():
     assert prove(model, anatomy, inputs).proof[0].passed
 
 
+def test_a_skip_around_the_stack_is_no_layer():
+    """As in networks that restore pictures: the network tells what is to be added to its input."""
+
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.enter, self.leave = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 3, 3, padding=1)
+            self.layers = nn.Sequential(*[networks.ConvLayer(16) for _ in range(4)])
+
+        def forward(self, x):
+            return x + self.leave(self.layers(self.enter(x)))
+
+    model, inputs = Around().eval(), {"x": networks.images()}
+    anatomy = prove(model, analyse(model, inputs), inputs)
+    assert (anatomy.verdict, anatomy.stack, anatomy.depth) == ("accepted", "layers", 4)
+
+
 def test_layers_beside_the_stack_are_told():
     wide = nn.Sequential(*[networks.ConvLayer(16) for _ in range(4)])
     narrow = nn.Sequential(*[networks.ConvLayer(8) for _ in range(2)])
