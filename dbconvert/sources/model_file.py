@@ -135,8 +135,8 @@ def by_argument_name(model: nn.Module, values: tuple[Any, ...], path: Path) -> d
     names = [parameter.name for parameter in parameters if parameter.kind in positional]
     if len(values) > len(names):
         raise DBConvertError(
-            f"example_inputs() in {path.name} returns {len(values)} values, and forward takes {len(names)}",
-            hint="return one value for each argument of forward, or a dict by name",
+            f"example_inputs() in {path.name} returns {len(values)} values, and forward names {len(names)} arguments",
+            hint="return one value for each argument that forward names, or a dict by name",
         )
     return dict(zip(names, values, strict=False))
 
