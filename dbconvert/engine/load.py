@@ -130,7 +130,8 @@ def load(path: str | Path, source: str | Path | None = None, *, trust: bool = Fa
         DBConvertError: it is damaged, cannot be fetched, or the source is missing or changed.
     """
     extra = [] if source is None else [Path(source) if Path(source).is_dir() else Path(source).parent]
-    if not Path(path).exists() and not index_of(Path(path)).exists() and HUB_ID.match(str(path)):
+    file = Path(path).suffix == Path(CHECKPOINT).suffix
+    if not file and not Path(path).exists() and not index_of(Path(path)).exists() and HUB_ID.match(str(path)):
         folder = fetch(str(path), EVERYTHING)
         loaded = load_file(checkpoint_in(folder), extra, code=trust or source is not None)
     elif (Path(path) / RUN).is_file():

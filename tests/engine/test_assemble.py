@@ -190,6 +190,8 @@ def test_other_files_are_not_checkpoints(tmp_path):
     save_tensors(Path("newer.safetensors"), {"a": torch.ones(1)}, {"dbconvert.plan": '{"schema_version": 9}'})
     with pytest.raises(DBConvertError, match="schema version 9"):
         dbconvert.load("newer.safetensors")
+    with pytest.raises(DBConvertError, match=r"runs/nothing\.safetensors does not exist"):
+        dbconvert.load("runs/nothing.safetensors")  # no hub id
     with pytest.raises(UsageError, match="neither a checkpoint nor a run"):
         dbconvert.load(tmp_path)
 
