@@ -1,8 +1,9 @@
 """What an update costs beside its passes, what those of all blocks cost beside one end-to-end, and what moving costs.
 
-    OMP_NUM_THREADS=1 python docs/measure_step.py docs/step.json [--repeats 40] [--only vit_digits]
+    OMP_NUM_THREADS=1 python docs/measure_step.py docs/step.json [--repeats 40] [--only vit_digits] [--mosaics FOLDER]
     python docs/regenerate.py
 
+`--mosaics` adds the steps of vit_cifar100, the paper's network, on mosaics of CIFAR-100 that are not augmented.
 Medians of repeats that take turns in one process. `update` is all that the loop does for a batch that is there;
 `passes` its forward and backward pass. `overhead` is the share of the loop's time, loading included, that is neither
 passes nor clipping nor the optimisers' steps, at batch 32 on the digits ViT. `moves` is a turn of TURN updates of one
@@ -35,6 +36,7 @@ from dbconvert.engine.train import make_accelerator
 from dbconvert.events import silent
 
 RECIPES = ("vit_digits", "dit_digits")
+LARGER = "vit_cifar100"
 QUIET = ["data.validation=null", "train.checkpoint_every=0", "log.every=10"]
 LONG = ["train.steps=100000", "train.epochs=null"]
 INACTIVE = ("resident", "host", "disk")
@@ -109,12 +111,14 @@ class Timed:
         return total, moved
 
 
-def steps(recipe: str, repeats: int, folder: Path) -> dict[str, Any]:
+def steps(recipe: str, repeats: int, folder: Path, overrides: list[str]) -> dict[str, Any]:
     """The updates of all blocks beside one end-to-end."""
     made = {
-        "end-to-end": Timed(recipe, folder / "end", ["train.method=end-to-end"]),
-        "blocks": Timed(recipe, folder / "blocks", []),
-        "blocks, modulation recomputed": Timed(recipe, folder / "again", ["train.recompute_modulation=true"]),
+        "end-to-end": Timed(recipe, folder / "end", [*overrides, "train.method=end-to-end"]),
+        "blocks": Timed(recipe, folder / "blocks", overrides),
+        "blocks, modulation recomputed": Timed(
+            recipe, folder / "again", [*overrides, "train.recompute_modulation=true"]
+        ),
     }
     found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in made}
     for repeat in range(repeats + 3):
@@ -190,6 +194,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--repeats", type=int, default=40)
     parser.add_argument("--only", choices=RECIPES)
+    parser.add_argument("--mosaics", type=Path)
     asked = parser.parse_args()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
     found: dict[str, Any] = {"torch": torch.__version__, "machine": platform.machine(), "device": device}
@@ -197,8 +202,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         found["overhead"] = overhead(asked.repeats, Path(folder))
         for recipe in [asked.only] if asked.only else RECIPES:
-            found[recipe] = steps(recipe, asked.repeats, Path(folder) / recipe)
+            found[recipe] = steps(recipe, asked.repeats, Path(folder) / recipe, [])
             found[recipe]["moves"] = moves(recipe, asked.repeats, Path(folder) / recipe / "moves")
+        if asked.mosaics is not None:
+            plain = [
+                f"data.source={asked.mosaics.resolve()}",
+                "data.tile=32",
+                "data.flip=false",
+                "data.randaugment=null",
+            ]
+            found[LARGER] = steps(LARGER, max(3, asked.repeats // 5), Path(folder) / LARGER, plain)
     found["load"].append(round(os.getloadavg()[0], 1))
     asked.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 STEP = Path(__file__).with_name("step.json")
-RECIPES = ("vit_digits", "dit_digits")
+RECIPES = ("vit_digits", "dit_digits", "vit_cifar100")
 PARTS = ("step-blocks", "step-moves", "step-loop")
 MILLI = 1e3
 
@@ -34,7 +34,7 @@ def block_table(found: dict[str, Any]) -> str:
 def move_table(found: dict[str, Any]) -> str:
     lines = ["| recipe | inactive blocks | a move | of the turn | turn, beside resident |", "| --- " * 5 + "|"]
     for name, rows in found.items():
-        for where, row in rows["moves"].items():
+        for where, row in rows.get("moves", {}).items():
             if where != "resident":
                 cells = f"{MILLI * row['move']:.2f} ms | {100 * row['move share']:.2f} % | {row['turn ratio']:.3f}"
                 lines.append(f"| {name} | {where} | {cells} |")
