@@ -125,6 +125,10 @@ def function_at(run: LayerRun, node: fx.Node, evidence: Evidence, *, within: str
         once = path == run.call.path or (run.inside(path) and evidence.times_called(path, run.call) == 1)
         if once and within in ("", path):
             return run.relative(path), FunctionCall(called(node.target), nth)  # type: ignore[arg-type]
+    if not node.meta.get("nth"):
+        raise functional(
+            f"a norm or a branch ends in `{ops.function_name(node)}`, which is no call of a function", node
+        )
     raise functional("a function call at a site happens outside of the layer", node)
 
 

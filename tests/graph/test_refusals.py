@@ -47,6 +47,16 @@ def test_a_skip_around_the_stack_is_no_layer():
     assert (anatomy.verdict, anatomy.stack, anatomy.depth) == ("accepted", "layers", 4)
 
 
+def test_a_branch_that_ends_in_an_attribute_is_refused():
+    class Mixing(networks.PreNormMLP):
+        def forward(self, x):
+            return super().forward(x + torch.fft.fft2(x).real)
+
+    with pytest.raises(Refused, match="ends in `getattr`") as caught:
+        analyse(networks.Net(Mixing), {"x": networks.features()})
+    assert "as modules" in caught.value.hint
+
+
 def test_layers_beside_the_stack_are_told():
     wide = nn.Sequential(*[networks.ConvLayer(16) for _ in range(4)])
     narrow = nn.Sequential(*[networks.ConvLayer(8) for _ in range(2)])
