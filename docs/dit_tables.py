@@ -8,9 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-DIT, SAMPLING = (Path(__file__).with_name(name) for name in ("dit.json", "sampling.json"))
+from rows import titled
+
+DIT, SAMPLING, FORMS = (
+    Path(__file__).parent / name for name in ("dit.json", "sampling.json", "depth/dit_digits/frechet.json")
+)
 ITSELF = "the training part itself"
-GRIDS = ("quantiles", "karras")
+GRIDS = ("karras", "quantiles")
 PARTS = {"train": "the training part", "test": "the test part", "all": "all digits"}
 
 
@@ -18,6 +22,7 @@ def dit_parts() -> dict[str, str]:
     return {
         "dit-frechet": part(DIT, distances, "measure_dit.py"),
         "dit-sampling": part(SAMPLING, steps, "measure_sampling.py"),
+        "dit-forms": part(FORMS, forms, "measure_dit.py --cells CELLS"),
     }
 
 
@@ -42,10 +47,22 @@ def steps(found: dict[str, Any]) -> str:
     )
 
 
+def forms(found: dict[str, Any]) -> str:
+    """Of what blocks hear of each other; sampled at the levels of the default grid."""
+    lines = [
+        f"| training | {' | '.join(f'distance to {part}' for part in PARTS.values())} |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, by_seed in found["rows"].items():
+        told = [" / ".join(f"{one[GRIDS[0]][part]:.2f}" for one in by_seed.values()) for part in PARTS]
+        lines.append(f"| {titled(name, by_seed, found['rows'])} | {' | '.join(told)} |")
+    return "\n".join(lines)
+
+
 def table(rows: dict[str, Any], itself: dict[str, float]) -> str:
     seeds = " / ".join(next(iter(rows.values()), {}))
     columns = [(part, grid) for grid in GRIDS for part in PARTS]
-    named = [f"to {PARTS[part]}, levels by `{grid}`" for part, grid in columns]
+    named = [f"`{grid}`: {PARTS[part]}" for part, grid in columns]
     lines = [
         f"| form, seeds {seeds} | {' | '.join(named)} | activations of an update | seconds of one core, training "
         "| sampling |",

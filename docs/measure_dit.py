@@ -3,6 +3,7 @@
     python docs/measure_dit.py            # what dit.json lacks; remove it to measure everything again
     python docs/measure_dit.py 1          # of one seed, so that several can run at once
     python docs/measure_dit.py --check    # 5 updates a block of every row and few samples, which are shown and not kept
+    python docs/measure_dit.py --cells FOLDER       # runs that `compare` made, into docs/depth/dit_digits/frechet.json
 
 Every row trains recipes/dit_digits.yaml in another form and draws SAMPLES images, classes in turn, from the sampler's
 seed 0, on each grid of levels; their Frechet distances are those to the training part of the digits, to the test part,
@@ -13,6 +14,7 @@ itself` says what data of the same kind get.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import tempfile
@@ -34,7 +36,8 @@ from dbconvert.engine.sample import Sampling, draw, drawing_task, labels_of
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "dit.json"
-SEEDS = ("0", "1")
+FORMS = ROOT / "docs" / "depth" / "dit_digits" / "frechet.json"
+SEEDS = ["0", "1"]
 ITSELF = "the training part itself"
 ROWS = {
     "B = 3, equal-mass intervals": ["noise.partition=equal-mass"],
@@ -48,27 +51,41 @@ FEATURES = "vit_digits, end-to-end, seed 0"
 
 
 def main() -> int:
-    check = "--check" in sys.argv
-    seeds = [argument for argument in sys.argv[1:] if argument != "--check"] or list(SEEDS)
+    parser = argparse.ArgumentParser(description="Frechet distances of the digits DiT.")
+    parser.add_argument("seeds", nargs="*", default=SEEDS)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--cells", type=Path, help="the folder `cells` of a comparison: its runs in place of new ones")
+    given = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        features = feature_network(Path(folder), check)
+        features = feature_network(Path(folder), given.check)
         images = {part: [Digits(part).images] for part in ("train", "test")}
         images["all"] = [*images["train"], *images["test"]]
         real = {part: moments_of(features, some) for part, some in images.items()}
-        if check:
-            sys.stdout.write(f"{ITSELF}: {frechet_distance(real['train'], real['test'])}\n")
-        else:
-            keep(RESULTS, ITSELF, "0", {"test": frechet_distance(real["train"], real["test"]), "features": FEATURES})
-        for seed in seeds[:1] if check else seeds:
+        itself = {"test": frechet_distance(real["train"], real["test"]), "features": FEATURES}
+        if given.cells is not None:
+            measure_cells(given.cells, features, real)
+        elif given.check:
+            sys.stdout.write(f"{ITSELF}: {json.dumps(itself)}\n")
             for name, form in ROWS.items():
-                if check:
-                    row = measured([*form, "train.steps=5"], seed, Path(folder), features, real, 20)
-                    sys.stdout.write(f"{name}: {json.dumps(row)}\n")
-                elif seed not in read(RESULTS)["rows"].get(name, {}):
-                    sys.stderr.write(f"{name}, seed {seed}\n")
-                    keep(RESULTS, name, seed, measured(form, seed, Path(folder), features, real, SAMPLES))
+                row = measured([*form, "train.steps=5"], given.seeds[0], Path(folder), features, real, 20)
+                sys.stdout.write(f"{name}: {json.dumps(row)}\n")
+        else:
+            keep(RESULTS, ITSELF, "0", itself)
+            for seed in given.seeds:
+                for name, form in ROWS.items():
+                    if seed not in read(RESULTS)["rows"].get(name, {}):
+                        sys.stderr.write(f"{name}, seed {seed}\n")
+                        keep(RESULTS, name, seed, measured(form, seed, Path(folder), features, real, SAMPLES))
     return 0
+
+
+def measure_cells(cells: Path, features: FeatureNetwork, real: dict[str, Any]) -> None:
+    """Finished runs of a comparison, by their names in its table."""
+    for cell in sorted(cells.iterdir()):
+        told = json.loads((cell / "cell.json").read_text())
+        sys.stderr.write(f"{told['name']}, seed {told['seed']}\n")
+        keep(FORMS, told["name"], str(told["seed"]), distances(str(cell / "run"), features, real, SAMPLES))
 
 
 def feature_network(folder: Path, check: bool) -> FeatureNetwork:
@@ -87,23 +104,28 @@ def measured(
     overrides = [f"seed={seed}", "data.validation=null", "log.every=1000", *form]
     result = dbconvert.train(recipe("dit_digits"), overrides=overrides, out=out)
     trained = time.process_time()
-    loaded = load(out)
-    found: dict[str, Any] = {}
-    for grid in GRIDS:
-        sampling = Sampling(batch=BATCH, grid=grid)
-        labels = labels_of(drawing_task(loaded, out), None, samples, loaded.label_dropout, sampling.guidance)
-        drawn = draw(loaded.network, loaded.intervals, samples, labels, sampling, layers=loaded.layers)
-        made = moments_of(features, torch.split(denormalise(drawn, loaded.data.image), BATCH))
-        found[grid] = {part: frechet_distance(made, moments) for part, moments in real.items()}
+    found = distances(out, features, real, samples)
     done = time.process_time()
     return {
         **found,
-        "samples": samples,
-        "steps": sampling.steps,
         "activations": max(unit.activations for unit in result.memory.units),
         "seconds_training": round(trained - begun),
         "seconds_sampling": round((done - trained) / len(GRIDS)),
     }
+
+
+def distances(run: str, features: FeatureNetwork, real: dict[str, Any], samples: int) -> dict[str, Any]:
+    """Of samples on each grid, to each part."""
+    loaded = load(run)
+    found: dict[str, Any] = {"samples": samples}
+    for grid in GRIDS:
+        sampling = Sampling(batch=BATCH, grid=grid)
+        labels = labels_of(drawing_task(loaded, run), None, samples, loaded.label_dropout, sampling.guidance)
+        drawn = draw(loaded.network, loaded.intervals, samples, labels, sampling, layers=loaded.layers)
+        made = moments_of(features, torch.split(denormalise(drawn, loaded.data.image), BATCH))
+        found[grid] = {part: frechet_distance(made, moments) for part, moments in real.items()}
+        found["steps"] = sampling.steps
+    return found
 
 
 def recipe(name: str) -> str:

@@ -17,7 +17,7 @@ def sample(
     guidance: Annotated[float, typer.Option(help="Of classes; 1 is none, 2 the paper's.")] = 1.0,
     steps: Annotated[int, typer.Option(help="Network evaluations an image.")] = 50,
     sampler: Annotated[str, typer.Option(help="euler, heun or dpmpp-2m.")] = "euler",
-    grid: Annotated[str, typer.Option(help="Levels: quantiles of the noise, or karras.")] = "quantiles",
+    grid: Annotated[str, typer.Option(help="Levels: karras, or quantiles of the noise.")] = "karras",
     seed: Annotated[int, typer.Option(help="Of the noise; image i depends on it and on i alone.")] = 0,
     batch: Annotated[int, typer.Option(help="Images that run together.")] = 64,
     model: Annotated[

@@ -37,7 +37,7 @@ class Sampling:
 
     Args:
         steps: network evaluations an image; `heun` may use one less.
-        grid: levels equally spaced in the noise's own mass, or by EDM's eq. 5.
+        grid: levels by EDM's eq. 5, or equally spaced in the noise's own mass.
         guidance: D = D_none + guidance (D_class - D_none), which doubles every evaluation; 1 is none, 0 draws
             without classes.
         batch: images that run together; it changes nothing but memory and time.
@@ -45,7 +45,7 @@ class Sampling:
 
     steps: Positive = 50
     sampler: SolverName = "euler"
-    grid: Grid = "quantiles"
+    grid: Grid = "karras"
     guidance: NotNegative = 1.0
     batch: Positive = 64
     seed: Count = 0

@@ -179,16 +179,19 @@ def test_images_do_not_depend_on_the_batch(loaded):
 def test_every_evaluation_runs_one_block(checkpoint, sampler):
     loaded = dbconvert.load(checkpoint)
     calls = counted(loaded.network)
-    images = drawn(loaded, sampling=Sampling(steps=9, sampler=sampler, batch=12))
+    images = drawn(loaded, sampling=Sampling(steps=9, sampler=sampler, grid="quantiles", batch=12))
     assert sum(calls.values()) == 9 and min(calls.values()) > 0 and images.shape == (12, 1, 8, 8)
 
 
-def test_sampling_is_euler_by_hand(loaded):
-    """Levels at equal quantiles, the block of each level, on from the last to its D."""
-    images = drawn(loaded, count=3, sampling=Sampling(steps=4, batch=3))
+@pytest.mark.parametrize("grid", ["karras", "quantiles"])
+def test_sampling_is_euler_by_hand(loaded, grid):
+    """The grid's levels, EDM's eq. 5 by default, the block of each level, on from the last to its D."""
+    images = drawn(loaded, count=3, sampling=Sampling(steps=4, batch=3, **({} if grid == "karras" else {"grid": grid})))
     noise, network = loaded.intervals, loaded.network
-    quantiles = torch.tensor([2 / 3, 1 / 3], dtype=torch.float64)
-    levels = [80.0, *noise.distribution.icdf(quantiles).tolist(), 0.002]
+    thirds = torch.tensor([2 / 3, 1 / 3], dtype=torch.float64)
+    roots = 0.002 ** (1 / 7) + thirds * (80 ** (1 / 7) - 0.002 ** (1 / 7))
+    inner = roots**7 if grid == "karras" else noise.distribution.icdf(thirds)
+    levels = [80.0, *inner.tolist(), 0.002]
     from dbconvert.engine.sample import noise as starts
 
     z = next(starts(3, (1, 8, 8), Sampling())) * 80.0
