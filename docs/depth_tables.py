@@ -19,12 +19,16 @@ TABLES = {
     "permutation_powers-6": "permutation_powers split.blocks=6",
     "permutation_powers-single": "permutation_powers source=examples/permutation_powers.py:highest_power "
     "data.puzzle.single=true",
+    "permutation_powers-single-6": "permutation_powers source=examples/permutation_powers.py:highest_power "
+    "data.puzzle.single=true split.blocks=6",
     "automaton": "automaton",
     "automaton-6": "automaton split.blocks=6",
     "automaton-single": "automaton data.puzzle.single=true",
     "automaton-mixed": "automaton source=examples/automaton.py:mixed_steps data.puzzle.steps=[1,6]",
     "vit_digits": "vit_digits",
     "mdm_text_tiny": "mdm_text_tiny",
+    "ar_text_tiny-shakespeare": "ar_text_tiny data.source=tinyshakespeare.txt",
+    "mdm_text_tiny-shakespeare": "mdm_text_tiny data.source=tinyshakespeare.txt",
     "dit_digits": "dit_digits",
 }
 """What is compared, by the folder of its table."""

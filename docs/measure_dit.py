@@ -42,6 +42,8 @@ ITSELF = "the training part itself"
 ROWS = {
     "B = 3, equal-mass intervals": ["noise.partition=equal-mass"],
     "B = 3, intervals uniform in log sigma": ["noise.partition=uniform"],
+    "B = 3, half on-policy": ["train.z=mixed"],
+    "B = 3, half on-policy, with features": ["train.z=mixed", "split.context=features"],
     "end-to-end": ["train.method=end-to-end"],
     "shallow control": ["train.method=shallow"],
 }
