@@ -7,7 +7,6 @@ It is dbconvert's own loop otherwise: order of examples, levels of noise, states
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,13 +20,10 @@ from dbconvert.data.batches import OrderedBatches, derive, seed_all
 from dbconvert.data.examples import LABEL, Batch
 from dbconvert.data.images import normalise, unit
 from dbconvert.engine.loop import Loop
-from dbconvert.engine.units import Unit
-from dbconvert.tasks.base import Inputs, along
+from dbconvert.tasks.base import Inputs
 
 WARM = 3
 """Passes before a capture, which choose kernels and fill the allocator."""
-LOOK_EVERY = 20
-"""Updates between looks at the loss: each waits for the device."""
 
 
 class OutOfTime(Exception):
@@ -55,7 +51,8 @@ class DeviceLoop(Loop):
         self.still: tuple[Inputs, Tensor] | None = None
         self.rates: list[tuple[int, float]] = []
         sampler = OrderedBatches(len(labels), self.recipe.train.batch, self.order, self.recipe.seed, start=self.updates)
-        for indices in sampler:
+        for block, indices in zip(self.order[self.updates :], sampler, strict=True):
+            seed_all(derive(self.recipe.seed, "update", block, self.job.units[block].done, 0))
             chosen = torch.tensor(indices).to(device, non_blocking=True)
             yield {self.argument: images[chosen], LABEL: labels[chosen]}
 
@@ -67,41 +64,21 @@ class DeviceLoop(Loop):
         self.still = {self.argument: normalise(image, self.recipe.data.image)}, batch[LABEL]
         return self.still
 
-    def update(self, block: int, batch: Batch) -> float:
-        """As the loop's own, without waiting for the device at every update."""
+    def update(self, block: int, batch: Batch) -> float | None:
+        """The loop's own; what is logged has waited for the device, so that its time counts."""
         if time.monotonic() > self.deadline:
             self.save()
             raise OutOfTime
-        unit_ = self.job.units[block]
-        units = [unit_, *([self.job.periphery] if self.job.periphery else [])]
-        seed_all(derive(self.recipe.seed, "update", block, unit_.done, 0))
-        for active in units:
-            active.prepare_update()
-        self.job.network.train()
-        inputs, labels = self.to_device(batch)
-        losses = self.backward(block, inputs, labels, self.draw_sigma(block, labels))
-        if self.recipe.train.clip is not None:
-            parameters = [p for active in units for p in active.parameters.values()]
-            torch.nn.utils.clip_grad_norm_(parameters, self.recipe.train.clip)
-        for active in units:
-            active.optimizer.step()
-            active.finish_update()
-        return self.look(unit_, block, losses) if (self.updates + 1) % LOOK_EVERY == 0 else 0.0
-
-    def look(self, unit_: Unit, block: int, losses: Tensor) -> float:
-        loss = float(losses.mean())
-        if not math.isfinite(loss):
-            self.watch.saw(unit_, self.updates + 1, losses, torch.zeros_like(losses))
-            self.watch.read()
-        self.rates.append((self.updates + 1, time.perf_counter()))
-        self.write({"update": self.updates + 1, "block": block, "loss": loss}, {})
+        loss = super().update(block, batch)
+        if loss is not None:
+            self.rates.append((self.updates + 1, time.perf_counter()))
         return loss
 
-    def backward(self, block: int, inputs: Inputs, labels: Tensor, sigma: Tensor) -> Tensor:
+    def backward(self, block: int, inputs: Inputs, labels: Tensor, sigma: Tensor, total: Tensor) -> Tensor:
         if not self.graphed:
-            return super().backward(block, inputs, labels, sigma)
+            return super().backward(block, inputs, labels, sigma, total)
         if block not in self.graphs:
-            self.graphs[block] = Captured(self, block, inputs, labels, sigma)
+            self.graphs[block] = Captured(self, block, inputs, labels, sigma, total)
         # passes before the capture have drawn numbers too, and would be others after a resume
         seed_all(derive(self.recipe.seed, "pass", block, self.job.units[block].done))
         return self.graphs[block](inputs, labels, sigma)
@@ -114,14 +91,14 @@ class DeviceLoop(Loop):
 
 
 class Captured:
-    """Forward and backward pass of one block as a CUDA graph."""
+    """Forward and backward pass of one block as a CUDA graph, for batches of one size."""
 
-    def __init__(self, loop: DeviceLoop, block: int, inputs: Inputs, labels: Tensor, sigma: Tensor) -> None:
+    def __init__(
+        self, loop: DeviceLoop, block: int, inputs: Inputs, labels: Tensor, sigma: Tensor, total: Tensor
+    ) -> None:
         self.inputs = {name: value.clone() for name, value in inputs.items()}
-        self.labels, self.sigma = labels.clone(), sigma.clone()
-        unit_ = loop.job.units[block]
-        units = [unit_, *([loop.job.periphery] if loop.job.periphery else [])]
-        self.parameters = [p for active in units for p in active.parameters.values()]
+        self.labels, self.sigma, self.total = labels.clone(), sigma.clone(), total.clone()
+        self.parameters = [p for unit in loop.job.units_of(block) for p in unit.parameters.values()]
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
@@ -136,10 +113,7 @@ class Captured:
         self.forget()
 
     def run(self, loop: DeviceLoop, block: int) -> Tensor:
-        """As `Loop.backward`, of a batch in one part."""
-        loss, level = loop.losses(block, self.inputs, self.labels, self.sigma)
-        loop.accelerator.backward((loss * along(loop.weight(level), loss)).mean())
-        return loss.detach()
+        return Loop.backward(loop, block, self.inputs, self.labels, self.sigma, self.total)
 
     def forget(self) -> None:
         for parameter in self.parameters:

@@ -150,7 +150,7 @@ def row(given: argparse.Namespace) -> dict[str, Any]:
         length = [f"train.steps={max(1, updates // PACE[given.row])}", "data.validation=null"]
     overrides = [
         *(*ROWS[given.row], *length, f"data.source={Path(given.mosaics).resolve()}", "data.tile=32"),
-        *("train.checkpoint_every=2000", "eval.batch=1000", "eval.sigmas=0"),
+        *("train.checkpoint_every=2000", "log.every=20", "eval.batch=1000", "eval.sigmas=0"),
         *(small() if given.smoke else ["train.precision=bf16", "eval.draws=8"]),
     ]
     with tempfile.TemporaryDirectory() as folder, device_loop(**chosen) as made:
