@@ -47,7 +47,7 @@ class DeviceLoop(Loop):
         device, data = self.accelerator.device, self.job.examples.dataset  # type: ignore[attr-defined]
         self.argument = next(iter(self.job.examples.columns))  # type: ignore[attr-defined]
         images, labels = data.images.to(device), data.labels.to(device)
-        self.graphs: dict[int, Captured] = {}
+        self.captured: dict[int, Captured] = {}
         self.still: tuple[Inputs, Tensor] | None = None
         self.rates: list[tuple[int, float]] = []
         sampler = OrderedBatches(len(labels), self.recipe.train.batch, self.order, self.recipe.seed, start=self.updates)
@@ -77,11 +77,11 @@ class DeviceLoop(Loop):
     def backward(self, block: int, inputs: Inputs, labels: Tensor, sigma: Tensor, total: Tensor) -> Tensor:
         if not self.graphed:
             return super().backward(block, inputs, labels, sigma, total)
-        if block not in self.graphs:
-            self.graphs[block] = Captured(self, block, inputs, labels, sigma, total)
+        if block not in self.captured:
+            self.captured[block] = Captured(self, block, inputs, labels, sigma, total)
         # passes before the capture have drawn numbers too, and would be others after a resume
         seed_all(derive(self.recipe.seed, "pass", block, self.job.units[block].done))
-        return self.graphs[block](inputs, labels, sigma)
+        return self.captured[block](inputs, labels, sigma)
 
     @property
     def images_per_second(self) -> float:
@@ -99,7 +99,7 @@ class Captured:
         self.inputs = {name: value.clone() for name, value in inputs.items()}
         self.labels, self.sigma, self.total = labels.clone(), sigma.clone(), total.clone()
         self.parameters = [p for unit in loop.job.units_of(block) for p in unit.parameters.values()]
-        aside = torch.cuda.Stream()
+        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             for _ in range(WARM):

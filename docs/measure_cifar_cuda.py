@@ -88,7 +88,7 @@ def measured(given: argparse.Namespace, path: Path) -> int:
     results["device"] = "CPU" if given.smoke else torch.cuda.get_device_name()
 
     def left() -> float:
-        return given.turn * 60 - (time.monotonic() - begun)
+        return float(given.turn) * 60 - (time.monotonic() - begun)
 
     for name in ROWS:
         for speed in ["eager"] if given.smoke else SPEEDS:

@@ -118,9 +118,10 @@ def make_checkpoint(folder: Path, size: int) -> None:
     for key, shape in shapes.items():
         count = torch.Size(shape).numel()
         begin = int(torch.randint(0, len(numbers), (), generator=generator)) % max(1, len(numbers) - count)
-        tensors[key] = numbers[begin : begin + count].reshape(shape) if count <= len(numbers) else None
-        if tensors[key] is None:
-            tensors[key] = numbers.repeat(-(-count // len(numbers)))[:count].reshape(shape)
+        some = numbers[begin : begin + count]
+        if count > len(numbers):
+            some = numbers.repeat(-(-count // len(numbers)))[:count]
+        tensors[key] = some.reshape(shape)
     save_checkpoint(folder / "model.safetensors", tensors, {}, SHARD)
 
 
@@ -156,7 +157,7 @@ def make_run(package: Path, folder: Path) -> None:
         None,
         "shared",
         1,
-        files,
+        files=files,
     )
     start_run(folder, info)
 

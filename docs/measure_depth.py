@@ -89,7 +89,7 @@ def accuracy_by_depth(loaded: Loaded, steps: int | None) -> dict[str, Any]:
         inputs, labels = loaded.network.task.arranged(batch, batch.pop(LABEL))
         right = loaded.network.task.correct(loaded.predict(inputs, steps=steps), labels)
         depths, counted = puzzle.depths(indices), labels != IGNORED
-        for depth in depths[counted].unique().tolist():
+        for depth in depths[counted].unique().tolist():  # type: ignore[no-untyped-call]
             asked.setdefault(depth, []).extend(right[counted & (depths == depth)].float().tolist())
     every = [value for found in asked.values() for value in found]
     by_depth = {str(depth): 100 * sum(found) / len(found) for depth, found in sorted(asked.items())}

@@ -29,7 +29,7 @@ import dbconvert
 from dbconvert.data.digits import Digits
 from dbconvert.data.images import denormalise
 from dbconvert.diffusion.frechet import frechet_distance
-from dbconvert.diffusion.solvers import Grid
+from dbconvert.diffusion.sampling import Grid
 from dbconvert.engine.features import FeatureNetwork, moments_of, open_features
 from dbconvert.engine.load import load
 from dbconvert.engine.sample import Sampling, draw, drawing_task, labels_of

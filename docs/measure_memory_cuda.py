@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dbconvert.data_options import DataOptions
 from dbconvert.engine.convert import fill_blocks, hollow_network, whole_network
 from dbconvert.engine.jobs import make_job
 from dbconvert.engine.loop import Loop
@@ -37,7 +38,7 @@ from dbconvert.engine.split import split
 from dbconvert.engine.stores import HostStore
 from dbconvert.engine.train import make_accelerator
 from dbconvert.events import silent
-from dbconvert.recipe import DataOptions, LogOptions, OptimizerOptions, Recipe, SplitOptions, TrainOptions
+from dbconvert.recipe import LogOptions, OptimizerOptions, Recipe, SplitOptions, TrainOptions
 from dbconvert.sources.resolve import open_source
 
 RESULTS = Path(__file__).resolve().parent / "memory_cuda.json"

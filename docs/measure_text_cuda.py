@@ -146,7 +146,7 @@ def parity() -> dict[str, float]:
             shapes = {"query": mask.shape[-2], "key": mask.shape[-1], "value": mask.shape[-1]}
             call = {k: torch.randn(4, 8, n, 64, device=device, requires_grad=True) for k, n in shapes.items()}
             out = attend(call, mask, kernel)
-            out.square().sum().backward()
+            out.square().sum().backward()  # type: ignore[no-untyped-call]
             outcomes.append([out, *(tensor.grad for tensor in call.values())])
         pairs = zip(*outcomes, strict=True)
         found[name] = max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs)

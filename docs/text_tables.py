@@ -64,10 +64,11 @@ def larger(found: dict[str, Any]) -> str:
 
 def figures(by_seed: dict[str, Any], *names: str, percent: bool = False) -> str:
     """The first of some metrics that there is, seed by seed."""
-    found = [next((one["metrics"][n] for n in names if n in one["metrics"]), None) for one in by_seed.values()]
-    if None in found:
+    found = [[one["metrics"][n] for n in names if n in one["metrics"]][:1] for one in by_seed.values()]
+    if [] in found:
         return "-"
-    return " / ".join(f"{100 * v:.1f}" for v in found) + " %" if percent else " / ".join(f"{v:.3f}" for v in found)
+    numbers: list[float] = [v for first in found for v in first]
+    return " / ".join(f"{100 * v:.1f}" for v in numbers) + " %" if percent else " / ".join(f"{v:.3f}" for v in numbers)
 
 
 def bounds(rows: dict[str, Any]) -> str:
@@ -85,8 +86,8 @@ def bounds(rows: dict[str, Any]) -> str:
     ]
     for name, by_seed in measured.items():
         cells = (with_interval(by_seed, figure) for figure in ("nats_bound", "bits_per_character"))
-        told = all(one["metrics"].get("perplexity_bound", LOST) < LOST for one in by_seed.values())
-        perplexity = figures(by_seed, "perplexity_bound") if told else "-"
+        finite = all(one["metrics"].get("perplexity_bound", LOST) < LOST for one in by_seed.values())
+        perplexity = figures(by_seed, "perplexity_bound") if finite else "-"
         lines.append(f"| {titled(name, by_seed, measured)} | {' | '.join(cells)} | {perplexity} |")
     return "\n".join(lines)
 
