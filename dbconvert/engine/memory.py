@@ -17,7 +17,7 @@ from dbconvert.engine.optimizers import moment_bytes, state_bytes
 from dbconvert.engine.ram import memory_errors
 from dbconvert.errors import DBConvertError
 from dbconvert.graph.account import parameter_bytes, saved_bytes
-from dbconvert.graph.proof import unchanged_state
+from dbconvert.graph.untouched import unchanged_state
 from dbconvert.graph.values import example_shape
 from dbconvert.schema import record
 from dbconvert.tasks.base import Inputs

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dbconvert.anatomy import Change
 from dbconvert.diffusion.preconditioning import Preconditioning
 from dbconvert.engine.chunks import Measure, in_chunks
 from dbconvert.engine.listening import CONTEXT, Arrival, listening
 from dbconvert.engine.periphery import OwnPeriphery, check_keys, own_key
+from dbconvert.engine.scores import applied, as_scores
 from dbconvert.errors import DBConvertError
 from dbconvert.graph.inject import PREFIX, Conditioning
 from dbconvert.graph.looped import LoopPass, Memory
@@ -322,13 +322,12 @@ class BlockwiseNetwork(nn.Module):
 
     def output(self, value: Any) -> Tensor:
         """The scores, of a softmax its logarithm, or the image in what the network gives."""
-        head = self.plan.anatomy.head
-        found = head or self.plan.anatomy.picture
-        if found is None:
+        head, picture = self.plan.anatomy.head, self.plan.anatomy.picture
+        if head is not None:
+            return as_scores(head, leaf(value, head.output))
+        if picture is None:
             raise DBConvertError("the network has no head to read")
-        output = leaf(value, found.output)
-        ends_in_softmax = head is not None and head.after[-1:] == (Change("softmax"),)
-        return output.clamp_min(torch.finfo(output.dtype).tiny).log() if ends_in_softmax else output
+        return leaf(value, picture.output)
 
     # -- weights ------------------------------------------------------------------------------------------
 
@@ -396,11 +395,3 @@ class BlockwiseNetwork(nn.Module):
 
 def changed(output: Tensor, change: Acting | None) -> Tensor:
     return output if change is None else change(output)
-
-
-def applied(change: Change, scores: Tensor) -> Tensor:
-    if "softmax" in change.name:
-        return scores.log_softmax(-1)
-    if change.name == "tanh" or change.by is None:
-        return scores.tanh()
-    return scores * change.by if change.name == "multiply" else scores / change.by

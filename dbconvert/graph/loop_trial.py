@@ -20,10 +20,10 @@ from dbconvert.graph.inject import PREFIX, inject
 from dbconvert.graph.loop import SIMPLE, control, find_state, unfit
 from dbconvert.graph.looped import LoopPass, told
 from dbconvert.graph.oracle import EXAMPLES, TOLERANCE, WIDTH, apart, attempt, longest_that_runs, outspoken
-from dbconvert.graph.proof import no_fast_paths, unchanged_state
 from dbconvert.graph.run import Run
 from dbconvert.graph.stability import source_lines
 from dbconvert.graph.tape import record
+from dbconvert.graph.untouched import no_fast_paths, unchanged_state
 from dbconvert.graph.values import item
 from dbconvert.rounds import Loop, Rounds
 

@@ -19,10 +19,10 @@ from dbconvert.anatomy import Anatomy, Embedding, Layer, Path, SideAxes
 from dbconvert.errors import DBConvertError, Refused
 from dbconvert.graph.halves import LastLayer
 from dbconvert.graph.inject import PREFIX, eject, inject
-from dbconvert.graph.proof import no_fast_paths, unchanged_state
 from dbconvert.graph.run import Run
 from dbconvert.graph.tape import argument_leaves
 from dbconvert.graph.two_streams import TwoStreams, spread
+from dbconvert.graph.untouched import no_fast_paths, unchanged_state
 from dbconvert.graph.values import item
 
 WIDTH = 8

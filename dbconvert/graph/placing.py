@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from dbconvert.anatomy import Anatomy, Axes
 from dbconvert.conditioning.modulation import fit
 from dbconvert.graph.inject import eject, inject
-from dbconvert.graph.proof import WIDTH, no_fast_paths, unchanged_state
+from dbconvert.graph.proof import WIDTH
 from dbconvert.graph.run import Run
 from dbconvert.graph.two_streams import positions_axis
+from dbconvert.graph.untouched import no_fast_paths, unchanged_state
 from dbconvert.graph.values import item
 
 FAILURES = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)

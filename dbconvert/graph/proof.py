@@ -8,7 +8,7 @@ blocks run one after the other are the whole stack; and every scale, shift and g
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from dbconvert.graph.inject import PREFIX, eject, inject
 from dbconvert.graph.run import Run
 from dbconvert.graph.stability import function_sites, moved
 from dbconvert.graph.tape import Recording, record, tensors
+from dbconvert.graph.untouched import awake, fast_paths, no_fast_paths, unchanged_state
 from dbconvert.graph.values import item, joined, look_up, put_in
 
 WIDTH = 8
@@ -364,52 +365,3 @@ def random_like(value: Tensor) -> Tensor:
 
 def modulations(model: nn.Module) -> list[Any]:
     return list(getattr(model, PREFIX).modulation.values())
-
-
-@contextmanager
-def unchanged_state(model: nn.Module) -> Iterator[None]:
-    """Modes, buffers (train-mode batch norms move theirs) and gradients are put back."""
-    modes = {module: module.training for module in model.modules()}
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    gradients = {name: p.grad for name, p in model.named_parameters()}
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(buffers[name])
-        for name, parameter in model.named_parameters():
-            parameter.grad = gradients[name]
-
-
-@contextmanager
-def awake(model: nn.Module) -> Iterator[None]:
-    """Weights that are zero throughout (zero-initialised projections and heads) block gradients: random meanwhile."""
-    zeros = [p for p in model.parameters() if p.is_floating_point() and not p.any()]
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in zeros:
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for parameter in zeros:
-                parameter.zero_()
-
-
-def no_fast_paths() -> AbstractContextManager[None]:
-    """torch's fused attention reads weights past the modules that hold them; it is off on both sides."""
-    return fast_paths(False)
-
-
-@contextmanager
-def fast_paths(on: bool) -> Iterator[None]:
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(on)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)

@@ -15,9 +15,9 @@ from dbconvert.anatomy import Anatomy, Embedding, Path, SideAxes
 from dbconvert.errors import Refused
 from dbconvert.graph.inject import inject
 from dbconvert.graph.oracle import WIDTH, attempt, longest_that_runs, outspoken, side_axes
-from dbconvert.graph.proof import no_fast_paths
 from dbconvert.graph.run import Run
 from dbconvert.graph.sight import Sight
+from dbconvert.graph.untouched import no_fast_paths
 from dbconvert.graph.values import item
 
 REACTS = 1e-6

@@ -21,8 +21,8 @@ from dbconvert.anatomy import Anatomy
 from dbconvert.data.examples import IGNORED
 from dbconvert.errors import Refused
 from dbconvert.graph.placing import made_up
-from dbconvert.graph.proof import no_fast_paths, unchanged_state
 from dbconvert.graph.two_streams import as_stream, positions_axis
+from dbconvert.graph.untouched import no_fast_paths, unchanged_state
 from dbconvert.plan import Context, Target
 from dbconvert.recipe import Z
 from dbconvert.tasks.base import Change, Corruption, Headline, Inputs, Passage, along

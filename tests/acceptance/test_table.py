@@ -14,9 +14,10 @@ from dbconvert.errors import Refused
 from dbconvert.graph.analysis import analyse, grow_batch
 from dbconvert.graph.cut import strip
 from dbconvert.graph.inject import eject, inject
-from dbconvert.graph.proof import no_fast_paths, prove, shorten
+from dbconvert.graph.proof import prove, shorten
 from dbconvert.graph.stability import function_sites
 from dbconvert.graph.tape import tensors
+from dbconvert.graph.untouched import no_fast_paths
 from dbconvert.graph.values import item, look_up
 from tests.acceptance.rows import Row
 from tests.acceptance.table import CONVERTED, REFUSED

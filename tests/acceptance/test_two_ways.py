@@ -9,8 +9,8 @@ import torch
 from dbconvert.anatomy import FunctionCall
 from dbconvert.graph.analysis import analyse
 from dbconvert.graph.inject import inject
-from dbconvert.graph.proof import no_fast_paths
 from dbconvert.graph.tape import _Tape, called, tensors
+from dbconvert.graph.untouched import no_fast_paths
 from tests.acceptance.table import CONVERTED
 
 ROWS = [name for name, row in CONVERTED.items() if not row.conditioned]
