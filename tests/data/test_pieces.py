@@ -87,12 +87,13 @@ dataset_info:
 ---
 """
 ASK = """
-import sys
+import os, sys
 from dbconvert.data.text import open_documents
 from dbconvert.data_options import DataOptions
 options = DataOptions(source="org/corpus", streaming="streamed" in sys.argv, revision="refs/pr/1")
 for part in sys.argv[2:]:
-    print(part, *open_documents(options, part), sep="|")
+    print(part, *open_documents(options, part), sep="|", flush=True)
+os._exit(0)  # threads of pyarrow that still read ahead of a stream left early abort a process on its way out
 """
 
 
